@@ -1,0 +1,54 @@
+# Needs make and Python 3.10 or newer; everything else goes into .venv.
+#
+#   make demo     watch default experts route a few prompts
+#   make test     the tests, on all cores
+#   make check    lint, format, types, import order
+#   make clean    remove .venv and caches
+#
+# Another interpreter: make clean test PYTHON=python3.12
+# No GPU? PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# gets the CPU build of torch and spares gigabytes of CUDA libraries.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -m "not gpu"
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check format clean
+
+demo: $(READY)
+	$(BIN)/phatgoose demo
+
+# One torch thread a worker: more workers than eight cost memory and win little.
+test: $(READY)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+
+# The stamp comes last and goes first, so a set-up that was cut short starts again from nothing.
+# A complete one is only brought up to date.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	|| { echo 'phatgoose needs Python 3.10 or newer: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	|| { echo '$(PYTHON) cannot make virtual environments;' \
+	     'on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VENV); fi
+	@echo 'Installing into $(VENV): minutes, and longer where torch brings CUDA along'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

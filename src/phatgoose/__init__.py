@@ -1,0 +1,45 @@
+"""phatgoose: recycle LoRA adapters by routing every token to the ones that fit.
+
+PHATGOOSE: Muqeeth, Liu, Liu, Raffel, "Learning to Route Among Specialized Experts for Zero-Shot
+Generalization", ICML 2024, arXiv:2402.05859.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from phatgoose.errors import PhatgooseError
+
+if TYPE_CHECKING:
+    from phatgoose.experts import Expert, Gates, load_expert, verify_expert
+    from phatgoose.pool import ExpertPool, record, restrict, route, unroute
+    from phatgoose.routers import Router
+    from phatgoose.train import train_adapter, train_gates, train_gates_from_trainer
+    from phatgoose.types import Routing, TokenContext
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that `import phatgoose` and `phatgoose --help` do not load torch.
+_WHERE = {
+    "Expert": "experts",
+    "ExpertPool": "pool",
+    "Gates": "experts",
+    "Router": "routers",
+    "Routing": "types",
+    "TokenContext": "types",
+    "load_expert": "experts",
+    "record": "pool",
+    "restrict": "pool",
+    "route": "pool",
+    "train_adapter": "train",
+    "train_gates": "train",
+    "train_gates_from_trainer": "train",
+    "unroute": "pool",
+    "verify_expert": "experts",
+}
+__all__ = ["PhatgooseError", "__version__", *_WHERE]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'phatgoose' has no attribute {name!r}")
+    return getattr(import_module(f"phatgoose.{_WHERE[name]}"), name)

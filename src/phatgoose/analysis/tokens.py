@@ -1,0 +1,126 @@
+"""Tokens as text a reader can see."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from phatgoose.analysis.summary import sequence_numbers
+from phatgoose.errors import ConfigError
+from phatgoose.nn import Trace
+from phatgoose.nn.context import Stream
+
+_VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
+_LABEL = 36  # characters of a sequence's text in its label
+
+
+@dataclass(frozen=True)
+class Token:
+    """One real token, for display."""
+
+    text: str  # spaces, newlines and control characters made visible: ␣ ↵ \x1b
+    sequence: int  # of its stream, from 0
+    position: int  # in its sequence, from 0
+    stream: Stream
+
+
+def token_table(trace: Trace, tokenizer: Any) -> list[Token]:
+    """Every real token, in the order seen, stream after stream; nothing is merged.
+
+    A token that is part of a character shows its bytes (\\xe2\\x82).
+    """
+
+    @cache
+    def text(token: int) -> str:
+        return visible(_piece(tokenizer, token), _VISIBLE)
+
+    return [
+        Token(text(token), sequence, position, stream)
+        for stream, table in trace.tokens.items()
+        for token, sequence, position in zip(
+            table.ids.tolist(), sequence_numbers(table), table.position.tolist(), strict=True
+        )
+    ]
+
+
+def label_sequences(
+    trace: Trace, tokenizer: Any, labels: Sequence[str] | None = None
+) -> dict[Stream, list[str]]:
+    """A short name for each sequence: the caller's, or how its text begins.
+
+    Fewer labels than sequences are shared out evenly, as `generate` does with prompts among their
+    beams. Raises ConfigError where that does not come out even.
+    """
+    named: dict[Stream, list[str]] = {}
+    for stream, table in trace.tokens.items():
+        numbers = sequence_numbers(table)
+        count = max(numbers, default=-1) + 1
+        if labels is None:
+            ids = [[] for _ in range(count)]  # type: list[list[int]]
+            for number, token in zip(numbers, table.ids.tolist(), strict=True):
+                ids[number].append(token)
+            named[stream] = [_begin(tokenizer, tokens) for tokens in ids]
+        elif not labels or count % len(labels):
+            raise ConfigError(
+                f"labels: got {len(labels)}, the trace has {count} sequences ({stream}). "
+                "Give one for each, or none at all."
+            )
+        else:
+            each = count // len(labels)
+            named[stream] = [visible(labels[number // each]) for number in range(count)]
+    return named
+
+
+def visible(text: str, also: dict[str, str] | None = None) -> str:
+    """Escape control and formatting characters, which could command a terminal."""
+    seen = {} if also is None else also
+    return "".join(seen.get(c) or (_escape(c) if _hidden(c) else c) for c in text)
+
+
+def _hidden(c: str) -> bool:
+    return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escape(c: str) -> str:
+    return c.encode("unicode_escape").decode()
+
+
+def _begin(tokenizer: Any, ids: list[int]) -> str:
+    """The first words of a sequence, on one line."""
+    real = [token for token in ids[: 2 * _LABEL] if token >= 0]
+    text = " ".join(tokenizer.decode(real, skip_special_tokens=True).split())
+    return visible(text if len(text) <= _LABEL else text[: _LABEL - 1] + "…")
+
+
+def _piece(tokenizer: Any, token: int) -> str:
+    """The text of one token, with the space it starts with."""
+    if token < 0:
+        return "<embedding>"
+    name = tokenizer.convert_ids_to_tokens(token)
+    if name is None or token in tokenizer.all_special_ids:
+        return name or f"<{token}>"
+    # SentencePiece decoders drop the space before the first word, so look at the second.
+    once, twice = (
+        tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2)
+    )
+    text = twice[len(once) :]
+    return _bytes(name) if "\ufffd" in text else text or name
+
+
+def _bytes(name: str) -> str:
+    """Part of a character: what decodes as text, the rest as \\xNN."""
+    if name.startswith("<0x"):  # SentencePiece's byte fallback
+        return "\\x" + name[3:5].lower()
+    known = _byte_values()
+    if any(c not in known for c in name):
+        return name
+    return bytes(known[c] for c in name).decode("utf-8", "backslashreplace")
+
+
+@cache
+def _byte_values() -> dict[str, int]:
+    """The byte each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}

@@ -1,0 +1,137 @@
+"""demo, generate, trace."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import phatgoose
+from phatgoose import analysis, default
+from phatgoose.cli.sources import expert_sources
+from phatgoose.errors import ConfigError
+from phatgoose.evaluation import generate_text
+from phatgoose.models import load_base
+from phatgoose.pool import ExpertPool
+from phatgoose.tasks import SEPARATOR
+
+
+def demo(arguments: Namespace) -> None:
+    """Answer one prompt of several skills, in one batch, with and without the pool."""
+    rows = [json.loads(line) for line in default.DEMO.read_text(encoding="utf-8").splitlines()]
+    model, tokenizer, pool = _routed_model(arguments)
+    prompts = [row["inputs"] + SEPARATOR for row in rows]
+    with phatgoose.restrict(model, []):
+        base = generate_text(model, tokenizer, prompts, max_new_tokens=48)
+    with phatgoose.record(model) as trace:
+        routed = generate_text(model, tokenizer, prompts, max_new_tokens=48)
+    leading = _leading(trace, len(rows))
+    out = Path(arguments.out)
+    labels = [row["task"] for row in rows]
+    title = f"One batch of {len(rows)} prompts through {len(pool)} experts"
+    pictures = _pictures(trace, tokenizer, out, "routing", title, labels)
+    answers = [
+        {**row, "base": b, "routed": r, "experts": e}
+        for row, b, r, e in zip(rows, base, routed, leading, strict=True)
+    ]
+    if arguments.json:
+        print(json.dumps({"answers": answers, "files": pictures}, ensure_ascii=False))
+        return
+    print(f"{len(pool)} experts of one small base model. No prompt names its expert.\n")
+    for answer in answers:
+        print("\n".join(f"  | {line}" for line in answer["inputs"].splitlines()))
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in answer["experts"].items())
+        for key in ("base", "routed", "targets"):
+            mark = " *" if key != "targets" and answer[key] == answer["targets"] else ""
+            print(f"  {'reference' if key == 'targets' else key:>9}: {_one_line(answer[key])}{mark}")
+        print(f"  {'experts':>9}: {shares}\n")
+    right = [sum(a[key] == a["targets"] for a in answers) for key in ("base", "routed")]
+    print(f"Equal to the reference (*): base {right[0]}, routed {right[1]} of {len(answers)}.\n")
+    print(analysis.render_text(trace, tokenizer, color=_color(), tokens=False))
+    print("\nPictures: " + ", ".join(pictures))
+
+
+def generate(arguments: Namespace) -> None:
+    """Answer prompts with the routed pool."""
+    model, tokenizer, _ = _routed_model(arguments)
+    prompts = _prompts(arguments, arguments.prompt)
+    answers = generate_text(model, tokenizer, prompts, max_new_tokens=arguments.max_new_tokens)
+    if arguments.json:
+        rows = [
+            {"prompt": p, "answer": a} for p, a in zip(arguments.prompt, answers, strict=True)
+        ]
+        print(json.dumps(rows, ensure_ascii=False))
+    else:
+        print("\n".join(answers))
+
+
+def trace(arguments: Namespace) -> None:
+    """Answer one prompt, print which experts each token used, and draw it."""
+    model, tokenizer, _ = _routed_model(arguments)
+    prompts = _prompts(arguments, [arguments.prompt])
+    with phatgoose.record(model) as trace:
+        (answer,) = generate_text(
+            model, tokenizer, prompts, max_new_tokens=arguments.max_new_tokens
+        )
+    title = "Which experts each token used"
+    pictures = _pictures(trace, tokenizer, Path(arguments.out), "trace", title, None)
+    if arguments.json:
+        summary = analysis.summarise(trace)
+        print(json.dumps({"answer": answer, "files": pictures, **summary}, ensure_ascii=False))
+        return
+    print(answer + "\n")
+    print(analysis.render_text(trace, tokenizer, color=_color()))
+    print("\nPictures: " + ", ".join(pictures))
+
+
+def _routed_model(arguments: Namespace) -> tuple[Any, Any, ExpertPool]:
+    pool = ExpertPool.load(expert_sources(arguments.experts))
+    model, tokenizer = load_base(arguments.base or default.BASE, device=arguments.device)
+    phatgoose.route(
+        model,
+        pool,
+        arguments.router,
+        arguments.top_k,
+        temperature=arguments.temperature,
+        scale=arguments.scale,
+        null_score=arguments.null_score,
+    )
+    return model, tokenizer, pool
+
+
+def _prompts(arguments: Namespace, given: Sequence[str]) -> list[str]:
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}.")
+    if not all(given):
+        raise ConfigError("prompt: is empty. Give some text.")
+    return list(given) if arguments.raw else [prompt + SEPARATOR for prompt in given]
+
+
+def _pictures(
+    trace: Any, tokenizer: Any, out: Path, name: str, title: str, labels: list[str] | None
+) -> list[str]:
+    png, html = out / f"{name}.png", out / f"{name}.html"
+    analysis.save_picture(trace, tokenizer, png, title=title, labels=labels)
+    analysis.save_html(trace, tokenizer, html, title=title, labels=labels)
+    return [str(png), str(html)]
+
+
+def _leading(trace: Any, rows: int, count: int = 3) -> list[dict[str, float]]:
+    """The largest expert shares of each sequence."""
+    return [
+        {trace.names[i]: round(float(shares[i]), 3) for i in shares.topk(count).indices.tolist()}
+        for shares in (trace.shares(sequence=row) for row in range(rows))
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " / ".join(text.split("\n"))[:200] or "(nothing)"
+
+
+def _color() -> bool:
+    import os
+
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -1,0 +1,194 @@
+"""The `phatgoose` command: what it understands, and what its exit codes mean."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import phatgoose
+from phatgoose.errors import PhatgooseError
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    bad input, said in one line on stderr
+  2    wrong usage
+  3    `experts verify` found something wrong
+  130  interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    # torch is loaded only from here on, so that help and usage errors are instant.
+    module, function = arguments.run.split(":")
+    try:
+        return getattr(import_module(f"phatgoose.cli.{module}"), function)(arguments) or 0
+    except PhatgooseError as error:
+        print(f"phatgoose: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("phatgoose: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; imports nothing heavy."""
+    parser = _Parser(
+        prog="phatgoose",
+        description="Recycle LoRA adapters: route every token to the experts that fit it.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=phatgoose.__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_inference(commands)
+    _add_training(commands)
+    _add_experts(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Describes every option with its default."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+
+Commands = argparse._SubParsersAction  # the type has no public name
+
+
+def _command(commands: Commands, name: str, run: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_inference(commands: Commands) -> None:
+    demo = _command(
+        commands, "demo", "inference:demo", "answer prompts of several skills with the default pool"
+    )
+    demo.add_argument("--out", default="phatgoose-demo", help="folder for the pictures")
+    _routing_options(demo)
+
+    generate = _command(commands, "generate", "inference:generate", "answer prompts by routing")
+    generate.add_argument("prompt", nargs="+", help="one or more prompts, answered in one batch")
+    _generation_options(generate)
+
+    trace = _command(
+        commands, "trace", "inference:trace", "answer one prompt and show which experts each token used"
+    )
+    trace.add_argument("prompt", help="the prompt")
+    trace.add_argument("--out", default="phatgoose-trace", help="folder for trace.html and trace.png")
+    _generation_options(trace)
+
+
+def _generation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
+    parser.add_argument(
+        "--raw", action="store_true", help="give the prompt as it is, without a newline after it"
+    )
+    _routing_options(parser)
+
+
+def _routing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", help="base model: folder or Hub id (the one in the package)")
+    parser.add_argument(
+        "--experts",
+        nargs="+",
+        metavar="EXPERT",
+        help="expert folders, folders of expert folders, or Hub ids (those in the package)",
+    )
+    parser.add_argument("--router", default="phatgoose", help="router by name")
+    parser.add_argument("--top-k", type=int, default=2, help="experts per token and layer")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the routing softmax")
+    parser.add_argument(
+        "--scale", choices=("softmax", "unit"), default="softmax", help="weights of kept experts"
+    )
+    parser.add_argument("--null-score", type=float, help="score of using no expert")
+    _device_options(parser)
+    _json_option(parser)
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, ... (an accelerator if there is one)")
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_training(commands: Commands) -> None:
+    gate = _command(
+        commands, "gate", "training:gate", "train gates for an adapter that is already trained"
+    )
+    gate.add_argument("adapter", help="PEFT LoRA folder; the gates are written into it")
+    gate.add_argument("--base", help="base model (the one the adapter's config names)")
+    _data_options(gate)
+    _gate_options(gate)
+
+    train = _command(commands, "train", "training:train", "train an adapter, then its gates")
+    train.add_argument("--base", help="base model: folder or Hub id (the one in the package)")
+    train.add_argument("--out", required=True, help="folder of the new expert")
+    _data_options(train)
+    train.add_argument("--rank", type=int, default=8)
+    train.add_argument("--alpha", type=float, default=16.0)
+    train.add_argument("--dropout", type=float, default=0.0, help="of the LoRA")
+    train.add_argument("--steps", type=int, default=500, help="of the adapter")
+    train.add_argument("--learning-rate", type=float, default=1e-3, help="of the adapter")
+    train.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32")
+    _gate_options(train)
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, help=".jsonl file, task folder, or Hub data set (its train split)"
+    )
+    parser.add_argument("--max-length", type=int, default=1024, help="longest example, in tokens")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="run the model under bf16 autocast")
+    _device_options(parser)
+    _json_option(parser)
+
+
+def _gate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gate-steps", type=int, default=100)
+    parser.add_argument("--gate-batch-size", type=int, help="(--batch-size)")
+    parser.add_argument("--gate-learning-rate", type=float, default=5e-3)
+
+
+def _add_experts(commands: Commands) -> None:
+    experts = commands.add_parser("experts", help="list, verify, import, push or pull experts")
+    verbs = experts.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    listing = _command(verbs, "list", "experts:list_experts", "list experts and how they were made")
+    listing.add_argument("experts", nargs="*", metavar="EXPERT", help="(those in the package)")
+    _json_option(listing)
+
+    verify = _command(verbs, "verify", "experts:verify", "check experts and say what is wrong")
+    verify.add_argument("experts", nargs="+", metavar="EXPERT", help="expert folders or Hub ids")
+    verify.add_argument("--base", help="check names and sizes against this base model too")
+    _json_option(verify)
+
+    released = _command(
+        verbs, "import", "experts:import_released", "turn the authors' best.pt into expert folders"
+    )
+    released.add_argument("checkpoint", help="best.pt of P3_Phatgoose or FLAN_Phatgoose")
+    released.add_argument("--base", required=True, help="e.g. google/t5-xl-lm-adapt")
+    released.add_argument("--out", required=True, help="folder to put the expert folders in")
+    _json_option(released)
+
+    push = _command(verbs, "push", "experts:push", "upload an expert to the Hub")
+    push.add_argument("expert", help="expert folder")
+    push.add_argument("hub_id", help="owner/name")
+    push.add_argument("--private", action="store_true")
+
+    pull = _command(verbs, "pull", "experts:pull", "download an expert from the Hub")
+    pull.add_argument("hub_id", help="owner/name or owner/name@revision")
+    pull.add_argument("--out", required=True, help="folder to put it in")

@@ -1,0 +1,48 @@
+"""Every error of ours, under one base class.
+
+A message tells who, what was found, what was wanted and what to do, in one line.
+"""
+
+
+class PhatgooseError(Exception):
+    """Base class of all errors raised by phatgoose."""
+
+
+class ConfigError(PhatgooseError, ValueError):
+    """A setting is outside what it may be."""
+
+
+class ExpertFormatError(PhatgooseError):
+    """A file of an expert is missing, unreadable, or not what the format says."""
+
+
+class UnsupportedAdapterError(PhatgooseError):
+    """The adapter uses a PEFT feature that would not be computed exactly."""
+
+
+class IncompatibleExpertError(PhatgooseError):
+    """An expert does not fit the base model, the pool, or its own gates."""
+
+
+class ExpertNotFoundError(PhatgooseError):
+    """No folder and no reachable Hub repository goes by this name."""
+
+
+class MissingGateError(PhatgooseError):
+    """The router needs a gate that the expert does not have."""
+
+
+class UntrainedAdapterError(PhatgooseError):
+    """The adapter's B matrices are all zero, so a gate would get no gradient."""
+
+
+class TaskFormatError(PhatgooseError):
+    """A task or data file is missing, unreadable, or has a bad line."""
+
+
+class RoutingError(PhatgooseError):
+    """The model cannot be routed as asked."""
+
+
+class TrainingError(PhatgooseError):
+    """Training cannot go on: no data left, or the loss is not finite."""

@@ -1,0 +1,20 @@
+"""Experts on disk: PEFT LoRA folders with gates beside them."""
+
+from phatgoose.experts.base import BaseIdentity, identify_base, linear_modules
+from phatgoose.experts.expert import Expert, load_expert
+from phatgoose.experts.gates import GateRecord, Gates
+from phatgoose.experts.lora import LoraModule, adapter_hash
+from phatgoose.experts.verify import verify_expert
+
+__all__ = [
+    "BaseIdentity",
+    "Expert",
+    "GateRecord",
+    "Gates",
+    "LoraModule",
+    "adapter_hash",
+    "identify_base",
+    "linear_modules",
+    "load_expert",
+    "verify_expert",
+]

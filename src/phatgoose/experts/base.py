@@ -1,0 +1,98 @@
+"""Which base model an expert was made for, told apart by shape and tokenizer."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What has to match between an expert and the base it runs on."""
+
+    name: str | None  # Hub id, or the last part of a local path
+    revision: str | None
+    shape: str  # hash of the model type and of every linear module's name and sizes
+    tokenizer: str | None  # hash of the vocabulary; None where no tokenizer was given
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def difference(self, other: "BaseIdentity") -> str | None:
+        """Why the two cannot be the same base, in words, or None."""
+        if self.shape != other.shape:
+            return "the models differ in type or in the sizes of their linear layers"
+        if self.tokenizer and other.tokenizer and self.tokenizer != other.tokenizer:
+            return "the tokenizers differ"
+        if is_hub_name(self.name) and is_hub_name(other.name) and self.name != other.name:
+            return f"the base models are named {self.name} and {other.name}"
+        return None
+
+
+def identify_base(
+    model: nn.Module, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
+) -> BaseIdentity:
+    """Identify a transformers model; PEFT layers in it are looked through."""
+    config = getattr(model, "config", None)
+    name = name or getattr(config, "_name_or_path", None)
+    return BaseIdentity(
+        # A local path means nothing on another machine; its last part at least tells a reader.
+        name=Path(name).resolve().name if name and Path(name).exists() else name or None,
+        revision=revision or getattr(config, "_commit_hash", None),
+        shape=_shape_hash(model, getattr(config, "model_type", "")),
+        tokenizer=None if tokenizer is None else _tokenizer_hash(tokenizer),
+    )
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear-like module, or None.
+
+    nn.Linear and its quantised kin carry both names; GPT-2's Conv1D stores [in, out].
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return sizes if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # type: ignore[return-value]
+
+
+def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Sizes of every linear module by the name it has in the bare base model."""
+    sizes = {}
+    for path, module in model.named_modules():
+        if ".lora_" in path or ".base_layer." in path:
+            continue
+        if path.endswith(".base_layer") or not hasattr(module, "base_layer"):
+            found = linear_sizes(module)
+            if found is not None:
+                sizes[base_name(path)] = found
+    return sizes
+
+
+def base_name(path: str) -> str:
+    """A module's name in the bare base, given its name in a PeftModel."""
+    return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def is_hub_name(name: str | None) -> bool:
+    """Whether a base's name is a Hub id ("owner/model"), which means the same on every machine."""
+    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _shape_hash(model: nn.Module, model_type: str) -> str:
+    sizes = {name: list(size) for name, size in linear_modules(model).items()}
+    sizes = {name: size for name, size in sizes.items() if not name.endswith("lm_head")}
+    return _hash({"model_type": model_type, "linear": sizes})
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    return _hash(tokenizer.get_vocab())
+
+
+def _hash(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

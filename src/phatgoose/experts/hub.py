@@ -1,0 +1,76 @@
+"""Folders and Hub ids: where an expert's files are, and how they get to the Hub and back."""
+
+import os
+import re
+from pathlib import Path
+
+from phatgoose.errors import ExpertNotFoundError
+from phatgoose.experts import gates, lora
+
+FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, gates.GATES_FILE, gates.CONFIG_FILE, "README.md")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+def locate(path_or_hub_id: str | Path, *, local_dir: Path | None = None) -> Path:
+    """The local folder of an expert, downloaded first if it is a Hub id ("owner/name[@revision]").
+
+    Only the files of an expert are downloaded, never a pickle. Raises ExpertNotFoundError.
+    """
+    text = str(path_or_hub_id)
+    if os.path.isdir(text):  # Path.is_dir raises on names that are too long
+        return Path(text)
+    is_file = os.path.exists(text)
+    if is_file or not _HUB_ID.fullmatch(text):
+        raise ExpertNotFoundError(
+            f"{text}: not a folder{' but a file' if is_file else ''}, and not a Hub id "
+            "(owner/name). Give the folder that holds adapter_config.json."
+        )
+    return _download(text, local_dir)
+
+
+def _download(hub_id: str, local_dir: Path | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = hub_id.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=list(FILES),
+                local_dir=local_dir,
+            )
+        )
+    except _failures() as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExpertNotFoundError(
+            f"{hub_id}: no such folder here, and the Hub did not give it ({reason}). Check the "
+            "name and the network, or set HF_TOKEN for a private repository."
+        ) from None
+
+
+def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
+    """Upload an expert's files to the Hub, creating the repository; return its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(hub_id, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=hub_id, allow_patterns=list(FILES))
+    except _failures() as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExpertNotFoundError(
+            f"{hub_id}: the Hub did not take the upload ({reason}). Check the name, the network "
+            "and that you are logged in (hf auth login)."
+        ) from None
+    return str(address)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the Hub client raises: ValueError for a malformed id, OSError, and HTTP errors."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # A connection lost midway surfaces as an error of the HTTP library, which differs by release
+    # and is a base of the client's own error.
+    bases = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    return (*bases, OSError, ValueError)

@@ -1,0 +1,214 @@
+"""Reading a PEFT LoRA folder: which matrices, which scale, and what we refuse."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
+from phatgoose.experts.tensors import read_tensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# PEFT options that change what an adapted layer computes; any truthy value is refused.
+UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable token indices",
+    "target_parameters": "LoRA on bare parameters",
+    "layer_replication": "layer replication",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing inside PEFT",
+    "megatron_config": "Megatron layers",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}
+# Initialisations that also change the base's weights, so the adapter alone is not the difference.
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One expert's LoRA at one site: it adds `scale * b @ a @ x`."""
+
+    a: Float[Tensor, "R I"]
+    b: Float[Tensor, "O R"]
+    scale: float  # alpha / rank, or alpha / sqrt(rank) for rsLoRA
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.b.shape[0]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parse adapter_config.json and refuse what we would not compute exactly.
+
+    Raises:
+        ExpertFormatError: the file is missing or not a JSON object.
+        UnsupportedAdapterError: not LoRA, or a feature in `UNSUPPORTED` is on.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExpertFormatError(
+            f"{folder}: no {CONFIG_FILE}. An expert is a PEFT LoRA folder; save one with "
+            "peft_model.save_pretrained(folder)."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ExpertFormatError(f"{path}: not readable as JSON ({error}). Copy it again.") from None
+    if not isinstance(config, dict):
+        raise ExpertFormatError(f"{path}: holds {type(config).__name__}, a JSON object is wanted.")
+    refuse_unsupported(config, str(path))
+    return config
+
+
+def refuse_unsupported(config: Mapping[str, Any], who: str) -> None:
+    """Raise UnsupportedAdapterError where a PEFT LoRA config needs what we do not compute."""
+    peft_type = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
+    if peft_type.upper() != "LORA":
+        raise UnsupportedAdapterError(f"{who}: peft_type is {peft_type}, only LORA is supported.")
+    for field, feature in UNSUPPORTED.items():
+        if config.get(field):
+            raise UnsupportedAdapterError(
+                f"{who}: {field} is set ({feature}), which is not supported. Train a plain LoRA on "
+                "linear layers."
+            )
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(MOVES_THE_BASE):
+        raise UnsupportedAdapterError(
+            f"{who}: init_lora_weights is {init!r}, which changes the base's weights too. Save the "
+            "adapter converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion)."
+        )
+
+
+def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The factor PEFT puts before B A at `module`: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    alpha = _pattern_value(config, "alpha_pattern", module, default="lora_alpha")
+    if not isinstance(alpha, int | float):
+        raise ExpertFormatError(
+            f"{CONFIG_FILE}: lora_alpha is {alpha!r} for {module}, a number is wanted."
+        )
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _pattern_value(config: Mapping[str, Any], field: str, module: str, *, default: str) -> Any:
+    """What the patterns in `field` say for `module`, matched as PEFT does; else `default`'s."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get(field) or {}
+    try:
+        return patterns.get(get_pattern_key(list(patterns), module), config.get(default))
+    except (AttributeError, TypeError, re.error):
+        raise ExpertFormatError(
+            f"{CONFIG_FILE}: {field} is {patterns!r}, a mapping from module patterns to numbers is "
+            "wanted."
+        ) from None
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, LoraModule]]:
+    """Read a PEFT LoRA folder: its config, and one LoraModule for each adapted module's name.
+
+    Raises:
+        ExpertFormatError: a file is missing, truncated or does not match its config.
+        UnsupportedAdapterError: a feature we do not compute, or only a pickle is there.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise UnsupportedAdapterError(
+            f"{folder}/adapter_model.bin: a pickle, which can run code when opened, so it is never "
+            "loaded. Ask its owner for adapter_model.safetensors."
+        )
+    tensors, _ = read_tensors(path)
+    return config, split_modules(config, tensors, str(path))
+
+
+def split_modules(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], who: str
+) -> dict[str, LoraModule]:
+    """Pair lora_A and lora_B of each module; `who` names the source in errors."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, half = key.removeprefix(PREFIX).partition(".lora_")
+        if half in ("A.weight", "B.weight"):
+            halves.setdefault(module, {})[half[0]] = tensor
+        else:
+            _refuse_key(key, tensor, who)
+    if not halves:
+        raise ExpertFormatError(f"{who}: holds no lora_A and lora_B matrices.")
+    modules = {}
+    for module, pair in sorted(halves.items()):
+        if set(pair) != {"A", "B"}:
+            missing = ({"A", "B"} - set(pair)).pop()
+            raise ExpertFormatError(
+                f"{who}: {module} has no lora_{missing}. Save the adapter again."
+            )
+        a, b = pair["A"], pair["B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise ExpertFormatError(
+                f"{who}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; wanted "
+                "[rank, in_features] and [out_features, rank] with one rank."
+            )
+        _check_rank(config, module, a.shape[0], who)
+        modules[module] = LoraModule(a, b, scale_of(config, module, a.shape[0]))
+    return modules
+
+
+def _check_rank(config: Mapping[str, Any], module: str, rank: int, who: str) -> None:
+    wanted = _pattern_value(config, "rank_pattern", module, default="r")
+    if wanted != rank:
+        raise ExpertFormatError(
+            f"{who}: {module} has rank {rank}, {CONFIG_FILE} says {wanted}. The two files do not "
+            "belong together; save the adapter again."
+        )
+
+
+def _refuse_key(key: str, tensor: Tensor, who: str) -> None:
+    if "lora_embedding_" in key:
+        feature = "LoRA on an embedding"
+    elif "lora_magnitude_vector" in key:
+        feature = "DoRA"
+    elif key.endswith("bias"):
+        if not torch.any(tensor):
+            return  # a bias of zero adds nothing
+        feature = "a non-zero bias"
+    else:
+        feature = "a tensor that is not part of a plain LoRA"
+    raise UnsupportedAdapterError(
+        f"{who}: {key} is {feature}, which is not supported. Train a plain LoRA on linear layers "
+        'with bias="none".'
+    )
+
+
+def adapter_hash(modules: Mapping[str, LoraModule]) -> str:
+    """SHA-256 of names, shapes, fp32 values and scales: what the adapter adds, however stored."""
+    digest = hashlib.sha256()
+    for name, module in sorted(modules.items()):
+        digest.update(f"{name} {module.scale:.9g}".encode())
+        for matrix in (module.a, module.b):
+            digest.update(f" {list(matrix.shape)} ".encode())
+            values = matrix.detach().to("cpu", torch.float32).contiguous()
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,402 @@
+"""Importing the pools published with the paper: one PEFT LoRA folder with gates per expert.
+
+The checkpoints r-three/P3_Phatgoose and r-three/FLAN_Phatgoose on the Hub are each one `best.pt` of
+36 or 166 experts of google/t5-xl-lm-adapt (arXiv:2402.05859). For module M and expert i it holds
+
+    M._addons.expert_lora.layer1__i          [I, R]  lora_A, transposed
+    M._addons.expert_lora.layer2__i          [R, O]  lora_B, transposed
+    M._addons.router.expert_embeddings__i    [I]     the gate
+
+and the expert adds x layer1 layer2 / R: a LoRA with alpha 1. The order of the experts is the one
+the authors concatenate them in (scripts/concatenate.py in github.com/r-three/phatgoose).
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from phatgoose.errors import (
+    ConfigError,
+    ExpertFormatError,
+    ExpertNotFoundError,
+    IncompatibleExpertError,
+    PhatgooseError,
+)
+from phatgoose.experts.base import BaseIdentity, identify_base, is_hub_name
+from phatgoose.experts.expert import Expert, load_expert
+from phatgoose.experts.gates import GateRecord, Gates, gates_hash
+from phatgoose.experts.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LoraModule, adapter_hash
+from phatgoose.experts.verify import check_modules
+from phatgoose.files import write_bytes, write_json, write_tensors
+
+_P3 = """
+    Agnews Amazonpolarity Cosmosqa Samsum Quartz Ropes Wikibio Paws Wikiqa Socialiqa Qasc Quail
+    Dream Wiqa Quarel Sciq Quoref Duorc Rottentomatoes Yelp Commongen Gigaword Xsum Mrpc Qqp
+    Commonsenseqa Cose Wikihop Hotpotqa Appreviews Trec Multinews Imdb Adversarialqa
+    Cnndailymail Dbpedia14
+"""
+_FLAN2021 = """
+    Ai2arceasy Ai2arcchallenge Algebralinear1d Boolq Coqa Defpronounresolution Drop Fixpunct
+    GemDart Geme2enlg Gemwebnlgen Gemwikilinguaen Gluesst2 Gluecola Gluemnli Glueqnli Gluestsb
+    Gluewnli Lambada Naturalquestionsopen Newsroom Openbookqa Opinionabstractidebate
+    Opinionabstractrottentomatoes Paracrawlenes Piqa Quac Sentiment140 Snli Squad
+    Supergluemultirc Supergluerecord Triviaqa Truecase Unifiedqascienceinst Wordsegment
+"""
+_NIV2 = """
+    Translation Programexecution Questiongeneration Sentimentanalysis Textcategorization
+    Textmatching Toxiclanguagedetection Causeeffectclassification Informationextraction
+    Textualentailment Wrongcandidategeneration Namedentityrecognition Commonsenseclassification
+    Fillintheblank Textcompletion Sentencecomposition Titlegeneration Languageidentification
+    Questionunderstanding Sentenceperturbation Answerabilityclassification Summarization
+    Coreferenceresolution Textqualityevaluation Texttocode Paraphrasing Dialoguegeneration
+    Questionrewriting Wordsemantics Postagging Linguisticprobing Storycomposition
+    Speakeridentification Wordanalogy Datatotext Stereotypedetection
+    Negotiationstrategydetection Dialogueactrecognition Genderclassification
+    Coherenceclassification Explanation Ethicsclassification Wordrelationclassification
+    Sentenceordering Answerverification Mathematics Intentidentification Keywordtagging
+    Codetotext Dialoguestatetracking Textsimplification Stancedetection Factverification
+    Grammarerrordetection Sectionclassification Numberconversion Styletransfer
+    Speakerrelationclassification Ironydetection Questiondecomposition Overlapextraction
+    Grammarerrorcorrection Spellingerrordetection Entitygeneration Sentenceexpansion
+    Discourseconnectiveidentification Discourserelationclassification Poemgeneration
+    Entityrelationclassification Punctuationerrordetection Spamclassification Paperreview
+    Sentencecompression Prepositionprediction Misc
+"""
+_ADDED = """
+    P3Wscfixed P3Copa P3Hswag P3Wic P3Racehigh P3Racemiddle P3Webquestions Flanv2zsQrecc
+    Flanv2zsWikidialog Flanv2zsQreccii Flanv2zsWikidialogii Flanv2zsAeslc
+    Flanv2zsWmt16translatecsen Flanv2zsWmt16translatedeen Flanv2zsWmt16translateruen
+    Flanv2zsWmt16translatefien Flanv2zsWmt16translateroen Flanv2zsWmt16translatetren
+    Flanv2zsWmt14translatefren
+"""
+P3_NAMES = tuple(f"P3{name}" for name in _P3.split())
+FLAN_NAMES = (
+    *P3_NAMES,
+    *(f"Flanv2zs{name}" for name in _FLAN2021.split()),
+    *(f"Niv2zs{name}" for name in _NIV2.split()),
+    *_ADDED.split(),
+)
+_COLLECTIONS = {
+    "P3": "the P3 data set",
+    "Flanv2zs": "the zero-shot prompts of the FLAN v2 data set",
+    "Niv2zs": "the zero-shot prompts of the Natural Instructions v2 category",
+}
+
+_KEY = re.compile(
+    r"(?P<module>.+)\._addons\."
+    r"(?P<part>expert_lora\.layer1|expert_lora\.layer2|router\.expert_embeddings)"
+    r"__(?P<index>0|[1-9]\d*)"
+)
+_A, _B, _GATE = "expert_lora.layer1", "expert_lora.layer2", "router.expert_embeddings"
+# The concatenated checkpoints carry the base's embeddings along, unchanged.
+_IGNORED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def import_released(
+    checkpoint: str | Path,
+    base: str,
+    out: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Turn a published `best.pt` into one expert folder per expert, and return the folders.
+
+    `base` is a Hub id or a folder with the base's config.json; its weights are not read. A file of
+    36 or 166 experts gets the published names, any other expert_000 and so on, unless `names` are
+    given. The file is memory-mapped, so memory holds one expert at a time. Folders that an earlier
+    import finished are checked and kept; a folder with other content is never overwritten.
+
+    Raises:
+        ConfigError: `names` are too few, too many, not distinct, or no folder names.
+        ExpertFormatError: the file is no such checkpoint, or a folder with other content exists.
+        ExpertNotFoundError: the base's config cannot be had.
+        IncompatibleExpertError: the experts do not fit the base.
+    """
+    checkpoint, base, out = Path(checkpoint), str(base), Path(out)
+    experts = _split(_open(checkpoint), str(checkpoint))
+    names = _check_names(names, len(experts), str(checkpoint))
+    model, identity = _open_base(base)
+    for name, halves in zip(names, experts, strict=True):
+        misfit = next(check_modules(_view(name, halves, base), model), None)
+        if misfit:
+            raise IncompatibleExpertError(f"{checkpoint} on {base}: {misfit}")
+    out.mkdir(parents=True, exist_ok=True)
+    folders = []
+    for index, name in enumerate(tqdm(names, desc="experts", disable=not progress)):
+        source = {"imported_from": checkpoint.name, "index": index}
+        expert = _with_gates(_view(name, experts[index], base), experts[index], identity, source)
+        folder = out / name
+        if os.path.lexists(folder):
+            _check_same(folder, expert, str(checkpoint))
+        else:
+            _write(folder, expert)
+        folders.append(folder)
+    return folders
+
+
+# One expert's tensors as the file has them: by module, then by part.
+_Halves = Mapping[str, Mapping[str, Tensor]]
+
+
+def _open(path: Path) -> Mapping[str, Tensor]:
+    """Memory-map a checkpoint; nothing in it is run, and no tensor is read yet."""
+    if not path.is_file():
+        raise ExpertFormatError(f"{path}: no such file. Give the best.pt of a published pool.")
+    try:
+        tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except UnpicklingError:
+        raise ExpertFormatError(
+            f"{path}: a pickle that wants to run code, or no torch file at all; it was not opened. "
+            "Give the best.pt of a published pool."
+        ) from None
+    except Exception as error:  # torch answers a damaged file with any of a dozen kinds
+        raise ExpertFormatError(
+            f"{path}: not a readable torch checkpoint ({_first_line(error)}). It may be truncated, "
+            "or the pointer that git leaves without LFS; download it again."
+        ) from None
+    if not isinstance(tensors, Mapping):
+        raise ExpertFormatError(
+            f"{path}: holds {type(tensors).__name__}, a mapping of tensors is wanted."
+        )
+    return tensors
+
+
+def _split(tensors: Mapping[str, Any], who: str) -> list[_Halves]:
+    """Sort the tensors by expert, module and part, and check that each module's belong together."""
+    experts: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        if key in _IGNORED:
+            continue
+        match = _KEY.fullmatch(key) if isinstance(key, str) else None
+        if match is None:
+            raise ExpertFormatError(
+                f"{who}: {key!r} is no part of a published pool, which holds only expert_lora and "
+                "router tensors with an expert's number."
+            )
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ExpertFormatError(f"{who}: {key} is {kind}, a tensor of floats is wanted.")
+        modules = experts.setdefault(int(match["index"]), {})
+        modules.setdefault(match["module"], {})[match["part"]] = tensor.detach()
+    if not experts:
+        raise ExpertFormatError(f"{who}: holds no experts.")
+    for index in range(len(experts)):
+        if index not in experts:
+            raise ExpertFormatError(
+                f"{who}: has {len(experts)} experts up to number {max(experts)}, but none with "
+                f"number {index}. The file is incomplete."
+            )
+        _check_shapes(experts[index], index, who)
+    return [experts[index] for index in range(len(experts))]
+
+
+def _check_shapes(modules: _Halves, index: int, who: str) -> None:
+    """Raise ExpertFormatError unless every module has its three parts, of one rank and fitting."""
+    rank = None
+    for module, halves in modules.items():
+        keys = {part: f"{module}._addons.{part}__{index}" for part in (_A, _B, _GATE)}
+        for part, key in keys.items():
+            if part not in halves:
+                present = keys[next(iter(halves))]
+                raise ExpertFormatError(f"{who}: has {present} but no {key}.")
+        a, b, gate = (halves[part] for part in (_A, _B, _GATE))
+        if a.ndim != 2 or (rank is not None and a.shape[1] != rank) or not a.numel():
+            raise ExpertFormatError(
+                f"{who}: {keys[_A]} has shape {list(a.shape)}, wanted [in_features, "
+                f"{rank or 'rank'}]."
+            )
+        rank = a.shape[1]
+        if b.ndim != 2 or b.shape[0] != rank:
+            raise ExpertFormatError(
+                f"{who}: {keys[_B]} has shape {list(b.shape)}, wanted [{rank}, out_features]."
+            )
+        if list(gate.shape) != [a.shape[0]]:
+            raise ExpertFormatError(
+                f"{who}: {keys[_GATE]} has shape {list(gate.shape)}, wanted [{a.shape[0]}]."
+            )
+
+
+def _check_names(names: Sequence[str] | None, experts: int, who: str) -> list[str]:
+    """The experts' names: as given, as published, or numbered."""
+    if names is None:
+        published = {len(order): order for order in (P3_NAMES, FLAN_NAMES)}
+        return list(published.get(experts, [f"expert_{i:03d}" for i in range(experts)]))
+    if isinstance(names, str) or len(names) != experts:
+        found = "one string" if isinstance(names, str) else f"{len(names)} names"
+        raise ConfigError(f"{who}: holds {experts} experts, got {found}. Give one name for each.")
+    seen: set[str] = set()
+    for name in names:
+        if not _SAFE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"names: {name!r} is no safe folder name. Use letters, digits, '_', '-' and '.', "
+                "a letter or digit first."
+            )
+        if name.lower() in seen:  # some file systems do not tell upper case from lower
+            raise ConfigError(f"names: {name!r} comes twice. Give every expert its own name.")
+        seen.add(name.lower())
+    return list(names)
+
+
+def _open_base(base: str) -> tuple[nn.Module, BaseIdentity]:
+    """The base without weights, and its identity, from its config and tokenizer."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:  # a bad config.json raises errors of many kinds
+        raise ExpertNotFoundError(
+            f"{base}: the base's config cannot be had ({_first_line(error)}). Check the name and "
+            "the network, or give a folder that holds the base's config.json."
+        ) from None
+    if not getattr(config, "is_encoder_decoder", False):
+        raise IncompatibleExpertError(
+            f"{base}: is {config.model_type}, no encoder-decoder. The published pools are experts "
+            "of google/t5-xl-lm-adapt."
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # sizes that make no model, or a model this release does not know
+        raise IncompatibleExpertError(
+            f"{base}: its config makes no model ({_first_line(error)}). The published pools are "
+            "experts of google/t5-xl-lm-adapt."
+        ) from None
+    return model, identify_base(model, _open_tokenizer(base), name=base)
+
+
+def _open_tokenizer(base: str) -> Any | None:
+    """The base's tokenizer, or None where it has none that loads here."""
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    def has(file: str) -> bool:
+        try:
+            return cached_file(base, file) is not None
+        except (OSError, ValueError):
+            return False
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except Exception:  # whatever a missing file or a missing package makes of it
+        return None
+    # Without a vocabulary file transformers makes up a tokenizer of special tokens alone, which
+    # would later be told apart from the real one.
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    return tokenizer if any(map(has, sorted(files))) else None
+
+
+def _view(name: str, halves: _Halves, base: str) -> Expert:
+    """The expert as views of the mapped file: no memory of its own, and no gates yet."""
+    modules = {
+        module: LoraModule(part[_A].T, part[_B].T, 1 / part[_A].shape[1])
+        for module, part in halves.items()
+    }
+    return Expert(name, modules, gates=None, base_name=base)
+
+
+def _with_gates(
+    expert: Expert, halves: _Halves, identity: BaseIdentity, source: Mapping[str, Any]
+) -> Expert:
+    """The same expert with its gates; reads the adapter once, for its hash."""
+    # Their training is known from the paper only, so the record names the source and claims none.
+    record = GateRecord(identity, adapter_hash(expert.modules), training=source)
+    vectors = {module: part[_GATE].to(torch.float32, copy=True) for module, part in halves.items()}
+    return Expert(expert.name, expert.modules, Gates(vectors, record), expert.base_name)
+
+
+def _check_same(folder: Path, expert: Expert, who: str) -> None:
+    """Raise ExpertFormatError unless `folder` holds this very expert, complete."""
+    try:
+        reason = _difference(load_expert(folder), expert)
+    except PhatgooseError as error:
+        reason = str(error)
+    if reason:
+        raise ExpertFormatError(
+            f"{folder}: exists and is not the {expert.name} of {who} ({reason}). Nothing was "
+            "overwritten; move it away, or import into another folder."
+        )
+
+
+def _difference(found: Expert, wanted: Expert) -> str | None:
+    assert wanted.gates is not None
+    if found.gates is None:
+        return "it has no gates"
+    if found.gates.record.adapter != wanted.gates.record.adapter:
+        return "its adapter differs"
+    if gates_hash(found.gates.vectors) != gates_hash(wanted.gates.vectors):
+        return "its gates differ"
+    return found.gates.record.base.difference(wanted.gates.record.base)
+
+
+def _write(folder: Path, expert: Expert) -> None:
+    """Write an expert folder so that it is there complete or not at all."""
+    assert expert.gates is not None
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.exists():  # of an import that was killed
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        tensors = {}
+        for name, module in expert.modules.items():
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b
+        write_tensors(partial / WEIGHTS_FILE, tensors, {"format": "pt"})
+        write_json(partial / CONFIG_FILE, _peft_config(expert))
+        write_bytes(partial / "README.md", _card(expert).encode())
+        expert.gates.write(partial)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _peft_config(expert: Expert) -> dict[str, Any]:
+    """What PEFT itself would write as adapter_config.json, with the modules in order."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM",
+        r=next(iter(expert.modules.values())).rank,
+        lora_alpha=1,
+        target_modules=sorted(expert.modules),
+        base_model_name_or_path=expert.base_name,
+        inference_mode=True,
+    ).to_dict()
+    return {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(config.items())}
+
+
+def _card(expert: Expert) -> str:
+    """A model card: where the expert comes from."""
+    assert expert.gates is not None
+    source, base = expert.gates.record.training, expert.base_name
+    lines = ["library_name: peft", "tags: [lora, phatgoose]"]
+    if is_hub_name(base) and not Path(str(base)).exists():
+        lines.insert(0, f"base_model: {base}")
+    trained = f"number {source['index']} of its pool"
+    for prefix, collection in _COLLECTIONS.items():
+        if expert.name in FLAN_NAMES and expert.name.startswith(prefix):
+            trained = f"trained on {collection} {expert.name.removeprefix(prefix)}"
+    front = "\n".join(lines)
+    return (
+        f"---\n{front}\n---\n\n# {expert.name}\n\n"
+        f"A LoRA expert with PHATGOOSE gates for {base}, {trained}.\n\n"
+        f"Converted, values unchanged, from {source['imported_from']}, a checkpoint in the format "
+        "of the pools at https://huggingface.co/r-three, which belong to *Learning to Route Among "
+        "Specialized Experts for Zero-Shot Generalization* (Muqeeth, Liu, Liu and Raffel, 2024, "
+        "https://arxiv.org/abs/2402.05859).\n"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -1,0 +1,87 @@
+"""Checking an expert folder, and saying in plain words what is wrong."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.experts.base import identify_base, linear_modules
+from phatgoose.experts.expert import Expert, load_expert
+
+# A gate whose largest entry is below this has not moved from zero in any way that could route.
+SMALLEST_GATE = 1e-4
+
+
+def verify_expert(path_or_hub_id: str | Path, base: nn.Module | None = None) -> list[str]:
+    """What is wrong with an expert, one sentence each; an empty list means nothing was found.
+
+    With `base` (a transformers model) the modules' names and sizes are checked against it too.
+    """
+    try:
+        expert = load_expert(path_or_hub_id)
+    except PhatgooseError as error:
+        return [str(error)]
+    return [*_check_values(expert), *([] if base is None else _check_base(expert, base))]
+
+
+def check_numbers(expert: Expert) -> Iterator[str]:
+    """Sentences on NaN or infinite values in the adapter or the gates."""
+    for name, module in expert.modules.items():
+        for half, matrix in (("lora_A", module.a), ("lora_B", module.b)):
+            if not _finite(matrix):
+                yield (
+                    f"{expert.name}: {half} of {name} holds NaN or infinite values. Train the "
+                    "adapter again, with a lower learning rate or in bfloat16."
+                )
+    for name, vector in (expert.gates.vectors if expert.gates else {}).items():
+        if not _finite(vector):
+            yield (
+                f"{expert.name}: the gate of {name} holds NaN or infinite values. Train the gates "
+                "again."
+            )
+
+
+def _check_values(expert: Expert) -> Iterator[str]:
+    yield from check_numbers(expert)
+    if not any(torch.any(module.b) for module in expert.modules.values()):
+        yield f"{expert.name}: every lora_B is zero, so the adapter is untrained. Train it first."
+    if expert.gates is None:
+        yield f"{expert.name}: has no gates. Train them: phatgoose gate {expert.folder}"
+        return
+    small = [n for n, v in expert.gates.vectors.items() if float(v.abs().max()) < SMALLEST_GATE]
+    if small:
+        yield (
+            f"{expert.name}: {len(small)} of {len(expert.gates.vectors)} gates are still (near) "
+            f"zero, {small[0]} first, so they cannot route. Train them longer."
+        )
+
+
+def check_modules(expert: Expert, base: nn.Module) -> Iterator[str]:
+    """Sentences on modules the base does not have, or has in other sizes."""
+    sizes = linear_modules(base)
+    for name, module in expert.modules.items():
+        wanted = sizes.get(name)
+        if wanted is None:
+            yield (
+                f"{expert.name}: adapts {name}, which is no linear layer of the base model. Was "
+                "it trained on another base, or on another class of it?"
+            )
+        elif wanted != (module.in_features, module.out_features):
+            yield (
+                f"{expert.name}: its LoRA of {name} maps {module.in_features} to "
+                f"{module.out_features} features, the base maps {wanted[0]} to {wanted[1]}. It was "
+                "trained on another base."
+            )
+
+
+def _check_base(expert: Expert, base: nn.Module) -> Iterator[str]:
+    yield from check_modules(expert, base)
+    difference = expert.base and expert.base.difference(identify_base(base))
+    if difference:
+        yield f"{expert.name}: its gates were trained on another base: {difference}."
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -1,0 +1,168 @@
+"""Knowing, inside a layer, which tokens it is looking at."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from phatgoose.types import TokenContext
+
+Stream = Literal["decoder", "encoder", "cross"]
+
+
+class ContextKeeper:
+    """Follows the forwards of a transformers model and keeps their TokenContext.
+
+    A site's tokens are one of three streams: the encoder's, the decoder's (the only one of a
+    decoder-only model), or, for keys and values of cross-attention, the encoder's states as the
+    decoder sees them ("cross").
+
+    During `generate` the ids so far come from the arguments of `prepare_inputs_for_generation`,
+    which are right under beam search; in a hand-written loop from the forwards that filled the
+    cache.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._streams: dict[Stream, TokenContext | None] = dict.fromkeys(
+            ("decoder", "encoder", "cross")
+        )
+        self._cross_states: Tensor | None = None
+        self._generating: tuple[Tensor | None, Tensor | None] | None = None
+        self._history: WeakKeyDictionary[Any, TokenContext] = WeakKeyDictionary()
+        self._undo: list[Callable[[], None]] = []
+        self._encoder_prefix: str | None = None
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            encoder, decoder = model.get_encoder(), model.get_decoder()
+            prefix = next(name for name, module in model.named_modules() if module is encoder)
+            self._encoder_prefix = prefix + "."
+            self._watch(encoder, self._enter_encoder, leave=lambda: None)
+            self._watch(decoder, self._enter_decoder, leave=self._leave)
+        else:
+            self._watch(model, self._enter_decoder, leave=self._leave)
+        if hasattr(model, "prepare_inputs_for_generation"):
+            self._listen_to_generate()
+
+    def close(self) -> None:
+        """Take all hooks off the model."""
+        while self._undo:
+            self._undo.pop()()
+
+    def find(self, module: str, x: Tensor) -> tuple[Stream, TokenContext | None]:
+        """The stream of `module`'s input `x`, and its context if a forward is under way."""
+        stream: Stream = "decoder"
+        if self._encoder_prefix is not None:
+            if module.startswith(self._encoder_prefix):
+                stream = "encoder"
+            elif self._cross_states is not None and _same(x, self._cross_states):
+                stream = "cross"
+        return stream, self._streams[stream]
+
+    def _watch(
+        self, module: nn.Module, enter: Callable[[dict[str, Any]], None], leave: Callable[[], None]
+    ) -> None:
+        signature = inspect.signature(module.forward)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = signature.bind_partial(*args, **kwargs).arguments
+            enter({**arguments.pop("kwargs", {}), **arguments})
+
+        pre = module.register_forward_pre_hook(before, with_kwargs=True)
+        post = module.register_forward_hook(lambda *_: leave(), always_call=True)
+        self._undo += [pre.remove, post.remove]
+
+    def _listen_to_generate(self) -> None:
+        original = self._model.prepare_inputs_for_generation
+
+        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            key = "attention_mask" if self._encoder_prefix is None else "decoder_attention_mask"
+            self._generating = (input_ids, kwargs.get(key))
+            return original(input_ids, *args, **kwargs)
+
+        self._model.prepare_inputs_for_generation = prepare  # type: ignore[assignment]
+        self._undo.append(lambda: self._model.__dict__.pop("prepare_inputs_for_generation"))
+
+    def _enter_encoder(self, arguments: dict[str, Any]) -> None:
+        shape = _shape(arguments)
+        if shape is not None:
+            self._streams["encoder"] = _context(
+                shape, arguments.get("input_ids"), arguments.get("attention_mask"), None
+            )
+
+    def _enter_decoder(self, arguments: dict[str, Any]) -> None:
+        generating, self._generating = self._generating, None
+        shape = _shape(arguments)
+        if shape is None:
+            return
+        cache = arguments.get("past_key_values")
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        before = self._history.get(cache) if past else None
+        if before is not None and before.real.shape != (shape[0], past):
+            before = None  # the cache was cropped or reordered behind our back
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if generating is not None:
+            total, mask_so_far = generating
+            mask = mask_so_far if mask_so_far is not None else mask
+            if total is not None and total.shape == (shape[0], past + shape[1]):
+                ids = total
+        if past and ids is not None and ids.shape[1] == shape[1]:
+            known = before is not None and before.ids is not None
+            ids = torch.cat([before.ids, ids], dim=1) if known else None  # type: ignore[union-attr, list-item]
+        context = _context(shape, ids, mask, before, past)
+        self._streams["decoder"] = context
+        if cache is not None and hasattr(cache, "get_seq_length"):
+            self._history[cache] = context
+        self._enter_cross(arguments)
+
+    def _enter_cross(self, arguments: dict[str, Any]) -> None:
+        states = arguments.get("encoder_hidden_states")
+        self._cross_states = states
+        if states is None:
+            return
+        rows, length = states.shape[:2]
+        encoder = self._streams["encoder"]
+        ids = None
+        if encoder is not None and encoder.ids is not None and encoder.length == length:
+            ids = encoder.ids
+            if ids.shape[0] != rows:  # beams share their encoder's row
+                ids = ids.repeat_interleave(rows // ids.shape[0], dim=0)
+        self._streams["cross"] = _context(
+            (rows, length, states.device), ids, arguments.get("encoder_attention_mask"), None
+        )
+
+    def _leave(self) -> None:
+        self._streams["decoder"] = self._streams["cross"] = self._cross_states = None
+
+
+def _shape(arguments: dict[str, Any]) -> tuple[int, int, torch.device] | None:
+    """Sequences, tokens and device of a forward; None if it was given neither ids nor embeddings."""
+    for key in ("input_ids", "inputs_embeds"):
+        if arguments.get(key) is not None:
+            return (*arguments[key].shape[:2], arguments[key].device)
+    return None
+
+
+def _context(
+    shape: tuple[int, int, torch.device],
+    ids: Tensor | None,
+    mask: Any,
+    before: TokenContext | None,
+    past: int = 0,
+) -> TokenContext:
+    rows, length, device = shape
+    if isinstance(mask, Tensor) and mask.shape == (rows, past + length):
+        real = mask.bool()
+    else:  # no mask, or one already turned 4D: tokens are real unless a forward before said not
+        real = torch.ones(rows, past + length, dtype=torch.bool, device=device)
+        if before is not None:
+            real[:, :past] = before.real
+        if isinstance(mask, Tensor) and mask.shape == (rows, length):
+            real[:, past:] = mask.bool()
+    return TokenContext(length=length, ids=ids, real=real)
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape)

@@ -1,0 +1,28 @@
+"""How tokens choose among experts."""
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from phatgoose.errors import ConfigError
+from phatgoose.ops.choose import Scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSettings:
+    """The knobs of routing. Defaults are the published ones (arXiv:2402.05859, section 3.2)."""
+
+    top_k: int = 2
+    temperature: float = 1.0  # divides the kept scores before their softmax
+    scale: Scale = "softmax"  # "unit": every kept expert at weight 1, as its adapter was trained
+    null_score: float | None = None  # score of "no expert"; None leaves it out, as published
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {self.top_k}.")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ConfigError(f"temperature must be above 0 and finite, got {self.temperature}.")
+        if self.scale not in get_args(Scale):
+            raise ConfigError(f"scale must be one of {get_args(Scale)}, got {self.scale!r}.")
+        if self.null_score is not None and not math.isfinite(self.null_score):
+            raise ConfigError(f"null_score must be finite, got {self.null_score}.")

@@ -1,0 +1,98 @@
+"""What was routed where."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+from phatgoose.nn.context import Stream
+from phatgoose.types import Routing, TokenContext
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The real tokens of one stream, in the order they were seen; N in all."""
+
+    ids: Int[Tensor, " N"]  # -1 where only embeddings were given
+    sequence: Int[Tensor, " N"]  # row of the batch (with beams: of the beams)
+    position: Int[Tensor, " N"]  # among the real tokens of its sequence, from 0
+
+
+@dataclass
+class Trace:
+    """Experts and weights of every real token at every site, while recording.
+
+    `experts[module]` is int64 [N, top_k], indices into `names`, -1 where a module has fewer
+    candidates (weight 0) or the token took no expert (weight above 0). `weights[module]` is fp32
+    [N, top_k]. Row n is the token in row n of `tokens[streams[module]]`.
+    """
+
+    names: list[str]
+    top_k: int
+    experts: dict[str, Int[Tensor, "N K"]] = field(default_factory=dict)
+    weights: dict[str, Float[Tensor, "N K"]] = field(default_factory=dict)
+    streams: dict[str, Stream] = field(default_factory=dict)
+    tokens: dict[Stream, TokenTable] = field(default_factory=dict)
+    _seen: dict[str, list[tuple[TokenContext, Routing]]] = field(
+        default_factory=lambda: defaultdict(list), repr=False
+    )
+
+    def add(
+        self, module: str, stream: Stream, context: TokenContext | None, routing: Routing
+    ) -> None:
+        """Take in one call of one site; `routing` speaks of the pool's indices."""
+        if context is None or context.batch * context.length != routing.experts.shape[0]:
+            raise RoutingError(
+                f"{module}: sees {routing.experts.shape[0]} tokens that cannot be matched with the "
+                "model's input, so it cannot be recorded. Call the model itself, not a part of it."
+            )
+        self.streams[module] = stream
+        self._seen[module].append((context, routing))
+
+    def close(self) -> None:
+        """Put the calls together, leaving out padding."""
+        for module, calls in self._seen.items():
+            keep = [context.new_real().flatten() for context, _ in calls]
+            pairs = list(zip(keep, (routing for _, routing in calls), strict=True))
+            self.experts[module] = torch.cat([self._wide(r.experts, -1)[k] for k, r in pairs]).cpu()
+            self.weights[module] = torch.cat([self._wide(r.weights, 0)[k] for k, r in pairs]).cpu()
+            stream = self.streams[module]
+            if stream not in self.tokens:
+                self.tokens[stream] = _table([context for context, _ in calls])
+        self._seen.clear()
+
+    def shares(
+        self, module: str | None = None, *, sequence: int | None = None
+    ) -> Float[Tensor, " E"]:
+        """Mean weight of each expert over tokens and sites; of one site or sequence if named."""
+        total, count = torch.zeros(len(self.names)), 0
+        for name in self.experts if module is None else (module,):
+            experts, weights = self.experts[name], self.weights[name]
+            if sequence is not None:
+                mine = self.tokens[self.streams[name]].sequence == sequence
+                experts, weights = experts[mine], weights[mine]
+            used = experts >= 0
+            total.index_add_(0, experts[used], weights[used])
+            count += experts.shape[0]
+        return total / max(count, 1)
+
+    def _wide(self, values: Tensor, fill: int) -> Tensor:
+        """Pad [N, K] to [N, top_k]."""
+        missing = self.top_k - values.shape[1]
+        return torch.nn.functional.pad(values, (0, missing), value=fill)
+
+
+def _table(contexts: list[TokenContext]) -> TokenTable:
+    ids, sequence, position = [], [], []
+    for context in contexts:
+        keep = context.new_real()
+        positions = context.positions()
+        new_ids = context.new_ids()
+        rows = torch.arange(context.batch, device=keep.device).unsqueeze(1).expand_as(positions)
+        ids.append((torch.full_like(positions, -1) if new_ids is None else new_ids)[keep])
+        sequence.append(rows[keep])
+        position.append(positions[keep])
+    return TokenTable(torch.cat(ids).cpu(), torch.cat(sequence).cpu(), torch.cat(position).cpu())

@@ -1,0 +1,121 @@
+"""The experts of one base."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakSet
+
+from phatgoose.errors import ConfigError, IncompatibleExpertError
+from phatgoose.experts import Expert, load_expert
+from phatgoose.experts.base import is_hub_name
+from phatgoose.experts.verify import check_numbers
+
+
+class Listener(Protocol):
+    """A routed model that follows its pool."""
+
+    def prepare_add(self, expert: Expert) -> None: ...
+    def add(self, expert: Expert) -> None: ...
+    def prepare_remove(self, name: str) -> None: ...
+    def remove(self, index: int) -> None: ...
+
+
+class ExpertPool:
+    """Experts of one base model, in order. Models routed by it follow `add` and `remove` at once.
+
+    Raises on a name taken twice (ConfigError), and on experts of different bases or with NaN or
+    infinite values (IncompatibleExpertError).
+    """
+
+    def __init__(self, experts: Iterable[Expert] = ()) -> None:
+        self._experts: list[Expert] = []
+        self._listeners: WeakSet[Listener] = WeakSet()
+        for expert in experts:
+            self.add(expert)
+
+    @classmethod
+    def load(cls, sources: Iterable[str | Path]) -> "ExpertPool":
+        """Load experts from folders or Hub ids; see `load_expert` for what it raises."""
+        if isinstance(sources, str | Path):
+            raise ConfigError(f"ExpertPool.load wants a list of experts, got {sources!r} alone.")
+        return cls(load_expert(source) for source in sources)
+
+    @property
+    def experts(self) -> list[Expert]:
+        return list(self._experts)
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names; a trace's indices point into this list."""
+        return [expert.name for expert in self._experts]
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __iter__(self) -> Iterator[Expert]:
+        return iter(self._experts)
+
+    def __getitem__(self, name: str) -> Expert:
+        return self._experts[self.index(name)]
+
+    def index(self, name: str) -> int:
+        """Place of an expert among `names`. Raises ConfigError if there is none of that name."""
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise ConfigError(
+                f"{name}: no expert of this name in the pool. It has: {', '.join(self.names)}."
+            ) from None
+
+    def add(self, expert: Expert | str | Path) -> Expert:
+        """Add an expert at the end, also to every model this pool routes; all of them or none."""
+        if not isinstance(expert, Expert):
+            expert = load_expert(expert)
+        self._check(expert)
+        for listener in self._listeners:
+            listener.prepare_add(expert)
+        self._experts.append(expert)
+        for listener in self._listeners:
+            listener.add(expert)
+        return expert
+
+    def remove(self, name: str) -> None:
+        """Take an expert out, also from every model this pool routes."""
+        index = self.index(name)
+        for listener in self._listeners:
+            listener.prepare_remove(name)
+        del self._experts[index]
+        for listener in self._listeners:
+            listener.remove(index)
+
+    def follow(self, listener: Listener) -> None:
+        """Tell `listener` of every later change, for as long as it is alive."""
+        self._listeners.add(listener)
+
+    def unfollow(self, listener: Listener) -> None:
+        self._listeners.discard(listener)
+
+    def _check(self, expert: Expert) -> None:
+        if expert.name in self.names:
+            raise ConfigError(
+                f"{expert.name}: two experts of this name. Rename a folder, or pass "
+                "load_expert(path, name=...)."
+            )
+        for problem in check_numbers(expert):
+            raise IncompatibleExpertError(problem)
+        for other in self._experts:
+            difference = _difference(expert, other)
+            if difference:
+                raise IncompatibleExpertError(
+                    f"{expert.name}: belongs to another base than {other.name}: {difference}. "
+                    "A pool holds experts of one base; start a second pool."
+                )
+
+
+def _difference(one: Expert, other: Expert) -> str | None:
+    if one.base and other.base:
+        return one.base.difference(other.base)
+    names = (one.base_name, other.base_name)
+    if is_hub_name(names[0]) and is_hub_name(names[1]) and names[0] != names[1]:
+        return f"their adapters name {names[0]} and {names[1]}"
+    return None

@@ -1,0 +1,40 @@
+"""The published router."""
+
+import math
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from phatgoose.errors import MissingGateError
+from phatgoose.experts import Expert
+from phatgoose.routers.base import Router
+
+EPS = 1e-5  # as in the authors' layer norms
+
+
+@final
+class PhatgooseRouter(Router):
+    """Standardise token and gate over their features, then dot: v̂·û / sqrt(I).
+
+    Standardising uses the population variance and eps 1e-5. No sigmoid at inference.
+    arXiv:2402.05859, section 3.2.
+    """
+
+    name = "phatgoose"
+
+    def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
+        if expert.gates is None:
+            raise MissingGateError(
+                f"{expert.name}: has no gates, and the phatgoose router needs them. Train them: "
+                f"phatgoose gate {expert.folder or 'FOLDER'}"
+            )
+        gate = expert.gates.vectors[module].float()
+        return F.layer_norm(gate, gate.shape, eps=EPS)
+
+    def score(
+        self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E I"]
+    ) -> Float[Tensor, "T E"]:
+        width = x.shape[-1]
+        return F.layer_norm(x.float(), (width,), eps=EPS) @ signatures.T / math.sqrt(width)

@@ -1,0 +1,221 @@
+"""Tasks as files of examples, and examples as token ids.
+
+A file holds one JSON object per line (.jsonl, .jsonl.xz or .jsonl.gz):
+
+- `{"inputs": "...", "targets": "..."}`, a prompt and its answer, with `"choices": [...]` where the
+  answer is one of a few; the two are joined by a newline;
+- `{"prompt": "...", "completion": "..."}`, joined as they are;
+- `{"text": "..."}`, learnt as a whole.
+"""
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from phatgoose.errors import TaskFormatError
+
+SEPARATOR = "\n"  # between `inputs` and `targets`
+IGNORED = -100  # the label of a token that has no loss
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+_FIELDS = (("inputs", "targets", SEPARATOR), ("prompt", "completion", ""))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its reference answer."""
+
+    prompt: str  # the inputs, with the separator after them
+    target: str
+    choices: tuple[str, ...] | None = None  # the answers to choose from, `target` among them
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as token ids; for an encoder-decoder the two parts go to the two stacks."""
+
+    prompt: list[int]
+    target: list[int]  # with end-of-sequence
+
+
+def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
+    """Read the examples of a file.
+
+    Raises TaskFormatError, naming file and line, where the file cannot be read, a line is not a
+    JSON object of one of the three forms, or there is no line at all.
+    """
+    path = Path(path)
+    examples: list[Example] = []
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if limit is not None and len(examples) == limit:
+                    break
+                if line.strip():
+                    examples.append(_parse(line, f"{path}, line {number}"))
+    except FileNotFoundError:
+        raise TaskFormatError(f"{path}: no such file. Give a .jsonl file of examples.") from None
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise TaskFormatError(
+            f"{path}: cannot be read ({error}). Is it .jsonl, .jsonl.xz or .jsonl.gz?"
+        ) from None
+    if not examples:
+        raise TaskFormatError(f"{path}: holds no examples.")
+    return examples
+
+
+def load_examples(source: str | Path, split: str = "train") -> list[Example]:
+    """Examples of a file, of a task folder's split, or of a Hub data set ("owner/name").
+
+    Raises TaskFormatError where there is no such thing, or a row is not of one of the three forms.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = split_file(path, split)
+        if found is None:
+            raise TaskFormatError(f"{path}: holds no {split}.jsonl (or .jsonl.xz, .jsonl.gz).")
+        return read_examples(found)
+    if path.exists() or path.suffix in (".jsonl", *_OPENERS):
+        return read_examples(path)
+    return _read_hub(str(source), split)
+
+
+def _read_hub(name: str, split: str) -> list[Example]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise TaskFormatError(
+            f"{name}: no such file, and reading Hub data sets needs the datasets package: "
+            "pip install 'phatgoose[eval]'"
+        ) from None
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:  # datasets raises many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TaskFormatError(
+            f"{name}: no such file here, and the Hub gave no data set ({reason}). Check the name."
+        ) from None
+    return [parse_example(row, f"{name}, row {number}") for number, row in enumerate(rows)]
+
+
+def parse_example(row: Any, where: str) -> Example:
+    """One row of a file or data set as an Example; `where` names it in a TaskFormatError."""
+    if not isinstance(row, dict):
+        raise TaskFormatError(f"{where}: holds {type(row).__name__}, a JSON object is wanted.")
+    for first, second, separator in _FIELDS:
+        if first in row and second in row:
+            _want_text(row, where, first, second)
+            return Example(row[first] + separator, row[second], _choices(row, second, where))
+    if "text" in row:
+        _want_text(row, where, "text")
+        return Example("", row["text"])
+    raise TaskFormatError(
+        f"{where}: has the fields {', '.join(sorted(map(str, row))) or '(none)'}; wanted inputs and "
+        "targets, or prompt and completion, or text."
+    )
+
+
+def _parse(line: str, where: str) -> Example:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise TaskFormatError(f"{where}: is not JSON ({error}). Correct or remove it.") from None
+    return parse_example(row, where)
+
+
+def _want_text(row: dict[str, Any], where: str, *fields: str) -> None:
+    for field in fields:
+        if not isinstance(row[field], str):
+            kind = type(row[field]).__name__
+            raise TaskFormatError(f"{where}: {field} is a {kind}, text is wanted.")
+
+
+def _choices(row: dict[str, Any], target: str, where: str) -> tuple[str, ...] | None:
+    choices = row.get("choices")
+    if choices is None:
+        return None
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise TaskFormatError(f"{where}: choices is not a list of texts.")
+    if row[target] not in choices:
+        raise TaskFormatError(f"{where}: {target} is {row[target]!r}, which is not in choices.")
+    return tuple(choices)
+
+
+def encode(
+    tokenizer: Any, prompt: str, target: str, *, max_length: int, seq2seq: bool = False
+) -> Encoded:
+    """Token ids of a prompt and its target; what is too long loses the prompt's beginning.
+
+    The two parts are tokenised apart, so that the same target has the same ids after any prompt.
+    For a decoder-only model `max_length` bounds both together, otherwise each.
+    """
+    target_ids = tokenizer(target, add_special_tokens=False)["input_ids"]
+    target_ids = [*target_ids, tokenizer.eos_token_id][:max_length]
+    prompt_ids = tokenizer(prompt)["input_ids"] if prompt or seq2seq else []
+    room = max_length if seq2seq else max_length - len(target_ids)
+    return Encoded(prompt_ids[max(0, len(prompt_ids) - room) :], target_ids)
+
+
+def collate(
+    encoded: Sequence[Encoded], *, pad: int, seq2seq: bool = False
+) -> dict[str, Int[Tensor, "B L"]]:
+    """A training batch padded on the right, with a loss on the targets only."""
+    if seq2seq:
+        inputs = [row.prompt for row in encoded]
+        labels = [row.target for row in encoded]
+    else:
+        inputs = [row.prompt + row.target for row in encoded]
+        labels = [[IGNORED] * len(row.prompt) + row.target for row in encoded]
+    return {
+        "input_ids": _padded(inputs, pad),
+        "attention_mask": _padded([[1] * len(row) for row in inputs], 0),
+        "labels": _padded(labels, IGNORED),
+    }
+
+
+def batches(
+    encoded: Sequence[Encoded], batch_size: int, *, pad: int, seq2seq: bool = False, seed: int = 0
+) -> "DataLoader[dict[str, Tensor]]":
+    """Shuffled training batches, in an order that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        list(encoded),  # type: ignore[arg-type]
+        batch_size=min(batch_size, len(encoded)),
+        shuffle=True,
+        drop_last=True,
+        generator=generator,
+        collate_fn=lambda rows: collate(rows, pad=pad, seq2seq=seq2seq),
+    )
+
+
+def task_folders(paths: Sequence[str | Path]) -> Iterator[Path]:
+    """The task folders among `paths`: folders with a test file, or the folders inside them."""
+    for path in map(Path, paths):
+        if split_file(path, "test") is not None:
+            yield path
+            continue
+        found = sorted(f for f in path.glob("*") if f.is_dir() and split_file(f, "test") is not None)
+        if not found:
+            raise TaskFormatError(f"{path}: no task here. Wanted folders that hold test.jsonl.")
+        yield from found
+
+
+def split_file(folder: Path, split: str) -> Path | None:
+    """The file of a split ("train", "validation", "test") in a task folder, if it is there."""
+    for suffix in (".jsonl", ".jsonl.xz", ".jsonl.gz"):
+        if (path := folder / f"{split}{suffix}").is_file():
+            return path
+    return None
+
+
+def _padded(rows: list[list[int]], fill: int) -> Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.long)

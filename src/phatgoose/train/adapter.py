@@ -1,0 +1,99 @@
+"""Training a LoRA adapter on examples: PEFT for the layers, transformers.Trainer for the loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from phatgoose.errors import ConfigError
+from phatgoose.tasks import Encoded, collate
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTraining:
+    """Settings of the adapter phase."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: str | list[str] = "all-linear"
+    dropout: float = 0.0
+    steps: int = 500
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    seed: int = 0
+    bf16: bool = False  # run the model under bf16 autocast
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("rank", "alpha", "steps", "batch_size", "learning_rate"):
+            if not getattr(self, field) > 0:
+                raise ConfigError(f"{field} must be above 0, got {getattr(self, field)}.")
+
+
+def train_adapter(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    output_dir: str | Path,
+    settings: AdapterTraining | None = None,
+    *,
+    pad: int,
+    progress: bool = True,
+) -> Any:
+    """Train a LoRA on encoded examples and save it to `output_dir`; return the PeftModel.
+
+    The loss is on the targets. Linear warm-up, then cosine decay to zero. The matrices are trained
+    in fp32; if saved in bf16, the model keeps the rounded values too, so that gates trained next
+    belong to exactly what is on disk.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    settings = settings or AdapterTraining()
+    seq2seq = bool(model.config.is_encoder_decoder)
+    torch.manual_seed(settings.seed)
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
+        ),
+    )
+    trainer = Trainer(
+        model=peft_model,
+        args=TrainingArguments(
+            output_dir=str(output_dir),
+            max_steps=settings.steps,
+            per_device_train_batch_size=min(settings.batch_size, len(encoded)),
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(settings.warmup_ratio * settings.steps),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=1.0,
+            seed=settings.seed,
+            bf16=settings.bf16,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=max(1, settings.steps // 20),
+            disable_tqdm=not progress,
+            remove_unused_columns=False,
+        ),
+        train_dataset=list(encoded),  # type: ignore[arg-type]
+        data_collator=lambda rows: collate(rows, pad=pad, seq2seq=seq2seq),
+    )
+    trainer.train()
+    adapter = [p for p in peft_model.parameters() if p.requires_grad]
+    dtype = getattr(torch, settings.save_dtype)
+    for parameter in adapter:
+        parameter.data = parameter.data.to(dtype)
+    peft_model.save_pretrained(str(output_dir))
+    for parameter in adapter:
+        parameter.data = parameter.data.to(torch.float32)
+    return peft_model

@@ -1,0 +1,127 @@
+"""A PEFT LoRA whose every module is scaled by a gate: W u + scale * B A u * sigmoid(v·u)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phatgoose.errors import ConfigError, UntrainedAdapterError
+from phatgoose.experts import LoraModule
+from phatgoose.experts.base import base_name
+from phatgoose.experts.lora import refuse_unsupported
+
+Layer = Any  # a peft LoraLayer
+
+
+class GatedAdapter:
+    """The LoRA layers of a PeftModel's active adapter, and a zero gate for each.
+
+    While `installed()`, hooks multiply each lora_B's output by sigmoid(v·u), with u the layer's
+    input, in fp32. PEFT computes everything else, so its classes stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.adapter = _active_adapter(model)
+        self.layers = dict(_lora_layers(model, self.adapter))
+        if not self.layers:
+            raise ConfigError(f"adapter {self.adapter!r}: adapts no linear layer of this model.")
+        if not any(torch.any(self._matrices(layer)[1]) for layer in self.layers.values()):
+            raise UntrainedAdapterError(
+                f"adapter {self.adapter!r}: every lora_B is zero, so gates would get no gradient. "
+                "Train the adapter first, then its gates."
+            )
+        self.gates = {
+            name: nn.Parameter(torch.zeros(a.shape[1], dtype=torch.float32, device=a.device))
+            for name, layer in self.layers.items()
+            for a in [self._matrices(layer)[0]]
+        }
+
+    def modules(self) -> dict[str, LoraModule]:
+        """The adapter as an expert would hold it, by module names of the base."""
+        return {
+            name: LoraModule(*self._matrices(layer), scale=float(layer.scaling[self.adapter]))
+            for name, layer in self.layers.items()
+        }
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Apply the gates, with everything else frozen and dropout off; then undo all of it."""
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        modes = [(module, module.training) for module in self.model.modules()]
+        handles = [h for name, layer in self.layers.items() for h in self._hook(name, layer)]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            self.model.eval()
+            if any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+                # transformers checkpoints only in training mode; LoRA's dropout stays off.
+                self.model.train()
+                for layer in self.layers.values():
+                    layer.lora_dropout.eval()
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            for module, mode in modes:
+                module.training = mode
+
+    def _hook(self, name: str, layer: Layer) -> tuple[Any, Any]:
+        gate, inputs = self.gates[name], []
+
+        def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[:] = args[:1]
+
+        def scale(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            (u,) = inputs
+            inputs.clear()
+            with torch.autocast(u.device.type, enabled=False):
+                return output * torch.sigmoid(u.float() @ gate).unsqueeze(-1)
+
+        lora_b = layer.lora_B[self.adapter]
+        return layer.register_forward_pre_hook(keep_input), lora_b.register_forward_hook(scale)
+
+    def _matrices(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+
+
+def _active_adapter(model: nn.Module) -> str:
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"train_gates wants a peft.PeftModel with a trained LoRA, got {type(model).__name__}."
+        )
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ConfigError(f"one active adapter is wanted, got {active}. Call set_adapter(name).")
+    config = model.peft_config[active[0]].to_dict()
+    refuse_unsupported(config, f"adapter {active[0]!r}")
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        refused = "bias" if config.get("bias", "none") != "none" else "lora_bias"
+        raise ConfigError(
+            f"adapter {active[0]!r}: {refused} is on, which is not supported. Train the LoRA with "
+            'bias="none" and lora_bias=False.'
+        )
+    return active[0]
+
+
+def _lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Layer]]:
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter in module.lora_embedding_A:
+            raise ConfigError(
+                f"adapter {adapter!r}: has LoRA on the embedding {base_name(path)}, which is not "
+                "supported. Train a LoRA on linear layers only."
+            )
+        if adapter in module.lora_A:
+            if module.merged:
+                raise ConfigError(f"adapter {adapter!r}: is merged. Call unmerge_adapter() first.")
+            yield base_name(path), module

@@ -1,0 +1,44 @@
+"""The two things every part of the library passes around."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token uses, and how strongly."""
+
+    experts: Int[Tensor, "T K"]  # slots in the bank; -1 where a token uses none
+    weights: Float[Tensor, "T K"]  # fp32; 0 where the slot is -1 and nothing was chosen
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """Where the tokens of one forward stand: their sequence, their position, what came before.
+
+    A site sees its tokens flattened to T = B * L, row after row; `ids` and `real` also hold the P
+    tokens already in the KV cache, so a router may use everything a causal model has read so far.
+    """
+
+    length: int  # L, tokens of each sequence in this forward
+    ids: Int[Tensor, "B P+L"] | None  # None where only embeddings were given
+    real: Bool[Tensor, "B P+L"]  # False at padding
+
+    @property
+    def batch(self) -> int:
+        """B, sequences in this forward."""
+        return self.real.shape[0]
+
+    def positions(self) -> Int[Tensor, "B L"]:
+        """Position of each new token among the real tokens of its sequence, from 0."""
+        return (self.real.long().cumsum(-1) - 1).clamp_min(0)[:, -self.length :]
+
+    def new_ids(self) -> Int[Tensor, "B L"] | None:
+        """Ids of the tokens of this forward, without those in the cache."""
+        return None if self.ids is None else self.ids[:, -self.length :]
+
+    def new_real(self) -> Bool[Tensor, "B L"]:
+        """Which tokens of this forward are not padding."""
+        return self.real[:, -self.length :]
