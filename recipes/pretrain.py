@@ -1,11 +1,12 @@
 """Pretrain the small Llama that ships in `phatgoose.default`.
 
     python recipes/tokenizer.py TEXT_DIR tokenizer
-    python recipes/pretrain.py TEXT_DIR OUT_DIR --tokenizer tokenizer --minutes 8
+    python recipes/pretrain.py TEXT_DIR OUT_DIR --tokenizer tokenizer --minutes 7.2
 
 TEXT_DIR holds `.txt` or `.txt.xz` files whose documents each end with a line
 `<|endoftext|>`. OUT_DIR receives a bf16 model that `AutoModelForCausalLM` loads,
 its tokenizer and `log.json`; `--resume` continues from the last checkpoint.
+The shipped model is this command's on one NVIDIA H100: 7161 steps, 939 M tokens.
 """
 
 import argparse

@@ -11,6 +11,7 @@ A file holds one JSON object per line (.jsonl, .jsonl.xz or .jsonl.gz):
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     """
     path = Path(path)
     examples: list[Example] = []
+    number = 0
     try:
         with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -63,9 +65,10 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
                     examples.append(_parse(line, f"{path}, line {number}"))
     except FileNotFoundError:
         raise TaskFormatError(f"{path}: no such file. Give a .jsonl file of examples.") from None
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise TaskFormatError(
-            f"{path}: cannot be read ({error}). Is it .jsonl, .jsonl.xz or .jsonl.gz?"
+            f"{path}, after line {number}: cannot be read ({error}). Is it whole, and "
+            "really .jsonl, .jsonl.xz or .jsonl.gz?"
         ) from None
     if not examples:
         raise TaskFormatError(f"{path}: holds no examples.")

@@ -121,8 +121,8 @@ def test_name_and_revision_come_from_the_config(make_base):
     model.config._name_or_path, model.config._commit_hash = "owner/base", "c0ffee"
     found = identify_base(model)
     assert (found.name, found.revision) == ("owner/base", "c0ffee")
-    given_ = identify_base(model, name="owner/other", revision="main")
-    assert (given_.name, given_.revision) == ("owner/other", "main")
+    explicit = identify_base(model, name="owner/other", revision="main")
+    assert (explicit.name, explicit.revision) == ("owner/other", "main")
 
 
 def test_revisions_do_not_tell_apart(make_base):

@@ -8,11 +8,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.analysis.summary import layers, shares, token_weights
-from phatgoose.analysis.view import STREAMS, Passage, View, look
+from phatgoose.analysis.view import Passage, View, look
 from phatgoose.files import write_bytes
 from phatgoose.nn import Trace
 
@@ -40,13 +41,13 @@ def render_html(
         f"{len(view.layers)} layers with {len(trace.experts)} routed modules, "
         f"up to {trace.top_k} experts per token and module."
     )
-    everything = _table(view, view.layers, view.by_layer, "layer", upright=len(view.layers[0]) > 3)
     return page.substitute(
         title=escape(title),
         facts=facts,
         colours=_colours(view),
         legend=_legend(view),
-        layers=everything,
+        layers=_table(view, view.layers, view.by_layer, "layer"),
+        sequences=_sequences(view),
         passages="\n".join(_passage(view, number) for number in range(len(view.passages))),
         data=_data(trace, view),
     )
@@ -79,13 +80,12 @@ def _legend(view: View) -> str:
 
 def _passage(view: View, number: int) -> str:
     passage = view.passages[number]
-    stream = f" ({STREAMS[passage.stream]})" if len({p.stream for p in view.passages}) > 1 else ""
     heads = [token.text for token in passage.tokens]
     return (
-        f"<section><h3>{number + 1}. {escape(passage.label)}{stream}</h3>\n"
+        f"<section><h3>{number + 1}. {escape(view.heading(passage))}</h3>\n"
         f'<div class="text">{_text(view, passage, number)}</div>\n'
-        f"<details><summary>Experts of each token</summary>\n"
-        f"{_table(view, heads, passage.shares, 'token', upright=True)}\n</details></section>"
+        f"<details{' open' * (number == 0)}><summary>Experts of each token</summary>\n"
+        f"{_table(view, heads, passage.shares, 'token')}\n</details></section>"
     )
 
 
@@ -104,16 +104,24 @@ def _text(view: View, passage: Passage, number: int) -> str:
     return "".join(parts)
 
 
-def _table(
-    view: View, heads: list[str], values: Float[Tensor, "n C"], what: str, *, upright: bool
-) -> str:
+def _sequences(view: View) -> str:
+    if len(view.passages) == 1:
+        return ""
+    heads = [str(number) for number in range(1, len(view.passages) + 1)]
+    values = torch.stack([passage.shares.mean(0) for passage in view.passages])
+    table = _table(view, heads, values, "sequence")
+    return f"<section><h2>Experts in each sequence</h2>\n{table}</section>"
+
+
+def _table(view: View, heads: list[str], values: Float[Tensor, "n C"], what: str) -> str:
     """A heat map, experts down, `heads` across; the darkest cell is the largest share."""
-    largest = float(values.max()) or 1.0
-    up = ' class="up"' if upright else ""
+    largest = float(values[:, : view.shown].max()) or 1.0
+    up = ' class="up"' if max(map(len, heads)) > 3 else ""
     top = "".join(f'<th scope="col"{up}>{escape(head)}</th>' for head in heads)
     rows = []
     for i, name in enumerate(view.columns):
-        cells = "".join(_cell(share, largest) for share in values[:, i].tolist())
+        cell = _cell if i < view.shown else _plain  # a sum would outshine every single expert
+        cells = "".join(cell(share, largest) for share in values[:, i].tolist())
         chip = f'<span class="chip c{i}">{view.mark(i)}</span>'
         rows.append(f'<tr><th scope="row">{escape(name)} {chip}</th>{cells}</tr>')
     return (
@@ -129,8 +137,12 @@ def _cell(share: float, largest: float) -> str:
     percent, strength = round(100 * share), round(100 * share / largest)
     if not strength:
         return "<td></td>"
-    dark = ' class="h"' if strength > 50 else ""
+    dark = ' class="h"' if strength > 70 else ""
     return f'<td{dark} style="--v:{strength}">{percent or ""}</td>'
+
+
+def _plain(share: float, _: float) -> str:
+    return f'<td class="sum">{round(100 * share) or ""}</td>'
 
 
 def _data(trace: Trace, view: View) -> str:

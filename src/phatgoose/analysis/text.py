@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from phatgoose.analysis.view import STREAMS, Passage, View, look
+from phatgoose.analysis.view import Passage, View, look
 from phatgoose.nn import Trace
 
 _BAR = 24
@@ -21,6 +21,7 @@ def render_text(
     width: int | None = None,
     color: bool | None = None,
     labels: Sequence[str] | None = None,
+    tokens: bool = True,
 ) -> str:
     """The experts with their shares, then each sequence.
 
@@ -31,6 +32,7 @@ def render_text(
         width: columns of the terminal (None: as it says).
         color: None: where stdout is a terminal and NO_COLOR is not set.
         labels: names for the sequences (None: how they begin).
+        tokens: False leaves the sequences out.
     """
     if width is None:
         width = shutil.get_terminal_size().columns
@@ -38,12 +40,12 @@ def render_text(
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     view = look(trace, tokenizer, labels)
     lines = ["Experts, by share of the routing weight", *_bars(view, width, color)]
+    if not tokens:
+        return "\n".join(lines) + "\n"
     if color:
         lines += ["", "Each token has the colour of the expert it gave most weight to."]
-    streams = {passage.stream for passage in view.passages}
     for number, passage in enumerate(view.passages, 1):
-        where = f" ({STREAMS[passage.stream]})" if len(streams) > 1 else ""
-        lines += ["", _clip(f"{number}. {passage.label}{where}", width)]
+        lines += ["", _clip(f"{number}. {view.heading(passage)}", width)]
         lines += _coloured(view, passage, width) if color else _table(view, passage, width)
     return "\n".join(lines) + "\n"
 
@@ -51,10 +53,12 @@ def render_text(
 def _bars(view: View, width: int, color: bool) -> list[str]:
     names = max(map(_width, view.columns))
     names = max(8, min(names, _NAME, width - _BAR - 14))
-    largest = float(view.shares.max()) or 1.0
+    largest = float(view.shares[: view.shown].max()) or 1.0
     lines = []
     for column, (name, share) in enumerate(zip(view.columns, view.shares.tolist(), strict=True)):
-        bar = "█" * round(_BAR * share / largest) or ("▏" if share else "")
+        bar = "█" * min(_BAR, round(_BAR * share / largest)) or ("▏" if share else "")
+        if column >= view.shown:
+            bar = ""  # the sum of the others would outshine every single expert
         mark = f"{view.mark(column):>3} "
         if color:
             mark = _paint(view, column, mark)
@@ -79,11 +83,12 @@ def _coloured(view: View, passage: Passage, width: int) -> list[str]:
 
 def _table(view: View, passage: Passage, width: int) -> list[str]:
     texts = [token.text for token in passage.tokens]
-    first = min(max(map(_width, ["token", *texts])), max(8, width - _NAME - 12))
-    lines = [f"{_fit('token', first)} | {_fit('top expert', _NAME)} | weight"]
+    names = min(max(map(_width, ["top expert", *view.names])), _NAME)
+    first = min(max(map(_width, ["token", *texts])), max(8, width - names - 12))
+    lines = [f"{_fit('token', first)} | {_fit('top expert', names)} | weight"]
     for text, leader, share in zip(texts, passage.leaders, passage.largest, strict=True):
         padded = text + " " * (first - _width(text))  # a long token is never cut
-        lines.append(f"{padded} | {_fit(view.names[leader], _NAME)} | {100 * share:5.1f}%")
+        lines.append(f"{padded} | {_fit(view.names[leader], names)} | {100 * share:5.1f}%")
     return lines
 
 

@@ -49,26 +49,30 @@ def label_sequences(
 ) -> dict[Stream, list[str]]:
     """A short name for each sequence: the caller's, or how its text begins.
 
-    Fewer labels than sequences are shared out evenly, as `generate` does with prompts among their
-    beams. Raises ConfigError where that does not come out even.
+    Fewer labels than rows of the batch are shared out evenly, as `generate` does with prompts and
+    their beams. Raises ConfigError where that does not come out even.
     """
     named: dict[Stream, list[str]] = {}
     for stream, table in trace.tokens.items():
-        numbers = sequence_numbers(table)
-        count = max(numbers, default=-1) + 1
+        ids: dict[int, list[int]] = {}
+        row: dict[int, int] = {}
+        for number, token, where in zip(
+            sequence_numbers(table), table.ids.tolist(), table.sequence.tolist(), strict=True
+        ):
+            ids.setdefault(number, []).append(token)
+            row[number] = where
+        rows = max(row.values(), default=-1) + 1
         if labels is None:
-            ids = [[] for _ in range(count)]  # type: list[list[int]]
-            for number, token in zip(numbers, table.ids.tolist(), strict=True):
-                ids[number].append(token)
-            named[stream] = [_begin(tokenizer, tokens) for tokens in ids]
-        elif not labels or count % len(labels):
+            named[stream] = [_begin(tokenizer, ids[n]) or f"sequence {n + 1}" for n in ids]
+        elif len(labels) == len(ids):
+            named[stream] = [visible(label) for label in labels]
+        elif labels and rows % len(labels) == 0:
+            named[stream] = [visible(labels[row[n] * len(labels) // rows]) for n in ids]
+        else:
             raise ConfigError(
-                f"labels: got {len(labels)}, the trace has {count} sequences ({stream}). "
+                f"labels: got {len(labels)}, the trace has {len(ids)} sequences ({stream}). "
                 "Give one for each, or none at all."
             )
-        else:
-            each = count // len(labels)
-            named[stream] = [visible(labels[number // each]) for number in range(count)]
     return named
 
 

@@ -1,4 +1,4 @@
-"""What all displays share: which experts are shown, in which colours, and each sequence's tokens."""
+"""What all displays share: the experts shown, their colours, and each sequence's tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +48,11 @@ class View:
     layers: list[str]
     by_layer: Float[Tensor, "L C"]
     passages: list[Passage]
+
+    def heading(self, passage: Passage) -> str:
+        """A sequence's label, with its side where there are two."""
+        sides = len({other.stream for other in self.passages}) > 1
+        return f"{passage.label} ({STREAMS[passage.stream]})" if sides else passage.label
 
     def mark(self, column: int) -> str:
         """A short sign for a column: rank of its expert, + for the others, – for none."""

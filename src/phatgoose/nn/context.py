@@ -1,7 +1,8 @@
 """Knowing, inside a layer, which tokens it is looking at."""
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,7 @@ class ContextKeeper:
             ("decoder", "encoder", "cross")
         )
         self._cross_states: Tensor | None = None
+        self._encoded: tuple[Tensor, Tensor | None] | None = None  # the encoder's output, its ids
         self._generating: tuple[Tensor | None, Tensor | None] | None = None
         self._history: WeakKeyDictionary[Any, TokenContext] = WeakKeyDictionary()
         self._undo: list[Callable[[], None]] = []
@@ -39,10 +41,10 @@ class ContextKeeper:
             encoder, decoder = model.get_encoder(), model.get_decoder()
             prefix = next(name for name, module in model.named_modules() if module is encoder)
             self._encoder_prefix = prefix + "."
-            self._watch(encoder, self._enter_encoder, leave=lambda: None)
-            self._watch(decoder, self._enter_decoder, leave=self._leave)
+            self._watch(encoder, self._enter_encoder, leave=self._leave_encoder)
+            self._watch(decoder, self._enter_decoder, leave=self._leave_decoder)
         else:
-            self._watch(model, self._enter_decoder, leave=self._leave)
+            self._watch(model, self._enter_decoder, leave=self._leave_decoder)
         if hasattr(model, "prepare_inputs_for_generation"):
             self._listen_to_generate()
 
@@ -52,17 +54,26 @@ class ContextKeeper:
             self._undo.pop()()
 
     def find(self, module: str, x: Tensor) -> tuple[Stream, TokenContext | None]:
-        """The stream of `module`'s input `x`, and its context if a forward is under way."""
+        """The stream of `module`'s input `x`, and the context of its tokens where it is known.
+
+        It is not where `module` runs outside a forward of the model, or sees a part of its tokens.
+        """
         stream: Stream = "decoder"
         if self._encoder_prefix is not None:
             if module.startswith(self._encoder_prefix):
                 stream = "encoder"
             elif self._cross_states is not None and _same(x, self._cross_states):
                 stream = "cross"
-        return stream, self._streams[stream]
+        context = self._streams[stream]
+        if context is not None and context.batch * context.length != x[..., 0].numel():
+            context = None
+        return stream, context
 
     def _watch(
-        self, module: nn.Module, enter: Callable[[dict[str, Any]], None], leave: Callable[[], None]
+        self,
+        module: nn.Module,
+        enter: Callable[[dict[str, Any]], None],
+        leave: Callable[[Any], None],
     ) -> None:
         signature = inspect.signature(module.forward)
 
@@ -71,12 +82,13 @@ class ContextKeeper:
             enter({**arguments.pop("kwargs", {}), **arguments})
 
         pre = module.register_forward_pre_hook(before, with_kwargs=True)
-        post = module.register_forward_hook(lambda *_: leave(), always_call=True)
+        post = module.register_forward_hook(lambda *args: leave(args[-1]), always_call=True)
         self._undo += [pre.remove, post.remove]
 
     def _listen_to_generate(self) -> None:
         original = self._model.prepare_inputs_for_generation
 
+        @functools.wraps(original)  # generate looks at its signature
         def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             key = "attention_mask" if self._encoder_prefix is None else "decoder_attention_mask"
             self._generating = (input_ids, kwargs.get(key))
@@ -101,7 +113,7 @@ class ContextKeeper:
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         before = self._history.get(cache) if past else None
         if before is not None and before.real.shape != (shape[0], past):
-            before = None  # the cache was cropped or reordered behind our back
+            before = None  # the cache was cropped behind our back
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if generating is not None:
             total, mask_so_far = generating
@@ -122,19 +134,49 @@ class ContextKeeper:
         self._cross_states = states
         if states is None:
             return
-        rows, length = states.shape[:2]
-        encoder = self._streams["encoder"]
-        ids = None
-        if encoder is not None and encoder.ids is not None and encoder.length == length:
-            ids = encoder.ids
-            if ids.shape[0] != rows:  # beams share their encoder's row
-                ids = ids.repeat_interleave(rows // ids.shape[0], dim=0)
         self._streams["cross"] = _context(
-            (rows, length, states.device), ids, arguments.get("encoder_attention_mask"), None
+            (*states.shape[:2], states.device),
+            self._encoder_ids(states),
+            arguments.get("encoder_attention_mask"),
+            None,
         )
 
-    def _leave(self) -> None:
+    def _encoder_ids(self, states: Tensor) -> Tensor | None:
+        """The ids `states` were made from, if they are what the encoder gave last."""
+        if self._encoded is None:
+            return None
+        output, ids = self._encoded
+        if _same(states, output):
+            return ids
+        beams = max(1, states.shape[0] // output.shape[0])  # which share their encoder's row
+        output = output.repeat_interleave(beams, dim=0)
+        if (output.shape, output.device) != (states.shape, states.device):
+            return None
+        if not bool((output == states).all()):
+            return None
+        ids = None if ids is None else ids.repeat_interleave(beams, dim=0)
+        self._encoded = (states.detach(), ids)
+        return ids
+
+    def _leave_encoder(self, output: Any) -> None:
+        context, self._encoded = self._streams["encoder"], None
+        if context is not None and output is not None:
+            self._encoded = (output[0].detach(), context.ids)
+
+    def _leave_decoder(self, output: Any) -> None:
+        context = self._streams["decoder"]
+        if context is not None:  # a model that was given no cache may have made one
+            for cache in _caches(output):
+                self._history[cache] = context
         self._streams["decoder"] = self._streams["cross"] = self._cross_states = None
+
+
+def _caches(output: Any) -> list[Any]:
+    """The KV cache among a forward's outputs, if there is one."""
+    values = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(values, Iterable) or isinstance(values, Tensor):
+        return []
+    return [value for value in values if hasattr(value, "get_seq_length")]
 
 
 def _shape(arguments: dict[str, Any]) -> tuple[int, int, torch.device] | None:

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from phatgoose.errors import RoutingError
 from phatgoose.experts import Expert
 from phatgoose.nn.bank import Bank
-from phatgoose.nn.context import ContextKeeper
+from phatgoose.nn.context import ContextKeeper, Stream
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.trace import Trace
 from phatgoose.ops import choose_experts, routed_lora
@@ -25,17 +26,25 @@ class RoutingState:
     settings: RoutingSettings
     keeper: ContextKeeper
     experts: list[Expert]  # the pool's, in its order
-    allowed: frozenset[int] | None = None  # the pool's indices a forward may use; None: all
+    allowed: frozenset[str] | None = None  # the experts a forward may use, by name; None: all
     trace: Trace | None = None
-    _prior: tuple[TokenContext, Tensor | None] | None = field(default=None, repr=False)
+    _priors: dict[Stream, tuple[TokenContext, Tensor | None]] = field(
+        default_factory=dict, repr=False
+    )
 
-    def prior(self, context: TokenContext | None) -> Float[Tensor, "T E"] | None:
-        """The router's prior for this forward, computed once for all sites."""
-        if context is None:
+    def prior(self, stream: Stream, context: TokenContext | None) -> Float[Tensor, "T E"] | None:
+        """The router's prior for this forward, computed once for all sites of a stream."""
+        if type(self.router).prior is Router.prior:
             return None
-        if self._prior is None or self._prior[0] is not context:
-            self._prior = (context, self.router.prior(context, self.experts))
-        return self._prior[1]
+        if context is None:
+            raise RoutingError(
+                f"the {type(self.router).__name__} has a prior, and a layer sees tokens that cannot "
+                "be matched with the model's input. Call the model itself, not a part of it; "
+                "gradient checkpointing does not work with a prior."
+            )
+        if stream not in self._priors or self._priors[stream][0] is not context:
+            self._priors[stream] = (context, self.router.prior(context, self.experts))
+        return self._priors[stream][1]
 
 
 class Site:
@@ -56,15 +65,17 @@ class Site:
 
     def _hook(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         slots = self._slots()
-        if not slots:
+        if not slots and self.state.trace is None:
             return output
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
         stream, context = self.state.keeper.find(self.name, inputs[0])
-        routing = self._route(x, slots, context)
+        routing = self._route(x, slots, stream, context)
         if self.state.trace is not None:
             members = torch.tensor([*self.bank.members, -1], device=x.device)
             chosen = Routing(members[routing.experts], routing.weights.detach())
             self.state.trace.add(self.name, stream, context, chosen)
+        if not slots:
+            return output
         delta = routed_lora(x, self.bank.a, self.bank.b, routing)
         return output + delta.view(output.shape).to(output.dtype)
 
@@ -73,17 +84,22 @@ class Site:
         allowed = self.state.allowed
         if allowed is None:
             return range(len(self.bank))
-        return [slot for slot, member in enumerate(self.bank.members) if member in allowed]
+        names = [self.state.experts[member].name for member in self.bank.members]
+        return [slot for slot, name in enumerate(names) if name in allowed]
 
     def _route(
-        self, x: Float[Tensor, "T I"], slots: Sequence[int], context: TokenContext | None
+        self,
+        x: Float[Tensor, "T I"],
+        slots: Sequence[int],
+        stream: Stream,
+        context: TokenContext | None,
     ) -> Routing:
         bank, settings = self.bank, self.state.settings
         everyone = len(slots) == len(bank)
         signatures = bank.signatures[: len(bank)] if everyone else bank.signatures[list(slots)]
         with torch.autocast(x.device.type, enabled=False):
             scores = self.state.router.score(x, signatures)
-            prior = self.state.prior(context)
+            prior = self.state.prior(stream, context)
             if prior is not None:
                 scores = scores + prior[:, [bank.members[slot] for slot in slots]]
             routing = choose_experts(

@@ -52,9 +52,11 @@ def _best(scores: Float[Tensor, "T E"], count: int) -> Int[Tensor, "T K"]:
 
     torch.topk leaves the order of equal scores open; prefill and decode must agree on it.
     """
-    if count > FEW_EXPERTS:
+    # -inf means "taken" below, so a score of -inf (a router's ban) has to stay above it.
+    scores = scores.detach().clamp_min(torch.finfo(scores.dtype).min)
+    if not 0 < count <= FEW_EXPERTS:
         return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
-    left, order = scores.detach(), []
+    left, order = scores, []
     for _ in range(count):
         best = left.argmax(dim=-1, keepdim=True)  # documented to return the first maximum
         left = left.scatter(-1, best, -torch.inf)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def route(
     )
     if ATTRIBUTE in model.__dict__:
         raise RoutingError("route: this model routes already. Call phatgoose.unroute(model) first.")
-    if any(hasattr(module, "lora_A") for module in model.modules()):
+    if hasattr(model, "get_base_model") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise RoutingError(
             "route: the model has PEFT adapters in it. Give the plain base model "
             "(peft_model.unload() returns it)."
@@ -102,7 +103,7 @@ def restrict(model: nn.Module, experts: Iterable[str]) -> Iterator[None]:
     """
     routed = _routed(model)
     before = routed.state.allowed
-    routed.state.allowed = frozenset(routed.pool.index(name) for name in experts)
+    routed.state.allowed = frozenset(routed.pool[name].name for name in experts)
     try:
         yield
     finally:
@@ -149,8 +150,15 @@ class RoutedModel:
             site.close()
         self.state.keeper.close()
 
+    def __deepcopy__(self, _: object) -> NoReturn:
+        raise RoutingError(
+            "copy.deepcopy: a routed model cannot be copied, its hooks would still serve the "
+            "original. Call phatgoose.unroute(model), copy it, then route both."
+        )
+
     def prepare_add(self, expert: Expert) -> None:
         """Check an expert and make room for it: whatever can fail, before anything changes."""
+        self._check_not_recorded()
         self._check(expert)
         self._reserve([expert])
 
@@ -162,6 +170,7 @@ class RoutedModel:
         self.state.experts.append(expert)
 
     def prepare_remove(self, name: str) -> None:
+        self._check_not_recorded()
         if len(self.pool) - 1 < self.state.settings.top_k:
             raise RoutingError(
                 f"{name}: removing it would leave {len(self.pool) - 1} experts, a routed model "
@@ -172,6 +181,13 @@ class RoutedModel:
         for site in self.sites.values():
             site.bank.remove(index)
         del self.state.experts[index]
+
+    def _check_not_recorded(self) -> None:
+        if self.state.trace is not None:
+            raise RoutingError(
+                "the pool cannot change while a model it routes is being recorded: the trace's "
+                "indices would change their meaning. Leave the record block first."
+            )
 
     def _check(self, expert: Expert) -> None:
         difference = expert.base and expert.base.difference(self._identity)

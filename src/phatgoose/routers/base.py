@@ -41,7 +41,9 @@ class Router(ABC):
         """Scores from the context alone, added to those of every module; None means no prior.
 
         T is the B * L tokens of this forward, row after row; E counts all experts of the pool.
-        `context.ids` also holds the tokens already in the KV cache. Called once per forward.
+        `context.ids` also holds the tokens already in the KV cache. Called once per
+        forward; of an encoder-decoder once per stream: encoder, decoder, encoder states as seen by
+        cross-attention.
         """
         return None
 

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from phatgoose.errors import ConfigError
 from phatgoose.tasks import Encoded, collate
+
+SaveDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,18 @@ class AdapterTraining:
     weight_decay: float = 0.0
     seed: int = 0
     bf16: bool = False  # run the model under bf16 autocast
-    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    save_dtype: SaveDtype = "float32"
 
     def __post_init__(self) -> None:
         for field in ("rank", "alpha", "steps", "batch_size", "learning_rate"):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"{field} must be above 0, got {getattr(self, field)}.")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}.")
+        if self.save_dtype not in get_args(SaveDtype):
+            raise ConfigError(
+                f"save_dtype must be one of {get_args(SaveDtype)}, got {self.save_dtype!r}."
+            )
 
 
 def train_adapter(
@@ -54,6 +62,8 @@ def train_adapter(
     from transformers import Trainer, TrainingArguments
 
     settings = settings or AdapterTraining()
+    if not encoded:
+        raise ConfigError("train_adapter: there are no examples to train on. Give at least one.")
     seq2seq = bool(model.config.is_encoder_decoder)
     torch.manual_seed(settings.seed)
     peft_model = get_peft_model(
@@ -79,6 +89,7 @@ def train_adapter(
             max_grad_norm=1.0,
             seed=settings.seed,
             bf16=settings.bf16,
+            use_cpu=next(model.parameters()).device.type == "cpu",
             save_strategy="no",
             report_to="none",
             logging_steps=max(1, settings.steps // 20),

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phatgoose.errors import ConfigError, UntrainedAdapterError
+from phatgoose.errors import ConfigError, UnsupportedAdapterError, UntrainedAdapterError
 from phatgoose.experts import LoraModule
-from phatgoose.experts.base import base_name
+from phatgoose.experts.base import base_name, linear_sizes
 from phatgoose.experts.lora import refuse_unsupported
 
 Layer = Any  # a peft LoraLayer
@@ -51,16 +51,17 @@ class GatedAdapter:
         """Apply the gates, with everything else frozen and dropout off; then undo all of it."""
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         modes = [(module, module.training) for module in self.model.modules()]
+        rates = list(_dropout_rates(self.model))
         handles = [h for name, layer in self.layers.items() for h in self._hook(name, layer)]
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
             self.model.eval()
-            if any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
-                # transformers checkpoints only in training mode; LoRA's dropout stays off.
-                self.model.train()
-                for layer in self.layers.values():
-                    layer.lora_dropout.eval()
+            for module in self.model.modules():
+                # transformers checkpoints only in training mode; the modules inside stay in eval.
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+            for module, name, _ in rates:
+                setattr(module, name, 0.0)
             yield
         finally:
             for handle in handles:
@@ -69,6 +70,8 @@ class GatedAdapter:
                 parameter.requires_grad_(True)
             for module, mode in modes:
                 module.training = mode
+            for module, name, rate in rates:
+                setattr(module, name, rate)
 
     def _hook(self, name: str, layer: Layer) -> tuple[Any, Any]:
         gate, inputs = self.gates[name], []
@@ -89,6 +92,15 @@ class GatedAdapter:
         return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
 
 
+def _dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Rates that checkpointed modules read in training mode, like OPT's `dropout`."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    yield module, name, value
+
+
 def _active_adapter(model: nn.Module) -> str:
     from peft import PeftModel
 
@@ -103,7 +115,7 @@ def _active_adapter(model: nn.Module) -> str:
     refuse_unsupported(config, f"adapter {active[0]!r}")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         refused = "bias" if config.get("bias", "none") != "none" else "lora_bias"
-        raise ConfigError(
+        raise UnsupportedAdapterError(
             f"adapter {active[0]!r}: {refused} is on, which is not supported. Train the LoRA with "
             'bias="none" and lora_bias=False.'
         )
@@ -117,11 +129,17 @@ def _lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Layer]]:
         if not isinstance(module, LoraLayer):
             continue
         if adapter in module.lora_embedding_A:
-            raise ConfigError(
+            raise UnsupportedAdapterError(
                 f"adapter {adapter!r}: has LoRA on the embedding {base_name(path)}, which is not "
                 "supported. Train a LoRA on linear layers only."
             )
         if adapter in module.lora_A:
+            if linear_sizes(module.get_base_layer()) is None:
+                kind = type(module.get_base_layer()).__name__
+                raise UnsupportedAdapterError(
+                    f"adapter {adapter!r}: has LoRA on {base_name(path)}, a {kind}, which is not "
+                    "supported. Train a LoRA on linear layers only."
+                )
             if module.merged:
                 raise ConfigError(f"adapter {adapter!r}: is merged. Call unmerge_adapter() first.")
             yield base_name(path), module

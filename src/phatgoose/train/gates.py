@@ -44,6 +44,10 @@ class GateTraining:
             raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}.")
+        if not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm must be above 0, got {self.max_grad_norm}.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be between 0 and 2**32 - 1, got {self.seed}.")
         if self.gradient_accumulation_steps < 1:
             raise ConfigError(
                 "gradient_accumulation_steps must be at least 1, got "
@@ -110,7 +114,7 @@ def train_gates(
         model.to(accelerator.device)
         for gate in gated.gates.values():
             gate.data = gate.data.to(accelerator.device)
-    with _seeded(seed), gated.installed():
+    with seeded(seed), gated.installed():
         run = _Run(gated, settings, accelerator, loss or _model_loss, autocast)
         done = run.train(batches, adapter, checkpoint and Path(checkpoint), progress)
     return Gates(
@@ -155,7 +159,11 @@ class _Run:
     ) -> Progress:
         """Take all steps, from the checkpoint on if there is one."""
         done = Progress()
-        identity = {"adapter": adapter, **{k: str(v) for k, v in asdict(self.settings).items()}}
+        identity = {
+            "adapter": adapter,
+            "number of processes": str(self.accelerator.num_processes),
+            **{k: str(v) for k, v in asdict(self.settings).items()},
+        }
         if checkpoint is not None and checkpoint.exists():
             done = load_checkpoint(checkpoint, identity, self.gated.gates, self.optimizer)
         micro = self.settings.gradient_accumulation_steps
@@ -183,7 +191,8 @@ class _Run:
 
     def _step(self, batches: list[Batch], done: Progress) -> Progress:
         self._set_learning_rate(done.step)
-        self.optimizer.zero_grad()
+        for gate in self.gates:
+            gate.grad = torch.zeros_like(gate)  # a module this batch does not use has a zero too
         total = torch.zeros((), device=self.device)
         examples = tokens = 0
         for batch in batches:
@@ -192,6 +201,11 @@ class _Run:
             examples, tokens = examples + rows, tokens + count
             with self._autocast():
                 value = self.loss(self.gated.model, batch) / len(batches)
+            if not value.requires_grad:
+                raise TrainingError(
+                    "the loss does not depend on the gates. Give a loss that runs the model with "
+                    "its adapter on, and checkpoint gradients with use_reentrant=False."
+                )
             value.backward()
             total += value.detach()
         total = self._reduce_gradients(total)
@@ -200,7 +214,12 @@ class _Run:
                 f"the loss is {float(total)} at step {done.step + 1}. Check the data for empty "
                 "targets, or use bfloat16 or float32."
             )
-        torch.nn.utils.clip_grad_norm_(self.gates, self.settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.gates, self.settings.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"the gradient's norm is {float(norm)} at step {done.step + 1}. Use bfloat16 or "
+                "float32."
+            )
         self.optimizer.step()
         processes = self.accelerator.num_processes
         return Progress(
@@ -220,8 +239,7 @@ class _Run:
         """Average gradients and loss over the processes; gates are small, so one message does."""
         if self.accelerator.num_processes == 1:
             return total
-        gradients = [torch.zeros_like(g) if g.grad is None else g.grad for g in self.gates]
-        message = torch.cat([total.view(1), *(g.flatten() for g in gradients)])
+        message = torch.cat([total.view(1), *(gate.grad for gate in self.gates)])  # type: ignore[misc]
         message = self.accelerator.reduce(message, reduction="mean")
         start = 1
         for gate in self.gates:
@@ -279,13 +297,13 @@ def _size(batch: Batch) -> tuple[int, int]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed every random generator, and put back what was there."""
     before = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        set_seed(seed)
         try:
+            set_seed(seed)
             yield
         finally:
             random.setstate(before[0])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Gates
-from phatgoose.train.gates import train_gates
+from phatgoose.train.gates import seeded, train_gates
 
 
 def train_gates_from_trainer(
@@ -37,10 +37,14 @@ def train_gates_from_trainer(
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(model, batch)
 
-    settings.setdefault("tokenizer", getattr(trainer, "processing_class", None))
+    processing = getattr(trainer, "processing_class", None)
+    processing = getattr(processing, "tokenizer", processing)  # a multimodal processor has one
+    settings.setdefault("tokenizer", processing if hasattr(processing, "get_vocab") else None)
     settings.setdefault("gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
     settings.setdefault("seed", trainer.args.seed)
-    gates = train_gates(model, trainer.get_train_dataloader(), loss=loss, **settings)
+    with seeded(settings["seed"]):  # accelerate's sampler takes its seed when it is made
+        batches = trainer.get_train_dataloader()
+    gates = train_gates(model, batches, loss=loss, **settings)
     if save:
         trainer.save_model(str(folder))
         if accelerator.is_main_process:

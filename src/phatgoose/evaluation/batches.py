@@ -1,0 +1,120 @@
+"""Batches for evaluation: of similar lengths, padded on the side that suits."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from phatgoose.errors import ConfigError
+from phatgoose.tasks import Encoded, encode
+
+UNLIMITED = 1 << 20  # tokenizers without a limit name an enormous one
+
+
+def token_batches(
+    lengths: Sequence[int], max_tokens: int, *, rows: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Indices in batches of at most `max_tokens` with padding, longest first.
+
+    Item i takes rows[i] rows (default: one) of lengths[i] tokens. One that is too big goes alone.
+    """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens_per_batch must be at least 1, got {max_tokens}.")
+    rows = [1] * len(lengths) if rows is None else rows
+    batches: list[list[int]] = []
+    taken = longest = 0
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (taken + rows[item]) * longest > max_tokens:
+            batches.append([])
+            taken, longest = 0, lengths[item]
+        batches[-1].append(item)
+        taken += rows[item]
+    return batches
+
+
+def padded(
+    rows: Sequence[Sequence[int]], fill: int, side: Literal["left", "right"]
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
+    """Token ids as one tensor, and a mask that is 1 where they are not padding."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[index, place] = torch.tensor(row, dtype=torch.long)
+        mask[index, place] = 1
+    return ids, mask
+
+
+def positions(mask: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Each token's place among the real tokens of its row, from 0."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def forward(model: Any, **inputs: Any) -> Any:
+    """One forward on the model's device, without the optional arguments its class does not know."""
+    known = inspect.signature(model.forward).parameters
+    for name in ("position_ids", "logits_to_keep"):
+        if name not in known:
+            inputs.pop(name, None)
+    device = model.device
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return model(**moved, return_dict=True)
+
+
+def is_seq2seq(model: Any) -> bool:
+    return bool(model.config.is_encoder_decoder)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What to fill rows with; masked, so any token does where a tokenizer has no padding."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+def longest_input(model: Any, tokenizer: Any) -> int:
+    """How many tokens a model reads, by its configuration and its tokenizer."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return int(min(UNLIMITED, limit or UNLIMITED, tokenizer.model_max_length))
+
+
+def encode_within(
+    tokenizer: Any, prompt: str, target: str, *, max_length: int, seq2seq: bool
+) -> Encoded:
+    """`tasks.encode`; raises ConfigError where nothing of the prompt is there to answer."""
+    encoded = encode(tokenizer, prompt, target, max_length=max_length, seq2seq=seq2seq)
+    if not encoded.prompt:
+        reason = f"fits before an answer within {max_length} tokens" if prompt else "is there"
+        raise ConfigError(f"nothing of the prompt {reason}: {prompt[:40]!r} -> {target[:40]!r}.")
+    return encoded
+
+
+class Remembering:
+    """A tokenizer that keeps the ids of every text it has seen, as choices share their prompt."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.eos_token_id = tokenizer.eos_token_id
+        self._tokenizer = tokenizer
+        self._known: dict[tuple[str, bool], Any] = {}
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        key = (text, add_special_tokens)
+        if key not in self._known:
+            self._known[key] = self._tokenizer(text, add_special_tokens=add_special_tokens)
+        return self._known[key]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; then the modules' modes as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,113 @@
+"""Whether tokens find the expert of their task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from phatgoose.evaluation.batches import (
+    encode_within,
+    evaluating,
+    forward,
+    is_seq2seq,
+    longest_input,
+    pad_id,
+    padded,
+    token_batches,
+)
+from phatgoose.evaluation.scoring import MAX_TOKENS
+from phatgoose.nn import Trace
+from phatgoose.nn.context import Stream
+from phatgoose.pool import record
+from phatgoose.tasks import IGNORED, Encoded, Example
+
+
+@dataclass(frozen=True)
+class OwnShare:
+    """Share of the routing weight that goes to one expert: mean over tokens and sites, 0 to 1."""
+
+    prompt: float  # over all prompt tokens
+    last: float  # over each prompt's last token, which chooses the answer's first
+    answer: float  # over the target's tokens, end-of-sequence left out; 0 where there are none
+
+
+def own_share(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    expert: str,
+    *,
+    max_tokens_per_batch: int = MAX_TOKENS,
+) -> OwnShare:
+    """How much of a routed model's weight `expert` gets on prompts and reference answers.
+
+    In an encoder-decoder the prompt's tokens are the encoder's, the answer's the decoder's.
+    """
+    seq2seq, longest = is_seq2seq(model), longest_input(model, tokenizer)
+    rows = [
+        encode_within(tokenizer, e.prompt, e.target, max_length=longest, seq2seq=seq2seq)
+        for e in examples
+    ]
+    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in ("prompt", "last", "answer")}
+    lengths = [len(row.prompt) + len(row.target) for row in rows]
+    for batch in token_batches(lengths, max_tokens_per_batch):
+        chosen = [rows[index] for index in batch]
+        with evaluating(model), record(model) as trace:
+            forward(model, **_inputs(model, chosen, pad_id(tokenizer)))
+        for name, share in _shares(trace, chosen, expert, seq2seq=seq2seq):
+            sums[name][0] += float(share.sum())
+            sums[name][1] += share.numel()
+    return OwnShare(**{name: total / max(count, 1) for name, (total, count) in sums.items()})
+
+
+def _inputs(model: Any, rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
+    if not is_seq2seq(model):
+        ids, mask = padded([row.prompt + row.target[:-1] for row in rows], pad, "right")
+        return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1, "use_cache": False}
+    ids, mask = padded([row.prompt for row in rows], pad, "right")
+    targets, target_mask = padded([row.target for row in rows], IGNORED, "right")
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(targets),
+        "decoder_attention_mask": target_mask,
+        "use_cache": False,
+    }
+
+
+def _shares(
+    trace: Trace, rows: Sequence[Encoded], expert: str, *, seq2seq: bool
+) -> list[tuple[str, Float[Tensor, " N"]]]:
+    """The expert's share at each token, by what the token is part of."""
+    prompts = torch.tensor([len(row.prompt) for row in rows])
+    stream: Stream = "encoder" if seq2seq else "decoder"
+    shares, lengths, position = _stream(trace, expert, stream, prompts)
+    parts = [
+        ("prompt", shares[position < lengths]),
+        ("last", shares[position == lengths - 1]),
+    ]
+    answer: Bool[Tensor, " N"] = position >= lengths
+    if seq2seq:
+        shares, _, position = _stream(trace, expert, "decoder", prompts)
+        answer = position > 0  # the first is the start token
+    return [*parts, ("answer", shares[answer])]
+
+
+def _stream(
+    trace: Trace, expert: str, stream: Stream, prompts: Int[Tensor, " B"]
+) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """For a stream's tokens: the expert's share, their prompt's length, their position."""
+    sites = [name for name in trace.experts if trace.streams[name] == stream]
+    if not sites:
+        nothing = torch.zeros(0, dtype=torch.long)
+        return nothing.float(), nothing, nothing
+    tokens, index = trace.tokens[stream], trace.names.index(expert)
+    total = torch.zeros(len(tokens.sequence))
+    for name in sites:
+        weights = trace.weights[name]
+        own = (weights * (trace.experts[name] == index)).sum(-1)
+        total += own / weights.sum(-1).clamp_min(1e-9)
+    return total / len(sites), prompts[tokens.sequence], tokens.position

@@ -1,0 +1,111 @@
+"""Batched greedy answers against one prompt at a time, token by token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import phatgoose
+from phatgoose.errors import ConfigError
+from phatgoose.evaluation import generate_answers, generate_text
+from phatgoose.tasks import Example, encode
+from tests.evaluation.conftest import EOS
+from tests.models import PAD
+
+NEW = 12
+
+
+def naive_answer(model: nn.Module, tokenizer: Any, prompt: str, new: int) -> str:
+    """The likeliest token, again and again, with the whole sequence read anew each time."""
+    seq2seq = model.config.is_encoder_decoder
+    room = 64 if seq2seq else 64 - new + 1
+    ids = torch.tensor([encode(tokenizer, prompt, "", max_length=room, seq2seq=seq2seq).prompt])
+    answer: list[int] = []
+    while len(answer) < new:
+        tail = torch.tensor([answer], dtype=torch.long)
+        with torch.no_grad():
+            if seq2seq:
+                start = torch.cat([torch.tensor([[PAD]]), tail], dim=1)
+                logits = model(input_ids=ids, decoder_input_ids=start).logits
+            else:
+                logits = model(input_ids=torch.cat([ids, tail], dim=1)).logits
+        answer.append(int(logits[0, -1].argmax()))
+        if answer[-1] == EOS:
+            break
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("routed", [False, True], ids=["plain", "routed"])
+def test_answers_are_those_of_one_prompt_at_a_time(
+    family: str,
+    routed: bool,
+    make_routed: Callable[..., nn.Module],
+    tokenizer: Any,
+    text_examples: list[Example],
+) -> None:
+    model = make_routed(family, routed)
+    wanted = [naive_answer(model, tokenizer, e.prompt, NEW) for e in text_examples]
+    for batch_size in (1, 2, 4, 100):
+        found = generate_answers(
+            model, tokenizer, text_examples, max_new_tokens=NEW, batch_size=batch_size
+        )
+        assert found == wanted
+    prompts = [example.prompt for example in text_examples]
+    assert generate_text(model, tokenizer, prompts, max_new_tokens=NEW) == wanted
+
+
+def test_each_example_keeps_its_own_bound(
+    make_routed: Callable[..., nn.Module], tokenizer: Any, text_examples: list[Example]
+) -> None:
+    model = make_routed("llama")
+    examples, bounds = [*text_examples[:4], text_examples[5]], [1, 12, 3, 7, 12]
+    found = generate_answers(model, tokenizer, examples, max_new_tokens=bounds, batch_size=3)
+    for example, bound, answer in zip(examples, bounds, found, strict=True):
+        assert answer == naive_answer(model, tokenizer, example.prompt, bound)
+
+
+def test_generation_stops_at_end_of_sequence(
+    make_routed: Callable[..., nn.Module], tokenizer: Any
+) -> None:
+    """What follows the first end-of-sequence is no part of the answer, in any row of a batch."""
+    model = make_routed("llama", False)
+    free = generate_text(model, tokenizer, ["abc", "some text"], max_new_tokens=NEW)
+    inside = tokenizer(free[0], add_special_tokens=False)["input_ids"]
+    weights = model.lm_head.weight.data
+    # The token the first prompt's answer has in the middle becomes end-of-sequence.
+    cut = next(i for i, token in enumerate(inside) if i > 1 and token not in inside[:i])
+    weights[[EOS, inside[cut]]] = weights[[inside[cut], EOS]]
+    examples = [Example(p, "x") for p in ("abc", "some text")]
+    found = generate_answers(model, tokenizer, examples, max_new_tokens=NEW)
+    assert found == [naive_answer(model, tokenizer, e.prompt, NEW) for e in examples]
+    assert found[0] == tokenizer.decode(inside[:cut]).strip()
+
+
+def test_text_is_recorded_in_the_order_given(
+    make_routed: Callable[..., nn.Module], tokenizer: Any
+) -> None:
+    model = make_routed("llama")
+    prompts = ["a", "a longer prompt", "bc"]
+    with phatgoose.record(model) as trace:
+        generate_text(model, tokenizer, prompts, max_new_tokens=1)
+    table = trace.tokens["decoder"]
+    read = [tokenizer.decode(table.ids[table.sequence == row]) for row in range(3)]
+    assert read == prompts
+
+
+def test_settings_out_of_range(make_routed: Callable[..., nn.Module], tokenizer: Any) -> None:
+    model, examples = make_routed("llama", False), [Example("a", "b")]
+    assert generate_answers(model, tokenizer, []) == []
+    assert generate_text(model, tokenizer, [], max_new_tokens=1) == []
+    for settings, words in (
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 64}, "leaves no room"),
+        ({"batch_size": 0}, "batch_size"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            generate_answers(model, tokenizer, examples, **settings)
+    with pytest.raises(ConfigError, match="nothing of the prompt"):
+        generate_answers(model, tokenizer, [Example("", "b")], max_new_tokens=1)

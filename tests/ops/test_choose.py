@@ -1,0 +1,130 @@
+"""Choosing experts, against a sort of each row in plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from phatgoose.ops import choose, choose_experts
+from tests.tolerances import TOLERANCE, assert_near
+
+# Few different values, so that ties are common; -inf is how a router bans an expert.
+VALUES = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0, 3.0, -math.inf])
+
+
+@st.composite
+def score_tables(draw, width=st.integers(1, 12)):
+    """[T E] scores, where each token may use at least one expert."""
+    columns = draw(width)
+    rows = draw(st.lists(st.lists(VALUES, min_size=columns, max_size=columns), max_size=4))
+    assume(all(max(row) > -math.inf for row in rows))
+    return torch.tensor(rows).reshape(-1, columns)
+
+
+def choose_by_sorting(row, top_k, temperature=1.0, scale="softmax", null_score=None):
+    scores = row if null_score is None else [*row, null_score]
+    kept = sorted(range(len(scores)), key=lambda slot: (-scores[slot], slot))[:top_k]
+    weights = [1.0] * len(kept)
+    if scale == "softmax":
+        powers = [math.exp((scores[slot] - scores[kept[0]]) / temperature) for slot in kept]
+        weights = [power / sum(powers) for power in powers]
+    return [-1 if slot == len(row) else slot for slot in kept], weights
+
+
+@given(
+    score_tables(),
+    st.integers(1, 14),
+    st.sampled_from([0.1, 1.0, 7.0]),
+    st.sampled_from(["softmax", "unit"]),
+    st.sampled_from([None, -3.0, 0.25, 9.0]),
+)
+def test_definition(scores, top_k, temperature, scale, null_score):
+    settings = {"temperature": temperature, "scale": scale, "null_score": null_score}
+    found = choose_experts(scores, top_k, **settings)
+    wanted = [choose_by_sorting(row, top_k, **settings) for row in scores.tolist()]
+    count = min(top_k, scores.shape[1] + (null_score is not None))
+    assert found.experts.shape == found.weights.shape == (len(wanted), count)
+    assert found.experts.dtype == torch.int64
+    assert found.weights.dtype == torch.float32
+    assert found.experts.tolist() == [slots for slots, _ in wanted]
+    weights = torch.tensor([weights for _, weights in wanted]).reshape(found.weights.shape)
+    assert_near(found.weights, weights, TOLERANCE[torch.float32].weight)
+
+
+@given(score_tables(), st.integers(1, 12))
+def test_both_ways_to_find_the_best_agree(scores, top_k):
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for few in (0, 99):
+            patch.setattr(choose, "FEW_EXPERTS", few)
+            found.append(choose_experts(scores, top_k))
+    assert torch.equal(found[0].experts, found[1].experts)
+    assert torch.equal(found[0].weights, found[1].weights)
+
+
+@pytest.mark.parametrize("experts", [2, choose.FEW_EXPERTS, choose.FEW_EXPERTS + 1, 40])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_ties_go_to_the_lower_slot(experts, dtype):
+    scores = torch.ones(3, experts, dtype=dtype)
+    for top_k in (1, 2, experts):
+        routing = choose_experts(scores, top_k)
+        assert routing.experts.tolist() == [list(range(top_k))] * 3
+        assert_near(routing.weights, torch.full((3, top_k), 1 / top_k), 1e-6)
+
+
+@given(score_tables(st.just(5)), st.integers(1, 5), st.sampled_from([0.05, 1.0, 30.0]))
+def test_weights_sum_to_one(scores, top_k, temperature):
+    routing = choose_experts(scores, top_k, temperature=temperature)
+    assert_near(routing.weights.sum(-1), torch.ones(len(scores)), 1e-6)
+    assert bool((routing.weights >= 0).all())
+
+
+def test_temperature_sharpens_and_flattens():
+    scores = torch.tensor([[1.0, 0.0]])
+    cold, hot = (choose_experts(scores, 2, temperature=t).weights for t in (0.01, 100.0))
+    assert cold[0, 0] > 0.999
+    assert 0.5 < hot[0, 0] < 0.51
+
+
+def test_unit_scale_keeps_the_choice():
+    scores = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    soft, unit = (choose_experts(scores, 3, scale=scale) for scale in ("softmax", "unit"))
+    assert torch.equal(soft.experts, unit.experts)
+    assert torch.equal(unit.weights, torch.ones(6, 3))
+
+
+def test_the_null_candidate_takes_its_share():
+    scores = torch.tensor([[1.0, 0.0], [-1.0, -2.0], [3.0, 2.0], [0.5, -1.0]])
+    routing = choose_experts(scores, 2, null_score=0.5)
+    assert routing.experts.tolist() == [[0, -1], [-1, 0], [0, 1], [0, -1]]  # last: a tie
+    assert_near(routing.weights.sum(-1), torch.ones(4), 1e-6)
+    assert routing.weights[1, 0] > routing.weights[1, 1] > 0
+
+
+def test_a_banned_expert_is_never_chosen_twice_nor_weighed():
+    scores = torch.tensor([[-math.inf, 2.0, -math.inf]])
+    routing = choose_experts(scores, 3)
+    assert routing.experts.tolist() == [[1, 0, 2]]
+    assert routing.weights.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_scores_are_compared_in_fp32():
+    scores = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+    assert choose_experts(scores, 1).experts.tolist() == [[0]]
+    assert choose_experts(scores.bfloat16(), 2).weights.dtype == torch.float32
+
+
+def test_no_tokens_and_no_candidates():
+    assert choose_experts(torch.zeros(0, 3), 2).experts.shape == (0, 2)
+    assert choose_experts(torch.zeros(4, 0), 2).weights.shape == (4, 0)
+
+
+def test_gradients_reach_the_scores():
+    scores = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64, requires_grad=True)
+    choose_experts(scores, 2).weights[0, 0].backward()
+    first = math.exp(0.3) / (math.exp(0.3) + math.exp(0.1))
+    slope = first * (1 - first)
+    wanted = torch.tensor([[slope, 0.0, -slope]], dtype=torch.float64)
+    assert_near(scores.grad, wanted, TOLERANCE[torch.float32].gradient)
