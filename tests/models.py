@@ -178,6 +178,16 @@ def make_batch(
     return {**batch, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
 
 
+def take_row(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One sequence of a batch, without its padding."""
+    alone = {}
+    for key, value in batch.items():
+        prefix = "decoder_" if key.startswith("decoder_") else ""
+        real = batch[prefix + "attention_mask"][row].bool()
+        alone[key] = value[row : row + 1, real]
+    return alone
+
+
 def _pad(lengths: Sequence[int], side: str, random: torch.Generator) -> tuple[Tensor, Tensor]:
     width = max(lengths)
     ids = torch.full((len(lengths), width), PAD)

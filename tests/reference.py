@@ -30,7 +30,8 @@ class Adapter:
 class Reference:
     """A float64 copy of `model` that routes every token, one at a time, among expert folders.
 
-    `chosen[module]` and `weights[module]` collect a list per token, in the order they came.
+    `chosen[module]` and `weights[module]` collect a list per token, in the order they came. Calling
+    it gives logits without a graph; `model` itself can be differentiated.
     """
 
     def __init__(self, model: nn.Module, folders: list[Path], top_k: int = 2) -> None:
@@ -59,15 +60,15 @@ class Reference:
 
     def _token(self, module: str, u: Tensor) -> Tensor:
         scores = {
-            index: float(standardise(expert[module].gate) @ standardise(u)) / math.sqrt(len(u))
+            index: standardise(expert[module].gate) @ standardise(u) / math.sqrt(len(u))
             for index, expert in enumerate(self.experts)
             if module in expert
         }
-        kept = sorted(scores, key=lambda index: (-scores[index], index))[: self.top_k]
-        powers = [math.exp(scores[index] - scores[kept[0]]) for index in kept]
+        kept = sorted(scores, key=lambda index: (-scores[index].item(), index))[: self.top_k]
+        powers = [torch.exp(scores[index] - scores[kept[0]]) for index in kept]
         weights = [power / sum(powers) for power in powers]
         self.chosen[module].append(kept)
-        self.weights[module].append(weights)
+        self.weights[module].append([weight.item() for weight in weights])
         total = 0.0
         for index, weight in zip(kept, weights, strict=True):
             expert = self.experts[index][module]

@@ -36,7 +36,25 @@ _WHERE = {
     "unroute": "pool",
     "verify_expert": "experts",
 }
-__all__ = ["PhatgooseError", "__version__", *_WHERE]  # noqa: PLE0604
+__all__ = [
+    "Expert",
+    "ExpertPool",
+    "Gates",
+    "PhatgooseError",
+    "Router",
+    "Routing",
+    "TokenContext",
+    "__version__",
+    "load_expert",
+    "record",
+    "restrict",
+    "route",
+    "train_adapter",
+    "train_gates",
+    "train_gates_from_trainer",
+    "unroute",
+    "verify_expert",
+]
 
 
 def __getattr__(name: str) -> Any:

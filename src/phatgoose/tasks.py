@@ -205,7 +205,9 @@ def task_folders(paths: Sequence[str | Path]) -> Iterator[Path]:
         if split_file(path, "test") is not None:
             yield path
             continue
-        found = sorted(f for f in path.glob("*") if f.is_dir() and split_file(f, "test") is not None)
+        found = sorted(
+            f for f in path.glob("*") if f.is_dir() and split_file(f, "test") is not None
+        )
         if not found:
             raise TaskFormatError(f"{path}: no task here. Wanted folders that hold test.jsonl.")
         yield from found

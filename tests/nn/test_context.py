@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor
 
 from phatgoose import route
+from phatgoose.errors import RoutingError
 from phatgoose.types import TokenContext
 from tests.models import PAD, make_batch
 from tests.routers.counting import CountingRouter
@@ -315,5 +316,6 @@ def test_no_context_outlives_its_forward(watched):
     model, seen = watched()
     with pytest.raises(IndexError):
         model(torch.tensor([[10**6]]))
-    model.model(torch.tensor([[1, 2]]))  # a part of the model: its tokens are unknown
+    with pytest.raises(RoutingError, match="CountingRouter has a prior.*Call the model itself"):
+        model.model(torch.tensor([[1, 2]]))
     assert not seen

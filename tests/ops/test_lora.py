@@ -51,13 +51,18 @@ def by_token(x, a, b, routing):
     return torch.stack(rows) if rows else torch.zeros(0, b.shape[1], dtype=torch.float64)
 
 
+def terms(x, a, b, routing):
+    """The size of what is summed: the definition with every sign turned to plus."""
+    return by_token(x.abs(), a.abs(), b.abs(), replace(routing, weights=routing.weights.abs()))
+
+
 @pytest.mark.parametrize("op", OPS)
 @given(problem=problems())
 def test_definition(op, problem):
     x = problem[0]
     found = op(*problem)
     assert found.dtype == x.dtype
-    assert_near(found, by_token(*problem), TOLERANCE[x.dtype].output)
+    assert_near(found, by_token(*problem), TOLERANCE[x.dtype].output, terms(*problem))
 
 
 @given(problems())
@@ -65,25 +70,32 @@ def test_both_ways_to_compute_agree(problem):
     x = problem[0]
     by_pair, by_expert = lora._by_pair(*problem), lora._by_expert(*problem)
     assert by_pair.dtype == by_expert.dtype == x.dtype
-    assert_near(by_pair, by_expert, TOLERANCE[x.dtype].output)
+    assert_near(by_pair, by_expert, TOLERANCE[x.dtype].output, terms(*problem))
 
 
 @pytest.mark.parametrize("op", OPS)
 @settings(max_examples=20)
 @given(problem=problems(dtypes=(torch.float64,)))
 def test_gradients(op, problem):
+    found, wanted, size = (
+        gradients(compute, problem, sign)
+        for compute, sign in ((op, 0), (by_token, 0), (by_token, 1))
+    )
+    for each in zip(found, wanted, size, strict=True):
+        assert_near(*each[:2], TOLERANCE[torch.float32].output, each[2])
+
+
+def gradients(compute, problem, sign):
+    """Of x, a, b and the weights, for some loss; with `sign` 1 every number is made positive."""
     *tensors, routing = problem
-    tensors = [*tensors, routing.weights]
-    grown = []
-    for compute in (op, by_token):
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-        *factors, weights = leaves
-        y = compute(*factors, replace(routing, weights=weights))
-        slope = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
-        loss = (y * slope).sum() + 0 * sum(leaf.sum() for leaf in leaves)
-        grown.append(torch.autograd.grad(loss, leaves))
-    for found, wanted in zip(*grown, strict=True):
-        assert_near(found, wanted, TOLERANCE[torch.float32].gradient)
+    leaves = [v.detach().clone() for v in (*tensors, routing.weights)]
+    leaves = [(v.abs() if sign else v).requires_grad_() for v in leaves]
+    *factors, weights = leaves
+    y = compute(*factors, replace(routing, weights=weights))
+    slope = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    loss = (y * (slope.abs() if sign else slope)).sum()
+    # With no tokens or no slots the loss depends on nothing, and all gradients are 0.
+    return torch.autograd.grad(loss + 0 * sum(leaf.sum() for leaf in leaves), leaves)
 
 
 @pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
@@ -105,8 +117,8 @@ def test_expert_order_is_irrelevant(problem, random):
     order = torch.tensor(random.sample(range(len(a)), len(a)))
     slots = torch.cat([order.argsort(), torch.tensor([-1])])
     moved = replace(routing, experts=slots[routing.experts])
-    found = routed_lora(x, a[order], b[order], moved)
-    assert_near(found, routed_lora(x, a, b, routing), TOLERANCE[x.dtype].output)
+    found, wanted = routed_lora(x, a[order], b[order], moved), routed_lora(*problem)
+    assert_near(found, wanted, TOLERANCE[x.dtype].output, terms(*problem))
 
 
 def test_empty_slots_add_exactly_nothing():

@@ -30,7 +30,9 @@ class GatedLinear(nn.Module):
 class Reference:
     """A float64 copy of a base whose adapted layers are gated."""
 
-    def __init__(self, base: nn.Module, adapter: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
+    def __init__(
+        self, base: nn.Module, adapter: Mapping[str, tuple[Tensor, Tensor, float]]
+    ) -> None:
         self.model = deepcopy(base).double().eval().requires_grad_(False)
         self.layers: dict[str, GatedLinear] = {}
         for name, (a, b, scale) in adapter.items():

@@ -7,31 +7,11 @@ from torch.utils.data import DataLoader
 
 from phatgoose import train_gates
 from phatgoose.errors import ConfigError, ExpertFormatError
-from tests.train.toys import make, make_batch, make_batches, make_rows, same
+from tests.train.toys import Interrupted, PowerCut, make, make_batch, make_batches, make_rows, same
 
 
 def train(batches, *, model=None, steps=16, **settings):
     return train_gates(model or make(), batches, steps=steps, progress=False, **settings)
-
-
-class PowerCut(Exception):
-    pass
-
-
-class Interrupted:
-    """Batches that fail when so many have been taken, the first time they are gone through."""
-
-    def __init__(self, batches, after):
-        self.batches, self.left = batches, after
-
-    def __iter__(self):
-        for batch in self.batches:
-            if not self.left:
-                self.left = None
-                raise PowerCut
-            if self.left:
-                self.left -= 1
-            yield batch
 
 
 class Never:
@@ -107,6 +87,7 @@ def test_an_unused_module_can_be_saved_too(tmp_path):
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
         ({"warmup_ratio": 0.1}, "warmup_ratio"),
         ({"max_grad_norm": 2.0}, "max_grad_norm"),
+        ({"autocast": torch.bfloat16}, "autocast"),
         ({"model": "other seed"}, "adapter"),
         ({"model": "other scale"}, "adapter"),
     ],

@@ -20,7 +20,18 @@ from phatgoose.train.gated import GatedAdapter
 
 from tests.tolerances import TOLERANCE, assert_near
 from tests.train.reference import Reference
-from tests.train.toys import BASES, TARGETS, add_lora, gpt2, joined, llama, make, make_batch, opt, t5
+from tests.train.toys import (
+    BASES,
+    TARGETS,
+    add_lora,
+    gpt2,
+    joined,
+    llama,
+    make,
+    make_batch,
+    opt,
+    t5,
+)
 
 NEAR = TOLERANCE[torch.float32]
 GRADIENT = 1e-4  # relative: a gate hears of the loss through all the layers above it
@@ -228,7 +239,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, reentrant):
     peft_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     found_loss, found = loss_and_gradients()
     assert len(calls) == 2, "nothing was computed twice, so nothing was checkpointed"
-    assert found_loss == loss
+    assert found_loss == pytest.approx(loss, rel=1e-6)  # T5 goes without its cache
     assert_near(found, gradients, 1e-6)  # T5 sums over its layers in another order
 
 

@@ -7,6 +7,8 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from phatgoose import tasks, train_gates
@@ -44,9 +46,7 @@ def test_steps_are_adamw_s_with_warm_up_and_clipping(kind):
     batches = make_batches(12, kind)
     for number, batch in enumerate(batches):
         batch["scale"] = torch.tensor(100.0 if number % 3 == 0 else 0.01)
-    gates = train(
-        peft_model, batches, steps=12, warmup_ratio=0.25, seed=3, loss=loss_times_scale
-    )
+    gates = train(peft_model, batches, steps=12, warmup_ratio=0.25, seed=3, loss=loss_times_scale)
     reference.train(
         batches,
         lambda batch: reference.loss(batch) * float(batch["scale"]),
@@ -232,9 +232,7 @@ def test_micro_batches_add_up_to_one_batch():
 def test_a_list_is_gone_through_again_in_its_order():
     """Three batches for five steps: the fourth step has the first batch."""
     batches = make_batches(3)
-    short, long = (
-        train(make(), given, steps=5) for given in (batches, [*batches, *batches[:2]])
-    )
+    short, long = (train(make(), given, steps=5) for given in (batches, [*batches, *batches[:2]]))
     assert same(short.vectors, long.vectors)
 
 
@@ -273,6 +271,29 @@ def test_bfloat16(how):
     found = joined(gates.vectors)
     assert not torch.equal(found.bfloat16().float(), found)
     assert torch.cosine_similarity(found, wanted, dim=0) > 0.9
+
+
+def test_autocast_is_the_callers_or_the_launchers_only(monkeypatch):
+    """A Trainer in bf16 earlier in the process says nothing about these gates."""
+    dtypes = []
+
+    def loss(model, batch):
+        dtypes.append(model(**batch).logits.dtype)
+        return model(**batch).loss
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+        train(make(), [make_batch()], steps=1, loss=loss)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        train(make(), [make_batch()], steps=1, loss=loss)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+        train(make(), [make_batch()], steps=1, loss=loss, autocast=torch.bfloat16)
+        error, message = stopped(make(), [make_batch()])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert error is ConfigError and "fp16" in message
 
 
 def stopped(model, batches, **settings):

@@ -31,8 +31,8 @@ def llama(**changes: Any) -> nn.Module:
     """Grouped queries: four heads share two keys."""
     settings = {
         "vocab_size": len(VOCABULARY),
-        "hidden_size": 16,
-        "intermediate_size": 20,
+        "hidden_size": 32,
+        "intermediate_size": 40,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -44,16 +44,23 @@ def llama(**changes: Any) -> nn.Module:
 
 def gpt2(**changes: Any) -> nn.Module:
     """Conv1D, whose weights are transposed; dropout of 0.1 everywhere, as released."""
-    settings = {"vocab_size": len(VOCABULARY), "n_embd": 16, "n_layer": 2, "n_head": 2, **SPECIAL}
+    settings = {
+        "vocab_size": len(VOCABULARY),
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "initializer_range": 0.2,
+        **SPECIAL,
+    }
     return GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))
 
 
 def t5(**changes: Any) -> nn.Module:
     settings = {
         "vocab_size": len(VOCABULARY),
-        "d_model": 16,
-        "d_kv": 6,
-        "d_ff": 20,
+        "d_model": 32,
+        "d_kv": 10,
+        "d_ff": 40,
         "num_layers": 2,
         "num_heads": 2,
         "feed_forward_proj": "gated-gelu",
@@ -145,6 +152,26 @@ def make_rows(count: int) -> list[dict[str, Tensor]]:
     """Rows of one length, for a DataLoader to put together."""
     batch = make_batch(seed=7, lengths=[5] * count)
     return [{key: value[row] for key, value in batch.items()} for row in range(count)]
+
+
+class PowerCut(Exception):
+    pass
+
+
+class Interrupted:
+    """Batches that fail when so many have been taken, the first time they are gone through."""
+
+    def __init__(self, batches, after):
+        self.batches, self.left = batches, after
+
+    def __iter__(self):
+        for batch in self.batches:
+            if not self.left:
+                self.left = None
+                raise PowerCut
+            if self.left:
+                self.left -= 1
+            yield batch
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

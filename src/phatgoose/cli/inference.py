@@ -46,7 +46,9 @@ def demo(arguments: Namespace) -> None:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in answer["experts"].items())
         for key in ("base", "routed", "targets"):
             mark = " *" if key != "targets" and answer[key] == answer["targets"] else ""
-            print(f"  {'reference' if key == 'targets' else key:>9}: {_one_line(answer[key])}{mark}")
+            print(
+                f"  {'reference' if key == 'targets' else key:>9}: {_one_line(answer[key])}{mark}"
+            )
         print(f"  {'experts':>9}: {shares}\n")
     right = [sum(a[key] == a["targets"] for a in answers) for key in ("base", "routed")]
     print(f"Equal to the reference (*): base {right[0]}, routed {right[1]} of {len(answers)}.\n")
@@ -60,9 +62,7 @@ def generate(arguments: Namespace) -> None:
     prompts = _prompts(arguments, arguments.prompt)
     answers = generate_text(model, tokenizer, prompts, max_new_tokens=arguments.max_new_tokens)
     if arguments.json:
-        rows = [
-            {"prompt": p, "answer": a} for p, a in zip(arguments.prompt, answers, strict=True)
-        ]
+        rows = [{"prompt": p, "answer": a} for p, a in zip(arguments.prompt, answers, strict=True)]
         print(json.dumps(rows, ensure_ascii=False))
     else:
         print("\n".join(answers))

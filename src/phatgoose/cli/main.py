@@ -81,10 +81,15 @@ def _add_inference(commands: Commands) -> None:
     _generation_options(generate)
 
     trace = _command(
-        commands, "trace", "inference:trace", "answer one prompt and show which experts each token used"
+        commands,
+        "trace",
+        "inference:trace",
+        "answer one prompt and show which experts each token used",
     )
     trace.add_argument("prompt", help="the prompt")
-    trace.add_argument("--out", default="phatgoose-trace", help="folder for trace.html and trace.png")
+    trace.add_argument(
+        "--out", default="phatgoose-trace", help="folder for trace.html and trace.png"
+    )
     _generation_options(trace)
 
 

@@ -59,9 +59,7 @@ def train(arguments: Namespace) -> None:
     _train_gates(arguments, peft_model, tokenizer, encoded, out)
 
 
-def _encode(
-    arguments: Namespace, examples: list[Any], model: Any, tokenizer: Any
-) -> list[Encoded]:
+def _encode(arguments: Namespace, examples: list[Any], model: Any, tokenizer: Any) -> list[Encoded]:
     longest = getattr(model.config, "max_position_embeddings", None) or arguments.max_length
     return [
         encode(

@@ -46,7 +46,9 @@ def generate_answers(
     # A batch goes on until its largest bound, so examples of one bound belong together.
     order = sorted(range(len(examples)), key=lambda i: (-bounds[i], -len(prompts[i])))
     answers = [""] * len(examples)
-    with tqdm(total=len(order), desc="generate", unit="answer", disable=not progress) as bar:
+    with tqdm(
+        total=len(order), desc="generate", unit="answer", disable=not progress, leave=None
+    ) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             rows = [prompts[index] for index in batch]

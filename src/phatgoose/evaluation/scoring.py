@@ -101,7 +101,9 @@ def score_choices(
     groups = _groups(model, tokenizer, examples, share=share)
     score = _seq2seq_scores if seq2seq else _shared_scores if share else _causal_scores
     results = [[0.0] * len(example.choices or ()) for example in examples]
-    bar = tqdm(total=sum(map(len, results)), desc="rank", unit="choice", disable=not progress)
+    bar = tqdm(
+        total=sum(map(len, results)), desc="rank", unit="choice", disable=not progress, leave=None
+    )
     with evaluating(model), bar:
         for batch in token_batches(
             [group.longest for group in groups],

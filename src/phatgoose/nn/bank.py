@@ -27,12 +27,15 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self.members: list[int] = []  # the pool's index of each slot's expert
+        self.ranks: list[int] = []  # of each slot's expert
         for name, shape, kind in (
             ("signatures", (0, in_features), torch.float32),
             ("a", (0, 0, in_features), dtype),
             ("b", (0, out_features, 0), dtype),
         ):
-            self.register_buffer(name, torch.zeros(shape, device=device, dtype=kind), persistent=False)
+            self.register_buffer(
+                name, torch.zeros(shape, device=device, dtype=kind), persistent=False
+            )
 
     def __len__(self) -> int:
         return len(self.members)
@@ -57,6 +60,7 @@ class Bank(nn.Module):
         self.a[slot].zero_()[: lora.rank] = lora.a
         self.b[slot].zero_()[:, : lora.rank] = lora.b.float() * lora.scale
         self.members.append(member)
+        self.ranks.append(lora.rank)
 
     def remove(self, member: int) -> None:
         """Take the pool's expert `member` out; later ones move down, here and in the pool."""
@@ -64,8 +68,14 @@ class Bank(nn.Module):
             slot = self.members.index(member)
             for buffer in (self.signatures, self.a, self.b):
                 buffer[slot : len(self) - 1] = buffer[slot + 1 : len(self)].clone()
-            del self.members[slot]
+            del self.members[slot], self.ranks[slot]
         self.members = [other - (other > member) for other in self.members]
+
+    def trim(self) -> None:
+        """Drop ranks that no expert here has: their zeros can change how a product is rounded."""
+        rank = max(self.ranks, default=0)
+        if rank < self.a.shape[1]:
+            self.a, self.b = self.a[:, :rank].clone(), self.b[:, :, :rank].clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow the model from device to device; only the LoRA factors follow its dtype."""

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ class ContextKeeper:
         )
         self._cross_states: Tensor | None = None
         self._encoded: tuple[Tensor, Tensor | None] | None = None  # the encoder's output, its ids
+        self._prompt_length = 0  # tokens that `generate` was given
         self._generating: tuple[Tensor | None, Tensor | None] | None = None
         self._history: WeakKeyDictionary[Any, TokenContext] = WeakKeyDictionary()
         self._undo: list[Callable[[], None]] = []
@@ -65,7 +67,7 @@ class ContextKeeper:
             elif self._cross_states is not None and _same(x, self._cross_states):
                 stream = "cross"
         context = self._streams[stream]
-        if context is not None and context.batch * context.length != x[..., 0].numel():
+        if context is not None and context.batch * context.length != x.shape[:-1].numel():
             context = None
         return stream, context
 
@@ -124,10 +126,28 @@ class ContextKeeper:
             known = before is not None and before.ids is not None
             ids = torch.cat([before.ids, ids], dim=1) if known else None  # type: ignore[union-attr, list-item]
         context = _context(shape, ids, mask, before, past)
+        if generating is not None and ids is not None:
+            context = self._without_finished(context, past)
         self._streams["decoder"] = context
         if cache is not None and hasattr(cache, "get_seq_length"):
             self._history[cache] = context
         self._enter_cross(arguments)
+
+    def _without_finished(self, context: TokenContext, past: int) -> TokenContext:
+        """Count what `generate` appends to sequences that have ended as the padding it is.
+
+        It says so in no mask: only an end-of-sequence among the tokens it wrote before tells.
+        """
+        if not past:
+            self._prompt_length = context.real.shape[1]
+        ends = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
+        if ends is None or not past or context.ids is None:
+            return context
+        written = context.ids[:, self._prompt_length :]
+        end = torch.isin(written, torch.as_tensor(ends, device=written.device))
+        real = context.real.clone()
+        real[:, self._prompt_length :] &= end.long().cumsum(-1) - end.long() == 0
+        return replace(context, real=real)
 
     def _enter_cross(self, arguments: dict[str, Any]) -> None:
         states = arguments.get("encoder_hidden_states")

@@ -15,6 +15,7 @@ class Listener(Protocol):
     """A routed model that follows its pool."""
 
     def prepare_add(self, expert: Expert) -> None: ...
+    def cancel_add(self, expert: Expert) -> None: ...
     def add(self, expert: Expert) -> None: ...
     def prepare_remove(self, name: str) -> None: ...
     def remove(self, index: int) -> None: ...
@@ -72,8 +73,13 @@ class ExpertPool:
         if not isinstance(expert, Expert):
             expert = load_expert(expert)
         self._check(expert)
-        for listener in self._listeners:
-            listener.prepare_add(expert)
+        try:
+            for listener in self._listeners:
+                listener.prepare_add(expert)
+        except BaseException:
+            for listener in self._listeners:
+                listener.cancel_add(expert)
+            raise
         self._experts.append(expert)
         for listener in self._listeners:
             listener.add(expert)

@@ -162,6 +162,11 @@ class RoutedModel:
         self._check(expert)
         self._reserve([expert])
 
+    def cancel_add(self, expert: Expert) -> None:
+        """Give back what `prepare_add` took, if it got that far."""
+        self._ready.pop(expert.name, None)
+        self._tidy()
+
     def add(self, expert: Expert) -> None:
         """Give the expert the next slot at each site it adapts."""
         index, signatures = len(self.state.experts), self._ready.pop(expert.name)
@@ -181,6 +186,15 @@ class RoutedModel:
         for site in self.sites.values():
             site.bank.remove(index)
         del self.state.experts[index]
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Leave no spare ranks, and no site without experts."""
+        for name, site in list(self.sites.items()):
+            site.bank.trim()
+            if not len(site.bank):
+                site.close()
+                del self.sites[name]
 
     def _check_not_recorded(self) -> None:
         if self.state.trace is not None:
@@ -226,7 +240,10 @@ def _device(layer: nn.Module) -> torch.device:
 
 def _dtype(layer: nn.Module, model: nn.Module) -> torch.dtype:
     """The dtype to compute LoRA products in: the layer's own, or the model's if it is quantised."""
-    for dtype in (getattr(getattr(layer, "weight", None), "dtype", None), getattr(model, "dtype", None)):
+    for dtype in (
+        getattr(getattr(layer, "weight", None), "dtype", None),
+        getattr(model, "dtype", None),
+    ):
         if dtype in COMPUTE_DTYPES:
             return dtype
     return torch.get_default_dtype()

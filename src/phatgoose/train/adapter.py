@@ -1,6 +1,8 @@
 """Training a LoRA adapter on examples: PEFT for the layers, transformers.Trainer for the loop."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -59,7 +61,7 @@ def train_adapter(
     belong to exactly what is on disk.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     settings = settings or AdapterTraining()
     if not encoded:
@@ -99,7 +101,10 @@ def train_adapter(
         train_dataset=list(encoded),  # type: ignore[arg-type]
         data_collator=lambda rows: collate(rows, pad=pad, seq2seq=seq2seq),
     )
-    trainer.train()
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    with redirect_stdout(sys.stderr):  # where the Trainer prints its losses
+        trainer.train()
     adapter = [p for p in peft_model.parameters() if p.requires_grad]
     dtype = getattr(torch, settings.save_dtype)
     for parameter in adapter:

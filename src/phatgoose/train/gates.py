@@ -1,8 +1,9 @@
 """Training the gates of one adapter, as published."""
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,7 +85,8 @@ def train_gates(
             transformers.Trainer. Gone through again if it ends early and can start again.
             Under `accelerate launch`, processes take turns at its batches.
         loss: `loss(model, batch)`; default `model(**batch).loss`.
-        autocast: run the model in this dtype (torch.bfloat16); default: as accelerate is set up.
+        autocast: run the model in this dtype (torch.bfloat16); default: what `accelerate launch
+            --mixed_precision` says, or else the model's own.
         tokenizer: if given, its fingerprint is kept, and a pool refuses another base's.
         base: the base's Hub id, where the model's config does not have it.
         checkpoint: a file to save progress in every few steps, and to go on from if it exists.
@@ -105,8 +107,7 @@ def train_gates(
         gradient_accumulation_steps=gradient_accumulation_steps,
         seed=seed,
     )
-    if autocast not in (None, torch.bfloat16):
-        raise ConfigError(f"autocast: torch.bfloat16 or None is wanted, got {autocast}.")
+    autocast = _autocast_dtype(autocast)
     gated = GatedAdapter(model)
     adapter = adapter_hash(gated.modules())
     accelerator = Accelerator()
@@ -162,6 +163,7 @@ class _Run:
         identity = {
             "adapter": adapter,
             "number of processes": str(self.accelerator.num_processes),
+            "autocast": str(self.autocast),
             **{k: str(v) for k, v in asdict(self.settings).items()},
         }
         if checkpoint is not None and checkpoint.exists():
@@ -186,7 +188,9 @@ class _Run:
                 ended = done.step == self.settings.steps
                 if checkpoint is not None and (ended or done.step % CHECKPOINT_EVERY == 0):
                     if self.accelerator.is_main_process:
-                        save_checkpoint(checkpoint, identity, self.gated.gates, self.optimizer, done)
+                        save_checkpoint(
+                            checkpoint, identity, self.gated.gates, self.optimizer, done
+                        )
         return done
 
     def _step(self, batches: list[Batch], done: Progress) -> Progress:
@@ -232,7 +236,7 @@ class _Run:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
-            return self.accelerator.autocast()
+            return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def _reduce_gradients(self, total: Tensor) -> Tensor:
@@ -260,6 +264,17 @@ class _Run:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         endless = _again_and_again(batches)
         return endless if shared or processes == 1 else islice(endless, rank, None, processes)
+
+
+def _autocast_dtype(asked: torch.dtype | None) -> torch.dtype | None:
+    """What to autocast to: what was asked for, else what the launcher says.
+
+    Accelerator.autocast() would follow whichever Trainer this process ran last.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in (None, torch.bfloat16) or (asked is None and launched not in ("no", "bf16")):
+        raise ConfigError(f"autocast: torch.bfloat16 or None is wanted, got {asked or launched}.")
+    return torch.bfloat16 if asked is None and launched == "bf16" else asked
 
 
 def _again_and_again(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError
@@ -40,6 +41,8 @@ def train_gates_from_trainer(
     processing = getattr(trainer, "processing_class", None)
     processing = getattr(processing, "tokenizer", processing)  # a multimodal processor has one
     settings.setdefault("tokenizer", processing if hasattr(processing, "get_vocab") else None)
+    if accelerator.mixed_precision == "bf16":
+        settings.setdefault("autocast", torch.bfloat16)
     settings.setdefault("gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
     settings.setdefault("seed", trainer.args.seed)
     with seeded(settings["seed"]):  # accelerate's sampler takes its seed when it is made
