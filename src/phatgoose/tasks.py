@@ -121,8 +121,8 @@ def parse_example(row: Any, where: str) -> Example:
         _want_text(row, where, "text")
         return Example("", row["text"])
     raise TaskFormatError(
-        f"{where}: has the fields {', '.join(sorted(map(str, row))) or '(none)'}; wanted inputs and "
-        "targets, or prompt and completion, or text."
+        f"{where}: has the fields {', '.join(sorted(map(str, row))) or '(none)'}; wanted inputs "
+        "and targets, or prompt and completion, or text."
     )
 
 

@@ -1,4 +1,4 @@
-"""With a cache, beams or padding, each token is routed as in one forward over its whole sequence."""
+"""A routed model in generate, with beams and in pipelines; the trace matches the tokens."""
 
 import pytest
 import torch

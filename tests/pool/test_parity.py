@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from phatgoose import ExpertPool, record, route, unroute
 from tests.models import (
-    DECODERS,
     LINEARS,
     make_batch,
     make_model,

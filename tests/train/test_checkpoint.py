@@ -110,10 +110,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
 def test_a_file_that_is_no_checkpoint(tmp_path):
     path = tmp_path / "gates.ckpt"
     path.write_bytes(b"half a file")
-    with pytest.raises(ExpertFormatError, match="gates.ckpt"):
+    with pytest.raises(ExpertFormatError, match=r"gates\.ckpt"):
         train(make_batches(3), checkpoint=path)
     save_file({"x": torch.zeros(3)}, path)
-    with pytest.raises(ConfigError, match="gates.ckpt"):
+    with pytest.raises(ConfigError, match=r"gates\.ckpt"):
         train(make_batches(3), checkpoint=path)
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from phatgoose.errors import ConfigError, UnsupportedAdapterError, UntrainedAdapterError
 from phatgoose.train.gated import GatedAdapter
-
 from tests.tolerances import TOLERANCE, assert_near
 from tests.train.reference import Reference
 from tests.train.toys import (

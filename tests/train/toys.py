@@ -128,7 +128,7 @@ def make_batch(
     lengths: Sequence[int] = (6, 4, 5),
     left: bool = False,
 ) -> dict[str, Tensor]:
-    """Random rows of these lengths, padded on one side; the loss leaves out padding and two tokens."""
+    """Random rows of these lengths, padded on one side; the first two tokens have no loss."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
     ids = torch.randint(EOS, len(VOCABULARY), shape, generator=generator)

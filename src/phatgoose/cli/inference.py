@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import phatgoose
 from phatgoose import analysis, default
 from phatgoose.cli.sources import expert_sources

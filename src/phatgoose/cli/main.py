@@ -142,7 +142,7 @@ def _add_training(commands: Commands) -> None:
     train.add_argument("--out", required=True, help="folder of the new expert")
     _data_options(train)
     train.add_argument("--rank", type=int, default=8)
-    train.add_argument("--alpha", type=float, default=16.0)
+    train.add_argument("--alpha", type=int, default=16)
     train.add_argument("--dropout", type=float, default=0.0, help="of the LoRA")
     train.add_argument("--steps", type=int, default=500, help="of the adapter")
     train.add_argument("--learning-rate", type=float, default=1e-3, help="of the adapter")

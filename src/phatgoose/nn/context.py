@@ -27,7 +27,7 @@ class ContextKeeper:
     cache.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         self._streams: dict[Stream, TokenContext | None] = dict.fromkeys(
             ("decoder", "encoder", "cross")
@@ -112,7 +112,8 @@ class ContextKeeper:
         if shape is None:
             return
         cache = arguments.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        cached = getattr(cache, "get_seq_length", None)
+        past = int(cached()) if callable(cached) else 0
         before = self._history.get(cache) if past else None
         if before is not None and before.real.shape != (shape[0], past):
             before = None  # the cache was cropped behind our back
@@ -200,7 +201,7 @@ def _caches(output: Any) -> list[Any]:
 
 
 def _shape(arguments: dict[str, Any]) -> tuple[int, int, torch.device] | None:
-    """Sequences, tokens and device of a forward; None if it was given neither ids nor embeddings."""
+    """Sequences, tokens and device of a forward; None without ids or embeddings."""
     for key in ("input_ids", "inputs_embeds"):
         if arguments.get(key) is not None:
             return (*arguments[key].shape[:2], arguments[key].device)

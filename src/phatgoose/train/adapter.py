@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from phatgoose.errors import ConfigError
 from phatgoose.tasks import Encoded, collate
@@ -21,7 +20,7 @@ class AdapterTraining:
     """Settings of the adapter phase."""
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     target_modules: str | list[str] = "all-linear"
     dropout: float = 0.0
     steps: int = 500
@@ -46,7 +45,7 @@ class AdapterTraining:
 
 
 def train_adapter(
-    model: nn.Module,
+    model: Any,
     encoded: Sequence[Encoded],
     output_dir: str | Path,
     settings: AdapterTraining | None = None,

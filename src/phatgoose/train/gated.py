@@ -74,7 +74,8 @@ class GatedAdapter:
                 setattr(module, name, rate)
 
     def _hook(self, name: str, layer: Layer) -> tuple[Any, Any]:
-        gate, inputs = self.gates[name], []
+        gate = self.gates[name]
+        inputs: list[Tensor] = []
 
         def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs[:] = args[:1]

@@ -57,7 +57,7 @@ class GateTraining:
 
 
 def train_gates(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[Batch],
     *,
     steps: int = 100,
@@ -117,7 +117,8 @@ def train_gates(
             gate.data = gate.data.to(accelerator.device)
     with seeded(seed), gated.installed():
         run = _Run(gated, settings, accelerator, loss or _model_loss, autocast)
-        done = run.train(batches, adapter, checkpoint and Path(checkpoint), progress)
+        path = None if checkpoint is None else Path(checkpoint)
+        done = run.train(batches, adapter, path, progress)
     return Gates(
         vectors={name: gate.detach().cpu() for name, gate in gated.gates.items()},
         record=GateRecord(
@@ -186,11 +187,9 @@ class _Run:
                 bar.set_postfix(loss=f"{done.last_loss:.3f}")
                 bar.update()
                 ended = done.step == self.settings.steps
-                if checkpoint is not None and (ended or done.step % CHECKPOINT_EVERY == 0):
-                    if self.accelerator.is_main_process:
-                        save_checkpoint(
-                            checkpoint, identity, self.gated.gates, self.optimizer, done
-                        )
+                due = ended or done.step % CHECKPOINT_EVERY == 0
+                if checkpoint is not None and due and self.accelerator.is_main_process:
+                    save_checkpoint(checkpoint, identity, self.gated.gates, self.optimizer, done)
         return done
 
     def _step(self, batches: list[Batch], done: Progress) -> Progress:
@@ -243,7 +242,8 @@ class _Run:
         """Average gradients and loss over the processes; gates are small, so one message does."""
         if self.accelerator.num_processes == 1:
             return total
-        message = torch.cat([total.view(1), *(gate.grad for gate in self.gates)])  # type: ignore[misc]
+        gradients = [torch.zeros_like(g) if g.grad is None else g.grad for g in self.gates]
+        message = torch.cat([total.view(1), *gradients])
         message = self.accelerator.reduce(message, reduction="mean")
         start = 1
         for gate in self.gates:
