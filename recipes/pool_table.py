@@ -104,7 +104,7 @@ def group_table(results: dict[str, Any], group: str) -> Iterator[str]:
             cells.append(" / ".join(f"{share:.0%}" for share in parts))
         yield "| " + " | ".join(cells) + " |"
     total = [f"**average of {average['tasks']}**", "", str(sum(r["n"] for r in rows.values()))]
-    total += [f"**{cell(average[c])}**" for c in columns]
+    total += [f"**{cell(average[c])}**" if average[c] else "" for c in columns]
     if with_shares:
         means = (np.mean([s[part] for s in shares.values()]) for part in PARTS)
         total.append(" / ".join(f"{share:.0%}" for share in means))

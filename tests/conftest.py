@@ -20,13 +20,26 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+@pytest.fixture(scope="session")
+def saved_experts(tmp_path_factory):
+    """saved_experts(family, count): folders made once, for all tests that only read them."""
+    made = {}
+
+    def save(family, count, **config):
+        key = (family, count, repr(config))
+        if key not in made:
+            root, targets = tmp_path_factory.mktemp(family), mixed_targets(family, count)
+            made[key] = save_experts(root, make_model(family), targets, **config)
+        return made[key]
+
+    return save
+
+
 @pytest.fixture
-def model_and_pool(tmp_path):
+def model_and_pool(saved_experts):
     """model_and_pool(family, count): a tiny model and a pool of experts of mixed layers for it."""
 
     def make(family="llama", count=4, **config):
-        model = make_model(family)
-        targets = mixed_targets(family, count)
-        return model, ExpertPool.load(save_experts(tmp_path / family, model, targets, **config))
+        return make_model(family), ExpertPool.load(saved_experts(family, count, **config))
 
     return make

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from phatgoose.errors import ExpertNotFoundError
+from phatgoose.errors import ConfigError, ExpertNotFoundError
 
 
 def load_base(
@@ -15,7 +15,10 @@ def load_base(
     """A transformers model in evaluation mode, and its tokenizer, by folder or Hub id.
 
     `device` is the first accelerator by default; `dtype` is fp32 on a CPU and bf16 elsewhere.
-    Raises ExpertNotFoundError where the folder or the Hub does not give them.
+
+    Raises:
+        ExpertNotFoundError: the folder or the Hub does not give them.
+        ConfigError: torch cannot use the device, or the tokenizer has no token to pad with.
     """
     from transformers import (
         AutoConfig,
@@ -26,6 +29,7 @@ def load_base(
 
     name = str(source)
     device = device or best_device()
+    _check_device(device)
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
@@ -40,8 +44,23 @@ def load_base(
             "save_pretrained, or a Hub id and a network."
         ) from error
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"{name}: its tokenizer has neither a padding nor an end-of-sequence token. Give "
+                "it one, and save it again."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # the former from a torch built without it
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{device}: no device that torch can use here ({reason}). Give cpu, cuda or the like."
+        ) from None
 
 
 def best_device() -> str:

@@ -34,6 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away
         return 0
+    except OSError as error:
+        # Mostly a path on the command line that cannot be read or written.
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(
+            f"phatgoose: {' '.join(what.split())}. Check the path, its permissions and the space "
+            "on the disk.",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:

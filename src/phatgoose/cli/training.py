@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 
 from phatgoose import default
-from phatgoose.errors import ConfigError
-from phatgoose.experts import Gates
-from phatgoose.experts.lora import read_adapter
+from phatgoose.errors import ConfigError, IncompatibleExpertError
+from phatgoose.experts import Expert, Gates
+from phatgoose.experts.lora import LoraModule, read_adapter
+from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.models import load_base
 from phatgoose.tasks import Encoded, batches, encode, load_examples
 from phatgoose.train import AdapterTraining, train_adapter, train_gates
+from phatgoose.train.gates import GateTraining
 
 CHECKPOINT = "phatgoose_gates.checkpoint"
 
@@ -23,19 +26,22 @@ def gate(arguments: Namespace) -> None:
     """Train the gates of an adapter folder and write them into it."""
     from peft import PeftModel
 
+    _check_options(arguments)
     folder = Path(arguments.adapter)
-    config, _ = read_adapter(folder)
+    config, modules = read_adapter(folder)
     base = arguments.base or config.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{folder}: its config names no base model. Pass --base.")
     examples = load_examples(arguments.data)
     model, tokenizer = load_base(base, device=arguments.device, dtype=torch.float32)
+    _check_adapter(folder, modules, model)
     encoded = _encode(arguments, examples, model, tokenizer)
     _train_gates(arguments, PeftModel.from_pretrained(model, folder), tokenizer, encoded, folder)
 
 
 def train(arguments: Namespace) -> None:
     """Train an adapter and its gates into a new expert folder."""
+    _check_options(arguments)
     settings = AdapterTraining(
         rank=arguments.rank,
         alpha=arguments.alpha,
@@ -48,8 +54,8 @@ def train(arguments: Namespace) -> None:
         save_dtype=arguments.save_dtype,
     )
     out = Path(arguments.out)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}: is not empty. Give a new folder, or empty this one.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: is no empty folder. Give a new folder, or empty this one.")
     examples = load_examples(arguments.data)
     model, tokenizer = load_base(
         arguments.base or default.BASE, device=arguments.device, dtype=torch.float32
@@ -57,6 +63,29 @@ def train(arguments: Namespace) -> None:
     encoded = _encode(arguments, examples, model, tokenizer)
     peft_model = train_adapter(model, encoded, out, settings, pad=tokenizer.pad_token_id)
     _train_gates(arguments, peft_model, tokenizer, encoded, out)
+
+
+def _check_options(arguments: Namespace) -> None:
+    """Refuse settings of the gate phase and of the data before anything is trained or written."""
+    GateTraining(
+        steps=arguments.gate_steps,
+        learning_rate=arguments.gate_learning_rate,
+        seed=arguments.seed,
+    )
+    for option, least in (("batch_size", 1), ("gate_batch_size", 1), ("max_length", 2)):
+        value = getattr(arguments, option)
+        if value is not None and value < least:
+            raise ConfigError(f"{option} must be at least {least}, got {value}.")
+    dropout = getattr(arguments, "dropout", 0.0)
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout}.")
+
+
+def _check_adapter(folder: Path, modules: Mapping[str, LoraModule], model: Any) -> None:
+    """Refuse what PEFT would load in part, with a warning, or train into NaN."""
+    expert = Expert(folder.name, modules, gates=None, base_name=None, folder=folder)
+    for problem in (*check_numbers(expert), *check_modules(expert, model)):
+        raise IncompatibleExpertError(problem)
 
 
 def _encode(arguments: Namespace, examples: list[Any], model: Any, tokenizer: Any) -> list[Encoded]:

@@ -35,7 +35,7 @@ class ContextKeeper:
         self._cross_states: Tensor | None = None
         self._encoded: tuple[Tensor, Tensor | None] | None = None  # the encoder's output, its ids
         self._prompt_length = 0  # tokens that `generate` was given
-        self._generating: tuple[Tensor | None, Tensor | None] | None = None
+        self._generating: tuple[Tensor | None, Tensor | None, bool | None] | None = None
         self._history: WeakKeyDictionary[Any, TokenContext] = WeakKeyDictionary()
         self._undo: list[Callable[[], None]] = []
         self._encoder_prefix: str | None = None
@@ -89,11 +89,13 @@ class ContextKeeper:
 
     def _listen_to_generate(self) -> None:
         original = self._model.prepare_inputs_for_generation
+        flagged = "is_first_iteration" in inspect.signature(original).parameters  # transformers 5
 
         @functools.wraps(original)  # generate looks at its signature
         def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             key = "attention_mask" if self._encoder_prefix is None else "decoder_attention_mask"
-            self._generating = (input_ids, kwargs.get(key))
+            first = kwargs.get("is_first_iteration", False) if flagged else None
+            self._generating = (input_ids, kwargs.get(key), first)
             return original(input_ids, *args, **kwargs)
 
         self._model.prepare_inputs_for_generation = prepare  # type: ignore[assignment]
@@ -119,7 +121,7 @@ class ContextKeeper:
             before = None  # the cache was cropped behind our back
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if generating is not None:
-            total, mask_so_far = generating
+            total, mask_so_far, _ = generating
             mask = mask_so_far if mask_so_far is not None else mask
             if total is not None and total.shape == (shape[0], past + shape[1]):
                 ids = total
@@ -128,21 +130,22 @@ class ContextKeeper:
             ids = torch.cat([before.ids, ids], dim=1) if known else None  # type: ignore[union-attr, list-item]
         context = _context(shape, ids, mask, before, past)
         if generating is not None and ids is not None:
-            context = self._without_finished(context, past)
+            first = generating[2] if generating[2] is not None else not past
+            context = self._without_finished(context, first)
         self._streams["decoder"] = context
         if cache is not None and hasattr(cache, "get_seq_length"):
             self._history[cache] = context
         self._enter_cross(arguments)
 
-    def _without_finished(self, context: TokenContext, past: int) -> TokenContext:
+    def _without_finished(self, context: TokenContext, first: bool) -> TokenContext:
         """Count what `generate` appends to sequences that have ended as the padding it is.
 
         It says so in no mask: only an end-of-sequence among the tokens it wrote before tells.
         """
-        if not past:
+        if first:  # all there is so far is the prompt, an end in it ends nothing
             self._prompt_length = context.real.shape[1]
         ends = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
-        if ends is None or not past or context.ids is None:
+        if ends is None or context.ids is None:
             return context
         written = context.ids[:, self._prompt_length :]
         end = torch.isin(written, torch.as_tensor(ends, device=written.device))

@@ -39,8 +39,8 @@ class RoutingState:
         if context is None:
             raise RoutingError(
                 f"the {type(self.router).__name__} has a prior, and a layer sees tokens that "
-                "cannot be matched with the model's input. Call the model itself, not a part of it; "
-                "gradient checkpointing does not work with a prior."
+                "cannot be matched with the model's input. Call the model itself, not a part of "
+                "it; gradient checkpointing does not work with a prior."
             )
         if stream not in self._priors or self._priors[stream][0] is not context:
             self._priors[stream] = (context, self.router.prior(context, self.experts))

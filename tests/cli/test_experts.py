@@ -1,0 +1,110 @@
+"""experts list, verify, push, pull."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+
+from phatgoose import default
+from phatgoose.experts import load_expert
+from phatgoose.experts.hub import FILES
+
+NAMES = [folder.name for folder in default.expert_folders()]
+
+
+def test_list_shows_the_pool_of_the_package(run):
+    result = run("experts", "list")
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    assert all("gates" in line and "rank" in line for line in lines)
+
+
+def test_list_as_json(run):
+    rows = json.loads(run("experts", "list", "--json").out)
+    assert [row["name"] for row in rows] == NAMES
+    for row, folder in zip(rows, default.expert_folders(), strict=True):
+        expert = load_expert(folder)
+        assert row["modules"] == len(expert.modules)
+        assert row["gate_steps"] == expert.gates.record.steps
+        assert row["gates"] is True
+
+
+def test_list_looks_into_a_folder_of_experts(run, world):
+    world.ungated("two")
+    rows = json.loads(run("experts", "list", world.root, "--json").out)
+    assert [(row["name"], row["gates"]) for row in rows] == [("one", True), ("two", False)]
+    assert [row["rank"] for row in rows] == [3, 3]
+    assert "no gates" in run("experts", "list", world.two).out
+
+
+def test_verify_finds_nothing_wrong(run, world):
+    result = run("experts", "verify", world.one, world.two, "--base", world.base)
+    assert result.code == 0
+    assert result.out.splitlines() == [f"{world.root / n}: nothing wrong" for n in ("one", "two")]
+
+
+def test_verify_finds_nothing_wrong_with_the_package(run):
+    result = run("experts", "verify", default.EXPERTS, "--base", default.BASE, "--json")
+    assert result.code == 0
+    assert json.loads(result.out) == {str(folder): [] for folder in default.expert_folders()}
+
+
+def test_verify_as_json(run, world):
+    world.ungated("two")
+    result = run("experts", "verify", world.one, world.two, world.nothing, "--json")
+    assert result.code == 3
+    found = json.loads(result.out)
+    assert list(found) == [str(world.root / name) for name in ("one", "two", "nothing")]
+    assert [len(problems) for problems in found.values()] == [0, 1, 1]
+    assert "phatgoose gate" in found[str(world.two)][0]
+
+
+def test_verify_checks_against_the_base_given(run, world):
+    foreign = world.foreign()
+    result = run("experts", "verify", foreign, "--base", world.base)
+    assert result.code == 3
+    assert "the base maps 24 to" in result.out
+    assert run("experts", "verify", foreign, "--base", world.other).code == 0
+
+
+@pytest.fixture
+def hub(monkeypatch, world):
+    """A Hub that is a folder; its calls are recorded."""
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **settings):
+            calls.append((name, settings))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, *, folder_path, repo_id, allow_patterns):
+            target = world.root / "hub" / repo_id
+            target.mkdir(parents=True)
+            for name in allow_patterns:
+                if (folder_path / name).exists():
+                    shutil.copy(folder_path / name, target)
+
+    def snapshot_download(name, *, local_dir, **_):
+        return str(shutil.copytree(world.root / "hub" / name, local_dir))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_push_then_pull(run, world, hub):
+    (world.one / "training_args.bin").write_bytes(b"pickle")
+    pushed = run("experts", "push", world.one, "owner/one", "--private")
+    assert (pushed.code, pushed.out) == (0, "https://hub/owner/one\n")
+    assert hub == [("owner/one", {"private": True, "exist_ok": True})]
+    pulled = run("experts", "pull", "owner/one", "--out", world.pulled)
+    assert (pulled.code, pulled.out) == (0, f"{world.pulled}\n")
+    assert {path.name for path in world.pulled.iterdir()} <= set(FILES)
+    assert load_expert(world.pulled).gates.record == load_expert(world.one).gates.record
+
+
+def test_an_expert_named_by_a_path_with_a_dot(run, world, monkeypatch):
+    monkeypatch.chdir(world.one)
+    assert json.loads(run("experts", "list", ".", "--json").out)[0]["name"] == "one"

@@ -1,0 +1,117 @@
+"""demo, generate, trace: on the pool of the package, and on a tiny one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from phatgoose import default
+from phatgoose.evaluation import generate_text
+from phatgoose.models import load_base
+
+PROMPTS = ["Is it a question or a statement: where is the goose?", "Reverse the words: one two"]
+NAMES = [folder.name for folder in default.expert_folders()]
+CPU = ("--device", "cpu")
+
+
+@pytest.fixture
+def tiny(world):
+    """The options for the tiny base and its two experts."""
+    return ("--base", world.base, "--experts", world.one, world.two, *CPU)
+
+
+def test_a_batch_answers_as_each_prompt_alone(run):
+    together = run("generate", *PROMPTS, *CPU, "--max-new-tokens", 12, "--json")
+    assert together.code == 0
+    rows = json.loads(together.out)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    for row in rows:
+        alone = run("generate", row["prompt"], *CPU, "--max-new-tokens", 12)
+        assert alone.code == 0
+        assert alone.out == row["answer"] + "\n"
+
+
+def test_generate_on_a_tiny_pool(run, tiny):
+    plain = run("generate", "goose ", "a longer prompt ", *tiny, "--max-new-tokens", 8)
+    rows = json.loads(
+        run("generate", "goose ", "a longer prompt ", *tiny, "--max-new-tokens", 8, "--json").out
+    )
+    assert plain.out == "".join(row["answer"] + "\n" for row in rows)
+
+
+def test_raw_prompts_get_no_newline(run, world, tiny):
+    raw = run("generate", "goose\n", *tiny, "--max-new-tokens", 8, "--raw")
+    assert raw.out == run("generate", "goose", *tiny, "--max-new-tokens", 8).out
+
+
+def test_a_null_score_out_of_reach_is_the_bare_base(run, world, tiny):
+    model, tokenizer = load_base(world.base, device="cpu")
+    (answer,) = generate_text(model, tokenizer, ["goose\n"], max_new_tokens=8)
+    options = ("--max-new-tokens", 8, "--null-score", 1e6, "--top-k", 1)
+    assert run("generate", "goose", *tiny, *options).out == answer + "\n"
+
+
+def test_trace_on_the_pool_of_the_package(run, tmp_path):
+    argv = ("trace", PROMPTS[0], *CPU, "--max-new-tokens", 6, "--out", tmp_path / "out")
+    text = run(*argv)
+    assert text.code == 0
+    answer, _ = text.out.split("\n\n", maxsplit=1)
+    html, png = tmp_path / "out" / "trace.html", tmp_path / "out" / "trace.png"
+    assert f"Pictures: {png}, {html}" in text.out
+    assert any(name in text.out for name in NAMES)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert all(word in html.read_text(encoding="utf-8") for word in ("<html", "goose"))
+
+    found = json.loads(run(*argv, "--json").out)
+    assert found["answer"] == answer
+    assert found["files"] == [str(png), str(html)]
+    assert run("generate", PROMPTS[0], *CPU, "--max-new-tokens", 6).out == answer + "\n"
+
+
+def test_trace_on_a_tiny_pool(run, world, tiny):
+    argv = ("trace", "goose", *tiny, "--max-new-tokens", 4, "--out", world.pictures, "--json")
+    result = run(*argv)
+    assert result.code == 0
+    assert {"answer", "files"} < set(json.loads(result.out))
+    assert {path.name for path in world.pictures.iterdir()} == {"trace.png", "trace.html"}
+
+
+def test_a_module_run_puts_results_on_stdout_and_errors_on_stderr(world, tiny):
+    def python(*argv):
+        command = [sys.executable, "-m", "phatgoose.cli", *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = python("generate", "goose", *tiny, "--max-new-tokens", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["prompt"] == "goose"
+    failed = python("generate", "goose", *tiny, "--top-k", 3)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("phatgoose: route: top_k is 3")
+
+
+@pytest.mark.skipif(not default.DEMO.exists(), reason="the package has no demo prompts yet")
+class TestDemo:
+    def test_text_and_pictures(self, run, tmp_path):
+        rows = [json.loads(line) for line in default.DEMO.read_text("utf-8").splitlines()]
+        result = run("demo", *CPU, "--out", tmp_path / "out")
+        assert result.code == 0
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            "routing.png",
+            "routing.html",
+        }
+        for row in rows:
+            for line in row["inputs"].splitlines():
+                assert f"  | {line}" in result.out
+        assert f"of {len(rows)}." in result.out
+
+    def test_json(self, run, tmp_path):
+        rows = [json.loads(line) for line in default.DEMO.read_text("utf-8").splitlines()]
+        found = json.loads(run("demo", *CPU, "--json", "--out", tmp_path / "out").out)
+        assert [answer["inputs"] for answer in found["answers"]] == [r["inputs"] for r in rows]
+        for answer in found["answers"]:
+            assert set(answer["experts"]) <= set(NAMES)
+            assert {"base", "routed", "targets", "task"} <= set(answer)
+        right = [sum(a[k] == a["targets"] for a in found["answers"]) for k in ("base", "routed")]
+        assert right[1] > right[0]

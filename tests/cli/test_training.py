@@ -1,0 +1,115 @@
+"""train and gate on a few examples: what they write verifies, routes, and loads in PEFT."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from phatgoose.experts import load_expert, verify_expert
+from phatgoose.experts.gates import CONFIG_FILE, GATES_FILE
+from phatgoose.experts.lora import WEIGHTS_FILE
+
+TEXTS = [{"text": word * 3} for word in ("goose ", "hat ", "rank ")]
+INSTRUCTIONS = [
+    {"inputs": "is it a goose?", "targets": "yes", "choices": ["yes", "no"]},
+    {"inputs": "is it a hat?", "targets": "no"},
+]
+
+
+@pytest.fixture
+def options(world):
+    """The options of a short run."""
+    return ("--base", world.base, "--data", world.data, "--device", "cpu", "--gate-steps", 5)
+
+
+def test_train_makes_an_expert(run, world, options):
+    argv = ("train", *options, "--out", world.new, "--steps", 5, "--rank", 2, "--json")
+    result = run(*argv)
+    assert result.code == 0, result.err
+    record = json.loads(result.out)
+    assert record["folder"] == str(world.new)
+    assert (record["steps"], record["examples"]) == (5, 30)
+    model = AutoModelForCausalLM.from_pretrained(world.base)
+    assert verify_expert(world.new, model) == []
+    expert = load_expert(world.new)
+    assert {module.rank for module in expert.modules.values()} == {2}
+    assert record["adapter"] == expert.gates.record.adapter
+    assert not (world.new / "phatgoose_gates.checkpoint").exists()
+
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        plain = model(ids).logits
+        adapted = PeftModel.from_pretrained(model, world.new).eval()
+        assert not torch.equal(adapted(ids).logits, plain)
+
+    answered = run("generate", "goose", "--base", world.base, "--experts", world.new, "--top-k", 1)
+    assert answered.code == 0, answered.err
+    assert run("experts", "verify", world.new, "--base", world.base).code == 0
+
+
+def test_train_in_bfloat16_verifies_too(run, world, options):
+    argv = ("train", *options, "--out", world.new, "--steps", 3, "--save-dtype", "bfloat16")
+    result = run(*argv)
+    assert result.code == 0, result.err
+    assert result.out.startswith(f"{world.new}: 14 gates after 5 steps on 30 examples, loss ")
+    assert verify_expert(world.new) == []
+    assert {module.a.dtype for module in load_expert(world.new).modules.values()} == {
+        torch.bfloat16
+    }
+
+
+@pytest.mark.parametrize("rows", [None, TEXTS, INSTRUCTIONS], ids=["prompt", "text", "inputs"])
+def test_gate_on_every_kind_of_example(run, world, options, rows):
+    if rows:
+        world.write_data(*rows)
+    folder = world.ungated("one")
+    before = (folder / WEIGHTS_FILE).read_bytes()
+    result = run("gate", folder, *options, "--json")
+    assert result.code == 0, result.err
+    record = json.loads(result.out)
+    assert record["steps"] == 5
+    assert record["last_loss"] > 0
+    assert (folder / WEIGHTS_FILE).read_bytes() == before
+    assert run("experts", "verify", folder, "--base", world.base).code == 0
+
+
+def test_gate_takes_the_base_from_the_adapter(run, world):
+    path = world.one / "adapter_config.json"
+    config = json.loads(path.read_text())
+    argv = ("gate", world.one, "--data", world.data, "--device", "cpu", "--gate-steps", 1)
+    path.write_text(json.dumps({**config, "base_model_name_or_path": str(world.base)}))
+    assert run(*argv).code == 0
+    path.write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    result = run(*argv)
+    assert result.code == 1
+    assert "Pass --base" in result.lines[0]
+
+
+def test_gate_takes_task_folders_and_compressed_files(run, world, options):
+    world.task.mkdir()
+    with gzip.open(world.task / "train.jsonl.gz", "wt") as file:
+        file.write(world.data.read_text())
+    saved = []
+    for data in (world.data, world.task):
+        assert run("gate", world.one, *options, "--data", data).code == 0
+        saved.append((world.one / GATES_FILE).read_bytes())
+    assert saved[0] == saved[1]  # and the same examples in the same order give the same gates
+
+
+def test_gate_goes_on_where_it_was_stopped(run, world, options, monkeypatch):
+    argv = ("gate", world.one, *options, "--gate-steps", 12)
+    assert run(*argv).code == 0
+    wanted = (world.one / GATES_FILE).read_bytes(), (world.one / CONFIG_FILE).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("phatgoose.experts.Gates.save", _interrupted)
+        assert run(*argv).code == 130
+    assert (world.one / "phatgoose_gates.checkpoint").exists()
+    assert run(*argv).code == 0
+    assert wanted == ((world.one / GATES_FILE).read_bytes(), (world.one / CONFIG_FILE).read_bytes())
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
