@@ -106,7 +106,10 @@ def _read_hub(name: str, split: str) -> list[Example]:
         raise TaskFormatError(
             f"{name}: no such file here, and the Hub gave no data set ({reason}). Check the name."
         ) from None
-    return [parse_example(row, f"{name}, row {number}") for number, row in enumerate(rows)]
+    examples = [parse_example(row, f"{name}, row {number}") for number, row in enumerate(rows)]
+    if not examples:
+        raise TaskFormatError(f"{name}: its {split} split holds no examples.")
+    return examples
 
 
 def parse_example(row: Any, where: str) -> Example:

@@ -45,7 +45,8 @@ def test_train_makes_an_expert(run, world, options):
         adapted = PeftModel.from_pretrained(model, world.new).eval()
         assert not torch.equal(adapted(ids).logits, plain)
 
-    answered = run("generate", "goose", "--base", world.base, "--experts", world.new, "--top-k", 1)
+    routed = ("--base", world.base, "--experts", world.new, "--top-k", 1, "--max-new-tokens", 8)
+    answered = run("generate", "goose", *routed)
     assert answered.code == 0, answered.err
     assert run("experts", "verify", world.new, "--base", world.base).code == 0
 
