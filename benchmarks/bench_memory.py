@@ -15,16 +15,18 @@ import platform
 import subprocess
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from weakref import WeakSet
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 import phatgoose
@@ -37,7 +39,7 @@ from phatgoose.types import Routing
 
 EXPERTS = 166  # as many as the largest published pool
 POOLS = (8, 64, EXPERTS)
-TOKENS = ((8, 64), (8, 256))  # sequences and their length, in encoder and decoder alike
+TOKENS = ((8, 128), (8, 256))  # sequences and their length, in encoder and decoder alike
 TOP_K = (1, 2, 4)
 RANK = 16  # as published
 LAYER = "encoder.block.0.layer.1.DenseReluDense.wi"
@@ -46,7 +48,7 @@ MODEL = {
     "d_model": 128,
     "d_kv": 32,
     "num_heads": 4,
-    "d_ff": 512,
+    "d_ff": 256,
     "num_layers": 2,
     "num_decoder_layers": 2,
 }
@@ -103,24 +105,57 @@ def generate(model: nn.Module, pool: ExpertPool, device: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- measuring
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside the block that are alive, and their peak.
+
+    What an operation allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._held = 0
+        self._known: WeakSet[torch.UntypedStorage] = WeakSet()
+
+    def __enter__(self) -> "LiveBytes":
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                # A view, or an operation in place, makes nothing new.
+                if storage not in self._known and storage._cdata not in given:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage)
+        weakref.finalize(storage, self._drop, storage.nbytes())
+        self._held += storage.nbytes()
+        self.peak = max(self.peak, self._held)
+
+    def _drop(self, size: int) -> None:
+        self._held -= size
+
+
 def peak(run: Callable[[], Any], device: str) -> int:
-    """Bytes allocated at the highest point of `run`, above what was there when it began."""
+    """Bytes held at the highest point of `run`, above what was there when it began."""
+    if device != "cuda":
+        with LiveBytes() as live:
+            run()
+        return live.peak
     run()  # libraries allocate their workspaces at first use
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    highest = held = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def dense_lora(x: Tensor, a: Tensor, b: Tensor, routing: Routing) -> Tensor:

@@ -59,6 +59,6 @@ def _best(scores: Float[Tensor, "T E"], count: int) -> Int[Tensor, "T K"]:
     left, order = scores, []
     for _ in range(count):
         best = left.argmax(dim=-1, keepdim=True)  # documented to return the first maximum
-        left = left.scatter(-1, best, -torch.inf)
+        left.scatter_(-1, best, -torch.inf)  # the clamp made it a tensor of its own
         order.append(best)
     return torch.cat(order, dim=-1)

@@ -37,4 +37,5 @@ class PhatgooseRouter(Router):
         self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E I"]
     ) -> Float[Tensor, "T E"]:
         width = x.shape[-1]
-        return F.layer_norm(x.float(), (width,), eps=EPS) @ signatures.T / math.sqrt(width)
+        # Scaled before the product: one [T, E] tensor less.
+        return (F.layer_norm(x.float(), (width,), eps=EPS) / math.sqrt(width)) @ signatures.T
