@@ -203,6 +203,15 @@ def test_a_loop_written_by_hand(family, own_cache, with_mask, watched):
         start = end
 
 
+def test_a_cache_the_forward_does_not_give_back(watched):
+    model, seen = watched()
+    ids = make_batch(model, [6])["input_ids"]
+    cache = DynamicCache(config=model.config)
+    for start in (0, 3):
+        model(ids[:, start : start + 3], past_key_values=cache, use_cache=False)
+        assert_context(seen[-1], ids[:, : start + 3], torch.ones(1, start + 3), 3)
+
+
 def test_two_loops_at_once(watched):
     model, seen = watched()
     texts = [make_batch(model, [5], seed=seed)["input_ids"] for seed in (1, 2)]
@@ -315,7 +324,7 @@ def test_states_of_an_earlier_encoder_forward_have_unknown_ids(rows, watched):
 def test_no_context_outlives_its_forward(watched):
     model, seen = watched()
     with pytest.raises(IndexError):
-        model(torch.tensor([[10**6]]))
+        model(torch.tensor([[1, 10**6]]))
     with pytest.raises(RoutingError, match="CountingRouter has a prior.*Call the model itself"):
         model.model(torch.tensor([[1, 2]]))
     assert not seen

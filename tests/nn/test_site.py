@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from phatgoose import restrict, route, unroute
+from phatgoose import record, restrict, route, unroute
 from phatgoose.errors import RoutingError
 from phatgoose.nn import Bank
 from tests.models import make_batch
@@ -38,6 +38,26 @@ def test_only_adapted_layers_are_touched(model_and_pool):
         if module._forward_hooks and module is not model
     }
     assert touched == adapted
+
+
+@pytest.mark.parametrize("favourite", range(4))
+def test_a_prior_is_for_the_experts_it_names(favourite, model_and_pool):
+    """At every layer, whichever experts adapt it and whichever are allowed."""
+
+    class Favour(CountingRouter):
+        def prior(self, context, experts):
+            prior = torch.zeros(context.batch * context.length, len(experts))
+            prior[:, favourite] = 100.0
+            return prior
+
+    model, pool = model_and_pool()
+    route(model, pool, Favour())
+    name = pool.names[favourite]
+    for allowed in (pool.names, [*pool.names[2:], name]):
+        with restrict(model, allowed), record(model) as trace:
+            logits(model, make_batch(model, [3]))
+        for module in pool[name].modules:
+            assert trace.experts[module][:, 0].tolist() == [favourite] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

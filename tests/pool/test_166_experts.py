@@ -145,9 +145,9 @@ def test_peak_memory_is_not_that_of_166_experts(pool, routed):
         with Peak() as peak:
             model(input_ids=ids, decoder_input_ids=ids, use_cache=False)
         peaks[count] = peak.bytes
-    # Scores are [T, E] in fp32; choosing keeps some copies of them while it looks for the best.
+    # Scores are [T, E] in fp32; choosing holds a second copy while it looks for the best.
     scores = 4 * sequences * length * (len(pool) - few)
-    assert peaks[166] <= 1.3 * peaks[few] + 4 * scores
+    assert peaks[166] <= 1.3 * peaks[few] + 2 * scores
     # One expert's output for every token is [T, O]: computing them all would need E of these.
     every_output = 4 * sequences * length * 166 * 32
     assert peaks[166] < every_output / 2
