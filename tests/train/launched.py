@@ -76,7 +76,7 @@ def count_writes() -> dict[str, int]:
         return counted
 
     gates_module.save_checkpoint = counting("checkpoints", gates_module.save_checkpoint)
-    Gates.save = counting("gates", Gates.save)  # type: ignore[method-assign]
+    Gates.save = counting("gates", Gates.save)
     return counts
 
 

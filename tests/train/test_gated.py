@@ -34,7 +34,7 @@ from tests.train.toys import (
 
 NEAR = TOLERANCE[torch.float32]
 GRADIENT = 1e-4  # relative: a gate hears of the loss through all the layers above it
-ROUNDING = 1e-8  # absolute: what fp32 leaves of a gradient that cancels out, or of a shut gate's
+ROUNDING = 1e-6  # absolute: what fp32 leaves of a gradient that cancels out, or of a shut gate's
 
 
 @st.composite
@@ -116,6 +116,14 @@ def test_output_loss_and_gradients_are_those_of_the_formula(
     found = joined({name: gate.grad for name, gate in gated.gates.items()})
     expected = joined({name: gate.grad for name, gate in reference.gates.items()})
     assert (found - expected).norm() <= GRADIENT * expected.norm() + ROUNDING
+
+
+def test_gates_are_applied_in_fp32_under_autocast():
+    gated = GatedAdapter(make())
+    with gated.installed(), torch.autocast("cpu", dtype=torch.bfloat16):
+        gated.model(**make_batch()).loss.backward()
+    for name, gate in gated.gates.items():
+        assert not torch.equal(gate.grad.bfloat16().float(), gate.grad), name
 
 
 def test_modules_carry_peft_s_matrices_and_scale():
@@ -239,7 +247,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, reentrant):
     found_loss, found = loss_and_gradients()
     assert len(calls) == 2, "nothing was computed twice, so nothing was checkpointed"
     assert found_loss == pytest.approx(loss, rel=1e-6)  # T5 goes without its cache
-    assert_near(found, gradients, 1e-6)  # T5 sums over its layers in another order
+    assert_near(found, gradients, 1e-5)  # T5 sums over its layers in another order
 
 
 def test_a_module_that_no_batch_uses_has_a_gate_too():

@@ -213,10 +213,10 @@ def test_a_fresh_process_routes_to_the_same_text(name, trained, fresh):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_fresh_process_with_the_base_in_bf16(name, trained, fresh):
-    about, near = fresh[name], TOLERANCE[torch.bfloat16].output
-    wanted = torch.tensor(trained(name).before)
-    assert_near(torch.tensor(about["bfloat16 routed"]), torch.tensor(about["bfloat16 peft"]), near)
-    assert_near(torch.tensor(about["bfloat16 routed"]), wanted, 3 * near)
+    about, near = fresh[name], 3 * TOLERANCE[torch.bfloat16].output  # two layers, all rounded
+    routed = torch.tensor(about["bfloat16 routed"])
+    assert_near(routed, torch.tensor(about["bfloat16 peft"]), near)
+    assert_near(routed, torch.tensor(trained(name).before), near)
     assert about["bfloat16 routed text"] == trained(name).text
 
 
