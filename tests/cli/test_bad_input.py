@@ -352,7 +352,7 @@ class TestInterrupts:
         return lambda: run("gate", world.one, *argv)
 
     @pytest.mark.parametrize("call", ["fsync", "replace"])
-    @pytest.mark.parametrize("file", ["phatgoose_gates.checkpoint", GATES_FILE])
+    @pytest.mark.parametrize("file", ["phatgoose_gates.checkpoint", GATES_FILE, RECORD_FILE])
     def test_old_gates_stay(self, world, monkeypatch, gate, call, file):
         before = load_expert(world.one).gates
         saved = world.files()
@@ -368,15 +368,11 @@ class TestInterrupts:
         assert made <= {"one/phatgoose_gates.checkpoint"}  # to go on from, never a temporary file
         assert {name: world.files()[name] for name in saved} == saved
 
-    def test_between_the_two_files_gates_are_refused_and_the_same_command_mends_them(
-        self, run, world, monkeypatch, gate
-    ):
+    def test_the_same_command_goes_on(self, world, monkeypatch, gate):
         with monkeypatch.context() as patch:
             interrupt(patch, "replace", RECORD_FILE)
             assert gate().code == 130
-        assert not [name for name in world.files() if ".phatgoose" in name]
-        verified = run("experts", "verify", world.one)
-        assert verified.code == 3 and "train the gates again" in verified.out
+        assert (world.one / "phatgoose_gates.checkpoint").exists()
         assert gate().code == 0
         assert load_expert(world.one).gates.record.steps == 2
         assert not (world.one / "phatgoose_gates.checkpoint").exists()

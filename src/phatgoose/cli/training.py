@@ -55,7 +55,10 @@ def train(arguments: Namespace) -> None:
     )
     out = Path(arguments.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out}: is no empty folder. Give a new folder, or empty this one.")
+        raise ConfigError(
+            f"{out}: is no empty folder. Give a new folder, or empty this one; if its adapter is "
+            f"trained and only its gates are missing: phatgoose gate {out}"
+        )
     examples = load_examples(arguments.data)
     model, tokenizer = load_base(
         arguments.base or default.BASE, device=arguments.device, dtype=torch.float32

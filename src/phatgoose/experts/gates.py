@@ -15,7 +15,7 @@ from phatgoose.errors import ExpertFormatError, IncompatibleExpertError
 from phatgoose.experts.base import BaseIdentity
 from phatgoose.experts.lora import LoraModule, adapter_hash, read_adapter
 from phatgoose.experts.tensors import read_tensors
-from phatgoose.files import write_json, write_tensors
+from phatgoose.files import write_bytes, write_json, write_tensors
 
 GATES_FILE = "phatgoose_gates.safetensors"
 CONFIG_FILE = "phatgoose_config.json"
@@ -70,9 +70,14 @@ class Gates:
             **asdict(self.record),
             "gates": gates_hash(vectors),
         }
-        # The config goes last: until it is there, the new gates do not match the old one's hash.
-        write_tensors(folder / GATES_FILE, vectors, {"format": "pt"})
-        write_json(folder / CONFIG_FILE, config)
+        gates = folder / GATES_FILE
+        before = gates.read_bytes() if gates.exists() else None
+        write_tensors(gates, vectors, {"format": "pt"})
+        try:
+            write_json(folder / CONFIG_FILE, config)
+        except BaseException:  # an interrupt too: the two files change together or not at all
+            gates.unlink() if before is None else write_bytes(gates, before)
+            raise
         return folder
 
     @classmethod
