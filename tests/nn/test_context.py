@@ -203,8 +203,9 @@ def test_a_loop_written_by_hand(family, own_cache, with_mask, watched):
         start = end
 
 
-def test_a_cache_the_forward_does_not_give_back(watched):
-    model, seen = watched()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_a_cache_the_forward_need_not_give_back(family, watched):
+    model, seen = watched(family)
     ids = make_batch(model, [6])["input_ids"]
     cache = DynamicCache(config=model.config)
     for start in (0, 3):

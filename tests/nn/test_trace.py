@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from phatgoose import record, restrict, route
+from phatgoose import ExpertPool, record, restrict, route
 from phatgoose.errors import RoutingError
 from phatgoose.nn import Trace
-from tests.models import DECODERS, make_batch, real_tokens
+from tests.models import DECODERS, make_batch, make_model, real_tokens, save_experts
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -160,6 +160,18 @@ def test_a_part_of_the_model_cannot_be_recorded(model_and_pool):
     model.model(ids)  # routes, for it needs no more than activations
     with pytest.raises(RoutingError, match=f"^{Q}: .*Call the model itself"), record(model):
         model.model(ids)
+
+
+def test_a_layer_that_sees_some_tokens_only_cannot_be_recorded(tmp_path):
+    model = make_model("llama")
+    route(model, ExpertPool.load(save_experts(tmp_path, model, [["lm_head"]] * 2)))
+    ids = torch.tensor([[1, 2, 3]])
+    with record(model) as trace:
+        model(ids)
+    assert len(trace.experts["lm_head"]) == 3
+    model(ids, logits_to_keep=1)
+    with pytest.raises(RoutingError, match=r"^lm_head: sees 1 tokens"), record(model):
+        model(ids, logits_to_keep=1)
 
 
 @pytest.mark.parametrize("family", DECODERS)
