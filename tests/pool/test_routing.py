@@ -249,6 +249,13 @@ def test_restricted_to_a_stranger(model_and_pool):
     assert torch.equal(logits(model, batch), before)
 
 
+def test_restricted_to_a_name_in_place_of_a_list(model_and_pool):
+    model, pool = model_and_pool()
+    route(model, pool)
+    with pytest.raises(ConfigError, match="wants a list of names, got 'e0'"), restrict(model, "e0"):
+        pass
+
+
 def test_one_recording_at_a_time(model_and_pool):
     model, pool = model_and_pool()
     route(model, pool)

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from phatgoose.errors import IncompatibleExpertError, RoutingError
+from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError
 from phatgoose.experts import Expert, identify_base
 from phatgoose.experts.base import linear_sizes
 from phatgoose.experts.verify import check_modules
@@ -99,9 +99,12 @@ def record(model: nn.Module) -> Iterator[Trace]:
 def restrict(model: nn.Module, experts: Iterable[str]) -> Iterator[None]:
     """Let the forwards inside the block use only these experts; none at all is the bare base.
 
-    A single expert has weight 1 wherever it is, which is the plain adapter.
+    A single expert has weight 1 wherever it is, which is the plain adapter. Raises ConfigError for
+    a name that is not in the pool, or where one name stands in place of a list.
     """
     routed = _routed(model)
+    if isinstance(experts, str):
+        raise ConfigError(f"restrict wants a list of names, got {experts!r} alone.")
     before = routed.state.allowed
     routed.state.allowed = frozenset(routed.pool[name].name for name in experts)
     try:
