@@ -4,6 +4,12 @@ A message tells who, what was found, what was wanted and what to do, in one line
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line, to be quoted in one of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class PhatgooseError(Exception):
     """Base class of all errors raised by phatgoose."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from phatgoose.errors import ConfigError, ExpertNotFoundError
+from phatgoose.errors import ConfigError, ExpertNotFoundError, first_line
 
 
 def load_base(
@@ -38,10 +38,9 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: nn.Module = kind.from_pretrained(name, dtype=dtype)
     except Exception as error:  # transformers raises many kinds, some only through its backends
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExpertNotFoundError(
-            f"{name}: no base model could be loaded from it ({reason}). Give a folder saved with "
-            "save_pretrained, or a Hub id and a network."
+            f"{name}: no base model could be loaded from it ({first_line(error)}). Give a folder "
+            "saved with save_pretrained, or a Hub id and a network."
         ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -57,9 +56,9 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # the former from a torch built without it
-        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{device}: no device that torch can use here ({reason}). Give cpu, cuda or the like."
+            f"{device}: no device that torch can use here ({first_line(error)}). Give cpu, cuda or "
+            "the like."
         ) from None
 
 

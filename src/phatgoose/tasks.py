@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from phatgoose.errors import TaskFormatError
+from phatgoose.errors import TaskFormatError, first_line
 
 SEPARATOR = "\n"  # between `inputs` and `targets`
 IGNORED = -100  # the label of a token that has no loss
@@ -102,9 +102,9 @@ def _read_hub(name: str, split: str) -> list[Example]:
     try:
         rows = load_dataset(name, split=split)
     except Exception as error:  # datasets raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TaskFormatError(
-            f"{name}: no such file here, and the Hub gave no data set ({reason}). Check the name."
+            f"{name}: no such file here, and the Hub gave no data set ({first_line(error)}). Check "
+            "the name."
         ) from None
     examples = [parse_example(row, f"{name}, row {number}") for number, row in enumerate(rows)]
     if not examples:

@@ -93,7 +93,6 @@ def test_a_module_run_puts_results_on_stdout_and_errors_on_stderr(world, tiny):
     assert failed.stderr.startswith(f"phatgoose: {world.nothing}: not a folder")
 
 
-@pytest.mark.skipif(not default.DEMO.exists(), reason="the package has no demo prompts yet")
 class TestDemo:
     @pytest.fixture
     def rows(self):

@@ -126,3 +126,9 @@ def test_no_examples(tmp_path):
     with pytest.raises(ConfigError, match="no examples"):
         train_adapter(BASES["llama"](), [], tmp_path / "out", pad=PAD)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("dropout", 1.0), ("dropout", -0.1), ("seed", -1)])
+def test_settings_that_would_fail_later_are_refused_at_once(field, value):
+    with pytest.raises(ConfigError, match=f"^{field} must be .*, got {value}"):
+        AdapterTraining(**{field: value})

@@ -1,7 +1,6 @@
 """demo, generate, trace."""
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +49,7 @@ def demo(arguments: Namespace) -> None:
         print(f"  {'experts':>9}: {shares}\n")
     right = [sum(a[key] == a["targets"] for a in answers) for key in ("base", "routed")]
     print(f"Equal to the reference (*): base {right[0]}, routed {right[1]} of {len(answers)}.\n")
-    print(analysis.render_text(trace, tokenizer, color=_color(), tokens=False))
+    print(analysis.render_text(trace, tokenizer, tokens=False))
     print("\nPictures: " + ", ".join(pictures))
 
 
@@ -81,7 +80,7 @@ def trace(arguments: Namespace) -> None:
         print(json.dumps({"answer": answer, "files": pictures, **summary}, ensure_ascii=False))
         return
     print(answer + "\n")
-    print(analysis.render_text(trace, tokenizer, color=_color()))
+    print(analysis.render_text(trace, tokenizer))
     print("\nPictures: " + ", ".join(pictures))
 
 
@@ -127,9 +126,3 @@ def _leading(trace: Any, rows: int, count: int = 3) -> list[dict[str, float]]:
 
 def _one_line(text: str) -> str:
     return " / ".join(text.split("\n"))[:200] or "(nothing)"
-
-
-def _color() -> bool:
-    import os
-
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

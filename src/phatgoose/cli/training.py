@@ -79,9 +79,6 @@ def _check_options(arguments: Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and value < least:
             raise ConfigError(f"{option} must be at least {least}, got {value}.")
-    dropout = getattr(arguments, "dropout", 0.0)
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout}.")
 
 
 def _check_adapter(folder: Path, modules: Mapping[str, LoraModule], model: Any) -> None:

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from phatgoose.errors import ExpertNotFoundError
+from phatgoose.errors import ExpertNotFoundError, first_line
 from phatgoose.experts import gates, lora
 
 FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, gates.GATES_FILE, gates.CONFIG_FILE, "README.md")
@@ -42,10 +42,9 @@ def _download(hub_id: str, local_dir: Path | None) -> Path:
             )
         )
     except _failures() as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExpertNotFoundError(
-            f"{hub_id}: no such folder here, and the Hub did not give it ({reason}). Check the "
-            "name and the network, or set HF_TOKEN for a private repository."
+            f"{hub_id}: no such folder here, and the Hub did not give it ({first_line(error)}). "
+            "Check the name and the network, or set HF_TOKEN for a private repository."
         ) from None
 
 
@@ -58,10 +57,9 @@ def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
         address = api.create_repo(hub_id, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=hub_id, allow_patterns=list(FILES))
     except _failures() as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExpertNotFoundError(
-            f"{hub_id}: the Hub did not take the upload ({reason}). Check the name, the network "
-            "and that you are logged in (hf auth login)."
+            f"{hub_id}: the Hub did not take the upload ({first_line(error)}). Check the name, the "
+            "network and that you are logged in (hf auth login)."
         ) from None
     return str(address)
 

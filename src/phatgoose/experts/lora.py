@@ -115,9 +115,11 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _pattern_value(config: Mapping[str, Any], field: str, module: str, *, default: str) -> Any:
     """What the patterns in `field` say for `module`, matched as PEFT does; else `default`'s."""
-    from peft.utils.other import get_pattern_key
+    patterns = config.get(field)
+    if not patterns:
+        return config.get(default)
+    from peft.utils.other import get_pattern_key  # slow to import, and seldom needed
 
-    patterns = config.get(field) or {}
     try:
         return patterns.get(get_pattern_key(list(patterns), module), config.get(default))
     except (AttributeError, TypeError, re.error):

@@ -29,6 +29,7 @@ from phatgoose.errors import (
     ExpertNotFoundError,
     IncompatibleExpertError,
     PhatgooseError,
+    first_line,
 )
 from phatgoose.experts.base import BaseIdentity, identify_base, is_hub_name
 from phatgoose.experts.expert import Expert, load_expert
@@ -161,7 +162,7 @@ def _open(path: Path) -> Mapping[str, Tensor]:
         ) from None
     except Exception as error:  # torch answers a damaged file with any of a dozen kinds
         raise ExpertFormatError(
-            f"{path}: not a readable torch checkpoint ({_first_line(error)}). It may be truncated, "
+            f"{path}: not a readable torch checkpoint ({first_line(error)}). It may be truncated, "
             "or the pointer that git leaves without LFS; download it again."
         ) from None
     if not isinstance(tensors, Mapping):
@@ -255,7 +256,7 @@ def _open_base(base: str) -> tuple[nn.Module, BaseIdentity]:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # a bad config.json raises errors of many kinds
         raise ExpertNotFoundError(
-            f"{base}: the base's config cannot be had ({_first_line(error)}). Check the name and "
+            f"{base}: the base's config cannot be had ({first_line(error)}). Check the name and "
             "the network, or give a folder that holds the base's config.json."
         ) from None
     if not getattr(config, "is_encoder_decoder", False):
@@ -268,7 +269,7 @@ def _open_base(base: str) -> tuple[nn.Module, BaseIdentity]:
             model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # sizes that make no model, or a model this release does not know
         raise IncompatibleExpertError(
-            f"{base}: its config makes no model ({_first_line(error)}). The published pools are "
+            f"{base}: its config makes no model ({first_line(error)}). The published pools are "
             "experts of google/t5-xl-lm-adapt."
         ) from None
     return model, identify_base(model, _open_tokenizer(base), name=base)
@@ -395,8 +396,3 @@ def _card(expert: Expert) -> str:
         "Specialized Experts for Zero-Shot Generalization* (Muqeeth, Liu, Liu and Raffel, 2024, "
         "https://arxiv.org/abs/2402.05859).\n"
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

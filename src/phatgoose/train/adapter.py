@@ -36,6 +36,10 @@ class AdapterTraining:
         for field in ("rank", "alpha", "steps", "batch_size", "learning_rate"):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"{field} must be above 0, got {getattr(self, field)}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be between 0 and 2**32 - 1, got {self.seed}.")
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}.")
         if self.save_dtype not in get_args(SaveDtype):

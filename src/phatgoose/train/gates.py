@@ -242,7 +242,7 @@ class _Run:
         """Average gradients and loss over the processes; gates are small, so one message does."""
         if self.accelerator.num_processes == 1:
             return total
-        gradients = [torch.zeros_like(g) if g.grad is None else g.grad for g in self.gates]
+        gradients = [gate.grad for gate in self.gates if gate.grad is not None]  # _step made all
         message = torch.cat([total.view(1), *gradients])
         message = self.accelerator.reduce(message, reduction="mean")
         start = 1
