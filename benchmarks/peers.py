@@ -188,7 +188,7 @@ def has_peft() -> bool:
 
 
 def peft_lora(model: nn.Module, factors: Mapping[str, Factors], expert: int = 0) -> nn.Module:
-    """`model` with one expert as an ordinary PEFT LoRA; it shares the expert's factors."""
+    """`model` with one expert as an ordinary PEFT LoRA."""
     from peft import get_peft_model
 
     adapted = get_peft_model(model, _config(factors), **ADDING)
@@ -198,7 +198,7 @@ def peft_lora(model: nn.Module, factors: Mapping[str, Factors], expert: int = 0)
 
 
 def peft_arrow(model: nn.Module, factors: Mapping[str, Factors], top_k: int) -> nn.Module:
-    """`model` with PEFT's Arrow among all experts; it shares their factors.
+    """`model` with PEFT's Arrow among all experts.
 
     What peft.create_arrow_model does, with adapters from memory instead of from folders. Arrow
     scores by the top right singular vector of each expert's B A, so it chooses other experts than
@@ -242,4 +242,4 @@ def _layers(adapted: nn.Module, factors: Mapping[str, Factors]) -> list[tuple[An
 
 def _fill(layer: Any, name: str, factors: Factors, expert: int) -> None:
     for half, weight in ((layer.lora_A, factors.a), (layer.lora_B, factors.b)):
-        half[name].weight = nn.Parameter(weight[expert], requires_grad=False)
+        half[name].weight = nn.Parameter(weight[expert].clone(), requires_grad=False)
