@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from phatgoose import Gates, train_gates, train_gates_from_trainer
-from phatgoose.train import gates as gates_module
+from phatgoose.train import loop as loop_module
 from tests.train.toys import Interrupted, PowerCut, make, make_batches, make_rows
 
 TOGETHER = 4  # micro-batches a step, over all processes
@@ -75,7 +75,7 @@ def count_writes() -> dict[str, int]:
 
         return counted
 
-    gates_module.save_checkpoint = counting("checkpoints", gates_module.save_checkpoint)
+    loop_module.save_checkpoint = counting("checkpoints", loop_module.save_checkpoint)
     Gates.save = counting("gates", Gates.save)
     return counts
 

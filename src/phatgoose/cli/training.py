@@ -17,7 +17,7 @@ from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.models import load_base
 from phatgoose.tasks import Encoded, batches, encode, load_examples
 from phatgoose.train import AdapterTraining, train_adapter, train_gates
-from phatgoose.train.gates import GateTraining
+from phatgoose.train.settings import GateTraining
 
 CHECKPOINT = "phatgoose_gates.checkpoint"
 
