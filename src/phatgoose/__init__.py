@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from phatgoose.experts import Expert, Gates, load_expert, verify_expert
     from phatgoose.pool import ExpertPool, record, restrict, route, unroute
     from phatgoose.routers import Router
-    from phatgoose.train import train_adapter, train_gates, train_gates_from_trainer
+    from phatgoose.train import (
+        train_adapter,
+        train_gates,
+        train_gates_from_trainer,
+        train_gates_together,
+    )
     from phatgoose.types import Routing, TokenContext
 
 __version__ = "0.1.0"
@@ -33,6 +38,7 @@ _WHERE = {
     "train_adapter": "train",
     "train_gates": "train",
     "train_gates_from_trainer": "train",
+    "train_gates_together": "train",
     "unroute": "pool",
     "verify_expert": "experts",
 }
@@ -52,6 +58,7 @@ __all__ = [
     "train_adapter",
     "train_gates",
     "train_gates_from_trainer",
+    "train_gates_together",
     "unroute",
     "verify_expert",
 ]

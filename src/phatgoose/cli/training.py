@@ -16,8 +16,7 @@ from phatgoose.experts.lora import LoraModule, read_adapter
 from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.models import load_base
 from phatgoose.tasks import Encoded, batches, encode, load_examples
-from phatgoose.train import AdapterTraining, train_adapter, train_gates
-from phatgoose.train.settings import GateTraining
+from phatgoose.train import AdapterTraining, GateTraining, train_adapter, train_gates
 
 CHECKPOINT = "phatgoose_gates.checkpoint"
 

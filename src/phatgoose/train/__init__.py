@@ -2,6 +2,15 @@
 
 from phatgoose.train.adapter import AdapterTraining, train_adapter
 from phatgoose.train.gates import train_gates
+from phatgoose.train.settings import GateTraining
+from phatgoose.train.together import train_gates_together
 from phatgoose.train.trainer import train_gates_from_trainer
 
-__all__ = ["AdapterTraining", "train_adapter", "train_gates", "train_gates_from_trainer"]
+__all__ = [
+    "AdapterTraining",
+    "GateTraining",
+    "train_adapter",
+    "train_gates",
+    "train_gates_from_trainer",
+    "train_gates_together",
+]

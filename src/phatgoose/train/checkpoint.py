@@ -61,10 +61,10 @@ def load_checkpoint(
             "the same adapter and settings to go on."
         )
     done = Progress(**json.loads(metadata["progress"]))
-    for matrix in packed.matrices:
-        optimizer.state[matrix] = {
+    for vector in packed.vectors:
+        optimizer.state[vector] = {
             "step": torch.tensor(float(done.step)),
-            **{moment: torch.zeros_like(matrix) for moment in MOMENTS},
+            **{moment: torch.zeros_like(vector) for moment in MOMENTS},
         }
     for name, value in packed.parameters.items():
         value.data.copy_(tensors[f"value {name}"])

@@ -32,15 +32,19 @@ class GatedAdapter:
         self.layers = dict(_lora_layers(model, self.adapter))
         if not self.layers:
             raise ConfigError(f"adapter {self.adapter!r}: adapts no linear layer of this model.")
-        # Of all layers, since every process has to read what is sharded.
-        if not any([self._is_trained(layer) for layer in self.layers.values()]):
+        if not any(self._is_trained(layer) for layer in self.layers.values()):
             raise UntrainedAdapterError(
                 f"adapter {self.adapter!r}: every lora_B is zero, so gates would get no gradient. "
                 "Train the adapter first, then its gates."
             )
-        halves = {name: self._halves(layer) for name, layer in self.layers.items()}
         self.packed = Packed(
-            {name: (device_of(b), a.weight.shape[1:]) for name, (a, b) in halves.items()}
+            {
+                name: (
+                    device_of(layer.lora_B[self.adapter]),
+                    (layer.lora_A[self.adapter].in_features,),
+                )
+                for name, layer in self.layers.items()
+            }
         )
         self.gates = self.packed.parameters
 
@@ -81,7 +85,7 @@ class GatedAdapter:
         lora_b = layer.lora_B[self.adapter]
         return layer.register_forward_pre_hook(keep_input), lora_b.register_forward_hook(scale)
 
-    def _halves(self, layer: Layer) -> tuple[nn.Module, nn.Module]:
+    def _halves(self, layer: Layer) -> tuple[Any, Any]:
         return layer.lora_A[self.adapter], layer.lora_B[self.adapter]
 
     def _is_trained(self, layer: Layer) -> bool:

@@ -1,8 +1,6 @@
 """Training the gates of one adapter, as published."""
 
-import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,15 +9,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from phatgoose.errors import ConfigError, TrainingError
+from phatgoose.errors import TrainingError
 from phatgoose.experts import BaseIdentity, GateRecord, Gates, adapter_hash, identify_base
 from phatgoose.train.checkpoint import Progress
 from phatgoose.train.gated import GatedAdapter
 from phatgoose.train.loop import Loop, Optimisation, Pass
+from phatgoose.train.mixed import autocast_dtype, autocasting
 from phatgoose.train.placement import device_of, place
 from phatgoose.train.seeding import seeded
 from phatgoose.train.settings import GateTraining
-from phatgoose.train.stream import Batch, own_share
+from phatgoose.train.stream import Batch, own_share, size
 
 Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
 
@@ -146,26 +145,11 @@ class _Forward:
         self.autocast = autocast
 
     def __call__(self, batch: Batch) -> Pass:
-        rows, tokens = _size(batch)
+        rows, tokens = size(batch)
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with autocasting(self.device, self.autocast):
             value = self.loss(self.model, batch)
-        return Pass(value.reshape(1), [rows], [tokens])
-
-
-def autocast_dtype(asked: torch.dtype | None) -> torch.dtype | None:
-    """What to autocast to: what was asked for, else what the launcher says.
-
-    Accelerator.autocast() would follow whichever Trainer this process ran last.
-    """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in (None, torch.bfloat16) or (asked is None and launched not in ("no", "bf16")):
-        raise ConfigError(f"autocast: torch.bfloat16 or None is wanted, got {asked or launched}.")
-    return torch.bfloat16 if asked is None and launched == "bf16" else asked
-
-
-def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+        return Pass(value.reshape(1), [rows], tokens.reshape(1))
 
 
 def _model_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -173,11 +157,3 @@ def _model_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     if value is None:
         raise TrainingError("the model returned no loss. Give batches with labels, or pass loss=.")
     return value
-
-
-def _size(batch: Batch) -> tuple[int, int]:
-    """Examples and real tokens of a batch."""
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if ids is None:
-        return 0, 0
-    return ids.shape[0], ids.numel() if mask is None else int(mask.sum())

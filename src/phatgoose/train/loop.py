@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,7 +39,7 @@ class Pass:
 
     losses: Float[Tensor, " E"]  # nats per target token, with their graph
     examples: Sequence[int]
-    tokens: Sequence[int]
+    tokens: Shaped[Tensor, " E"]
 
 
 class Loop:
@@ -60,7 +60,7 @@ class Loop:
         self.names = names
         self.what = what
         self.optimizer = torch.optim.AdamW(
-            packed.matrices, lr=settings.rate(0), weight_decay=settings.weight_decay
+            packed.vectors, lr=settings.rate(0), weight_decay=settings.weight_decay
         )
 
     def train(
@@ -103,8 +103,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.packed.zero_grad()
-        losses: Any = 0.0
-        counts = torch.zeros(2, self.packed.experts)
+        totals: Any = 0.0  # [3 E]: losses, examples, tokens
         for batch in batches:
             one = forward(batch)
             if not one.losses.requires_grad:
@@ -114,35 +113,34 @@ class Loop:
                 )
             # Each expert's loss depends on its own parameters alone, so one sum serves all.
             (one.losses.sum() / len(batches)).backward()
-            losses = losses + one.losses.detach().float() / len(batches)
-            counts += torch.tensor([one.examples, one.tokens])
-        losses, counts = self._reduce(losses, counts)
+            losses = one.losses.detach().float() / len(batches)
+            counts = (torch.tensor(one.examples), one.tokens)
+            totals = totals + torch.stack([losses, *(count.to(losses) for count in counts)])
+        totals = self._reduce(totals)
         norms = self.packed.norms()
         # The only time a step waits for the device.
-        found = torch.stack([losses, norms.to(losses.device)]).tolist()
-        self._refuse("loss", found[0], done.step + 1)
-        self._refuse("gradient's norm", found[1], done.step + 1)
+        losses, examples, tokens, lengths = torch.cat([totals, norms.to(totals)[None]]).tolist()
+        self._refuse("loss", losses, done.step + 1)
+        self._refuse("gradient's norm", lengths, done.step + 1)
         self.packed.clip(norms, self.settings.max_grad_norm)
         self.optimizer.step()
-        examples, tokens = ([round(count) for count in row] for row in counts.tolist())
         return Progress(
             step=done.step + 1,
-            examples=[a + b for a, b in zip(done.examples, examples, strict=True)],
-            tokens=[a + b for a, b in zip(done.tokens, tokens, strict=True)],
-            first_loss=done.first_loss or found[0],
-            last_loss=found[0],
+            examples=[a + round(b) for a, b in zip(done.examples, examples, strict=True)],
+            tokens=[a + round(b) for a, b in zip(done.tokens, tokens, strict=True)],
+            first_loss=done.first_loss or losses,
+            last_loss=losses,
         )
 
-    def _reduce(self, losses: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _reduce(self, totals: Float[Tensor, "3 E"]) -> Float[Tensor, "3 E"]:
         """Average gradients and losses over the processes, and add up the counts."""
         processes = self.accelerator.num_processes
         if processes == 1:
-            return losses, counts
+            return totals
         for gradient in self.packed.gradients:
             gradient.copy_(self.accelerator.reduce(gradient, reduction="mean"))
-        message = torch.cat([losses.unsqueeze(0), counts.to(losses.device)])
-        message = self.accelerator.reduce(message, reduction="mean")
-        return message[0], message[1:].cpu() * processes
+        totals = self.accelerator.reduce(totals, reduction="mean")
+        return torch.cat([totals[:1], totals[1:] * processes])
 
     def _refuse(self, what: str, values: Sequence[float], step: int) -> None:
         """Stop before anything is updated, naming every expert whose value is not finite."""

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from phatgoose.errors import TrainingError
 
@@ -39,3 +41,11 @@ def _again_and_again(batches: Iterable[T], who: str) -> Iterator[T]:
 def skip(stream: Iterator[T], count: int) -> None:
     for _ in islice(stream, count):
         pass
+
+
+def size(batch: Batch) -> tuple[int, Tensor]:
+    """Examples and real tokens of a batch; the latter where the batch is, so that none waits."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None:
+        return 0, torch.tensor(0)
+    return ids.shape[0], torch.tensor(ids.numel()) if mask is None else mask.sum()
