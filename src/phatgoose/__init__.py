@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from phatgoose.routers import Router
     from phatgoose.train import (
         train_adapter,
+        train_adapters_together,
         train_gates,
         train_gates_from_trainer,
         train_gates_together,
@@ -36,6 +37,7 @@ _WHERE = {
     "restrict": "pool",
     "route": "pool",
     "train_adapter": "train",
+    "train_adapters_together": "train",
     "train_gates": "train",
     "train_gates_from_trainer": "train",
     "train_gates_together": "train",
@@ -56,6 +58,7 @@ __all__ = [
     "restrict",
     "route",
     "train_adapter",
+    "train_adapters_together",
     "train_gates",
     "train_gates_from_trainer",
     "train_gates_together",

@@ -166,7 +166,7 @@ class TestInterrupts:
 
     @pytest.mark.parametrize("size", [None, 1])
     def test_it_goes_on_where_it_was_stopped(self, tmp_path, size, monkeypatch):
-        """Stopped at step 13 with a checkpoint of step 10; with groups of one, the first is done."""
+        """Stopped at step 13, checkpoint of step 10; with groups of one, the first is done."""
         wanted = self.run(together=size)
         with pytest.raises(PowerCut):
             self.run(tmp_path, after=12, together=size)

@@ -1,6 +1,7 @@
 """Training gates, and adapters to gate."""
 
 from phatgoose.train.adapter import AdapterTraining, train_adapter
+from phatgoose.train.adapters import train_adapters_together
 from phatgoose.train.gates import train_gates
 from phatgoose.train.settings import GateTraining
 from phatgoose.train.together import train_gates_together
@@ -10,6 +11,7 @@ __all__ = [
     "AdapterTraining",
     "GateTraining",
     "train_adapter",
+    "train_adapters_together",
     "train_gates",
     "train_gates_from_trainer",
     "train_gates_together",

@@ -1,11 +1,12 @@
 """A frozen base that runs the rows of many experts at once, each through its own adapter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,8 +17,9 @@ from phatgoose.train.loop import Pass
 from phatgoose.train.mixed import autocasting
 from phatgoose.train.placement import device_of, refuse_sharding
 from phatgoose.train.rows import Rows, put_together
+from phatgoose.train.seeding import OwnRandom
 from phatgoose.train.stacks import Stack, add_stack
-from phatgoose.train.stream import Batch
+from phatgoose.train.stream import Batch, own_share
 
 # Losses of transformers that are a mean over target tokens of the next token's.
 LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
@@ -118,6 +120,19 @@ def check_model(model: Any) -> None:
             "on a loss over target tokens only. Train each adapter alone."
         )
     refuse_sharding(model)
+
+
+def joint_stream(
+    batches: Mapping[str, Iterable[Batch]], accelerator: Accelerator, seed: int
+) -> Iterator[dict[str, Batch]]:
+    """One micro-batch of every expert at a time, in the order each would have alone."""
+
+    def stream(name: str) -> Iterator[Batch]:
+        return own_share(batches[name], accelerator, f"{name}: ")
+
+    streams = {name: OwnRandom(lambda name=name: stream(name), seed) for name in batches}  # type: ignore[misc]
+    while True:
+        yield {name: next(each) for name, each in streams.items()}
 
 
 def _mean_losses(logits: Float[Tensor, "B L V"], labels: Tensor, rows: Rows) -> Float[Tensor, " E"]:

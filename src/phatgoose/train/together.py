@@ -1,6 +1,6 @@
 """Training the gates of many adapters of one base in one pass over it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from phatgoose.experts.hub import locate
 from phatgoose.experts.lora import read_adapter
 from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.train.gates import make_record, optimisation, run_identity
-from phatgoose.train.joint import JointModel, check_model
+from phatgoose.train.groups import group_name, in_groups
+from phatgoose.train.joint import JointModel, check_model, joint_stream
 from phatgoose.train.loop import Loop
 from phatgoose.train.mixed import autocast_dtype
 from phatgoose.train.packed import Packed
 from phatgoose.train.placement import device_of, place
-from phatgoose.train.seeding import OwnRandom, seeded
+from phatgoose.train.seeding import seeded
 from phatgoose.train.settings import GateTraining
 from phatgoose.train.stacks import GatedStack, sites_of
-from phatgoose.train.stream import Batch, own_share
+from phatgoose.train.stream import Batch
 
 Adapter = str | Path | Expert | Mapping[str, LoraModule]
 Modules = Mapping[str, LoraModule]
@@ -187,33 +188,6 @@ class _Group:
             site: self.packed.parameters[site].detach()[expert].to("cpu", copy=True)
             for site in self.adapters[name]
         }
-
-
-def joint_stream(
-    batches: Mapping[str, Iterable[Batch]], accelerator: Accelerator, seed: int
-) -> Iterator[dict[str, Batch]]:
-    """One micro-batch of every expert at a time, in the order each would have alone."""
-
-    def stream(name: str) -> Iterator[Batch]:
-        return own_share(batches[name], accelerator, f"{name}: ")
-
-    streams = {name: OwnRandom(lambda name=name: stream(name), seed) for name in batches}  # type: ignore[misc]
-    while True:
-        yield {name: next(each) for name, each in streams.items()}
-
-
-def in_groups(names: Sequence[str], together: int | None) -> Iterator[list[str]]:
-    """The names in turn, so many at a time; ConfigError if that is below one."""
-    if together is not None and together < 1:
-        raise ConfigError(f"together must be at least 1, got {together}.")
-    size = together or len(names)
-    for start in range(0, len(names), size):
-        yield list(names[start : start + size])
-
-
-def group_name(names: Sequence[str]) -> str:
-    """A short name for a group's files."""
-    return sha256(repr(list(names)).encode()).hexdigest()[:12]
 
 
 def check_names(adapters: Mapping[str, Any], batches: Mapping[str, Any]) -> None:
