@@ -13,7 +13,7 @@ from phatgoose.experts.base import base_name, linear_sizes
 from phatgoose.experts.lora import refuse_unsupported
 from phatgoose.train.frozen import frozen
 from phatgoose.train.packed import Packed
-from phatgoose.train.placement import device_of, refuse_sharding, whole_weight
+from phatgoose.train.placement import device_of, refuse_fsdp1, whole_weight
 
 Layer = Any  # a peft LoraLayer
 
@@ -28,7 +28,7 @@ class GatedAdapter:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapter = _active_adapter(model)
-        refuse_sharding(model)
+        refuse_fsdp1(model)
         self.layers = dict(_lora_layers(model, self.adapter))
         if not self.layers:
             raise ConfigError(f"adapter {self.adapter!r}: adapts no linear layer of this model.")

@@ -15,7 +15,7 @@ from phatgoose.tasks import IGNORED
 from phatgoose.train.frozen import frozen
 from phatgoose.train.loop import Pass
 from phatgoose.train.mixed import autocasting
-from phatgoose.train.placement import device_of, refuse_sharding
+from phatgoose.train.placement import device_of, refuse_fsdp1
 from phatgoose.train.rows import Rows, put_together
 from phatgoose.train.seeding import OwnRandom
 from phatgoose.train.stacks import Stack, add_stack
@@ -119,7 +119,7 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__}: its loss is {model.loss_type}; experts are trained together "
             "on a loss over target tokens only. Train each adapter alone."
         )
-    refuse_sharding(model)
+    refuse_fsdp1(model)
 
 
 def joint_stream(

@@ -1,4 +1,4 @@
-"""Where a base's weights are: on one device, spread by `device_map`, or sharded by FSDP2."""
+"""Where a base's weights are: on one device, spread by `device_map`, or sharded over processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +11,14 @@ from torch import Tensor, nn
 from phatgoose.errors import ConfigError
 
 
-def refuse_sharding(model: nn.Module) -> None:
-    """Raise ConfigError for ways of sharding under which weights cannot be read."""
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Raise ConfigError where weights are parts of flat ones and cannot be told apart."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ConfigError(
             "the model is sharded by FSDP1, whose layers hold no weights of their own. Shard it by "
             "FSDP2: torch's fully_shard, or accelerate's fsdp_version 2."
-        )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ConfigError(
-            "the model is sharded by DeepSpeed's ZeRO-3, which is not supported. Shard it by FSDP2 "
-            "(torch's fully_shard, or accelerate's fsdp_version 2), or spread it by device_map."
         )
 
 
@@ -39,8 +34,8 @@ def is_spread(model: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some weights are sharded over processes."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    """Whether some weights are sharded over processes, by FSDP2 or DeepSpeed's ZeRO-3."""
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -66,4 +61,12 @@ def whole_weight(module: nn.Module) -> Iterator[Tensor]:
 
     with align_module_device(module):
         weight: Any = module.weight
-        yield weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        if hasattr(weight, "full_tensor"):
+            yield weight.full_tensor()
+        elif hasattr(weight, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([weight]):
+                yield weight.detach().clone()
+        else:
+            yield weight

@@ -52,7 +52,7 @@ class Rows:
 
     def by_expert(self, x: Shaped[Tensor, "B *L I"]) -> Shaped[Tensor, "E T I"]:
         """Each expert's tokens; a view where all have as many rows."""
-        x = x if self.take is None else x.index_select(0, self.take)
+        x = x if self.take is None else x.index_select(0, self.take.to(x.device))
         return x.reshape(len(self.counts), -1, x.shape[-1])
 
     def by_row(self, y: Shaped[Tensor, "E T O"], shape: Sequence[int]) -> Shaped[Tensor, "B *L O"]:
@@ -60,7 +60,7 @@ class Rows:
         if self.put is None:
             return y.reshape(*shape[:-1], y.shape[-1])
         filled = len(self.counts) * max(self.counts)
-        return y.reshape(filled, *shape[1:-1], y.shape[-1]).index_select(0, self.put)
+        return y.reshape(filled, *shape[1:-1], y.shape[-1]).index_select(0, self.put.to(y.device))
 
     def sums(self, x: Float[Tensor, " B"]) -> Float[Tensor, " E"]:
         """The sum over each expert's rows; one expert's NaN is no other's."""
