@@ -9,8 +9,9 @@ from accelerate import cpu_offload, dispatch_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import Trainer, TrainingArguments
 
-from phatgoose import train_gates, train_gates_together
+from phatgoose import train_gates, train_gates_from_trainer, train_gates_together
 from phatgoose.errors import ConfigError
 from phatgoose.train.gated import GatedAdapter
 from tests.tolerances import TOLERANCE, assert_near
@@ -22,6 +23,7 @@ from tests.train.toys import (
     make_batch,
     make_batches,
     make_collection,
+    make_rows,
     modules_of,
     same,
 )
@@ -49,7 +51,7 @@ def whole():
     ],
 )
 def test_a_sharded_base_trains_the_gates_of_a_whole_one(how, whole, tmp_path):
-    """T5 and GPT-2, alone and together; the base in two halves, the gates in both."""
+    """T5 and GPT-2, alone, together and by a trainer; the base in halves, the gates in both."""
     launch(sharded, tmp_path, how)
     told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
     assert told[0] == told[1] == {name: sharded.describe(g) for name, g in whole.items()}
@@ -82,6 +84,19 @@ def test_an_offloaded_base(where, tmp_path):
     assert same(found.vectors, wanted.vectors)
     assert found.record == wanted.record
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def test_a_trainer_s_offloaded_base(tmp_path):
+    """The trainer leaves a model alone that accelerate has spread."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    found = []
+    for model in (make(), spread(make(), tmp_path, "base_model.model.")):
+        trainer = Trainer(model, arguments, train_dataset=make_rows(16))
+        found.append(train_gates_from_trainer(trainer, save=False, steps=3, progress=False))
+    assert same(found[0].vectors, found[1].vectors)
+    assert found[0].record == found[1].record
 
 
 def test_many_adapters_of_an_offloaded_base(tmp_path):

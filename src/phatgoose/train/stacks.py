@@ -38,15 +38,15 @@ class GatedStack(Stack):
     ) -> None:
         known = [module for module in modules if module is not None]
         rank, first = max(module.rank for module in known), known[0]
-        sizes, device = len(modules), gates.device
-        self.gates = gates
-        self.a = torch.zeros(sizes, first.in_features, rank, dtype=dtype, device=device)
-        self.b = torch.zeros(sizes, rank, first.out_features, dtype=dtype, device=device)
+        a = torch.zeros(len(modules), first.in_features, rank, dtype=dtype)
+        b = torch.zeros(len(modules), rank, first.out_features, dtype=dtype)
         for expert, module in enumerate(modules):
             if module is not None:
-                b = module.b.detach().to(device, torch.float32) * module.scale
-                self.a[expert, :, : module.rank] = module.a.detach().to(device).T
-                self.b[expert, : module.rank] = b.T
+                a[expert, :, : module.rank] = module.a.detach().T
+                b[expert, : module.rank] = module.b.detach().float().T * module.scale
+        self.gates = gates
+        self.a = a.to(gates.device)  # in one go, not one by one
+        self.b = b.to(gates.device)
 
     def halves(
         self, x: Float[Tensor, "E T I"]
