@@ -269,7 +269,7 @@ def bench(
             runs.pop(name, None)
         common.free_memory(args.device)
     modes = {"eager": runs}
-    if few and args.device == "cuda" and args.graph:
+    if args.device == "cuda" and args.graph:
         modes["graph"] = {}
         for name, run in runs.items():
             try:
