@@ -69,6 +69,31 @@ class Bank(nn.Module):
     def b(self, part: int) -> Float[Tensor, "C O R"]:
         return self.get_buffer(f"b{part}")
 
+    def view(self, parts: range) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """((signatures, their sums), open, a) of these parts, as `phatgoose::gated_down` wants them.
+
+        Sums over spare slots may be rounded differently, and are slow on a CPU, so they are left
+        out; but a compiled model must not depend on how many experts there are, and the kernels'
+        results do not.
+        """
+        if torch.compiler.is_compiling():
+            return self._view(parts, self.capacity)
+        if parts not in self._views:
+            slots = self.capacity if self.backend == "triton" else len(self)
+            self._views[parts] = self._view(parts, slots)
+        return self._views[parts]
+
+    def _view(self, parts: range, slots: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        mine = slice(parts.start, parts.stop)
+        if self.pieces is self.signatures:
+            signatures = self.signatures[mine, :slots].flatten(0, 1)
+        elif len(parts) == self.parts:
+            signatures = self.pieces
+        else:
+            signatures = self.halves()[:, mine].flatten(0, 2)
+        gates = signatures, self.sums[mine, :slots]
+        return gates, self.open[mine, :slots], self.a[mine, :slots]
+
     @property
     def capacity(self) -> int:
         return self.a.shape[1]
@@ -133,11 +158,13 @@ class Bank(nn.Module):
             self.a = self.a[:, :, :rank].clone()
             for part in range(self.parts):
                 setattr(self, f"b{part}", self.b(part)[:, :, :rank].clone())
+            self._views.clear()
 
     def _refresh(self, slots: slice) -> None:
         """Bring what is derived from the signatures of some slots up to date, in place."""
         changed = self.signatures[:, slots]
         self.sums[:, slots] = changed.sum(-1)
+        self._views.clear()
         if self.pieces is not self.signatures:
             self.halves()[:, :, slots] = pieces_of(changed, self.a.dtype)
         self._open()
@@ -150,6 +177,7 @@ class Bank(nn.Module):
 
     def _split(self) -> None:
         """Settle the backend, and make `pieces` anew, for buffers of another kind or size."""
+        self._views: dict[range, tuple[tuple[Tensor, Tensor], Tensor, Tensor]] = {}
         self.backend = choose_backend(self._asked, self.a.device.type, self.a.dtype)
         self.pieces = self.signatures
         if self.backend == "triton" and self.a.dtype in (torch.bfloat16, torch.float16):

@@ -1,6 +1,9 @@
 """One routed linear layer: the base's output plus the chosen experts' LoRA outputs."""
 
+import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -58,6 +61,13 @@ class Routed:
     weights: Float[Tensor, "T S K"]
     down: tuple[Tensor, Tensor, Tensor] | None  # z, counts, members; None: gradients are wanted
     waiting: set[int]  # parts that have not been served yet
+    side: torch.cuda.Stream | None  # where it is computed, beside the layer itself
+
+    def join(self) -> None:
+        """Let what comes next wait for what runs beside the layer."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+            self.side = None
 
 
 class Site:
@@ -97,7 +107,7 @@ class Site:
             # Where the layers of a bank turn out not to share their input, each routes its own.
             shared = known is None or not known.waiting
             parts = range(self.bank.parts) if shared else range(self.part, self.part + 1)
-            known = self._route(x, parts)
+            known = self._route_beside(x, parts) if _is_captured(x) else self._route(x, parts)
         known.waiting.discard(self.part)
         self.bank.routed = known if known.waiting else None
         self._routed = known
@@ -106,42 +116,55 @@ class Site:
         routed, self._routed = self._routed, None
         if routed is None:
             return output
+        routed.join()
         place = self.part - routed.first
-        routing = Routing(routed.experts[:, place], routed.weights[:, place])
         if self.state.trace is not None:
-            self._record(inputs[0], routing)
+            self._record(inputs[0], routed, place)
         b = self.bank.b(self.part)
         if routed.down is None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
+            mine = routed.experts[:, place], routed.weights[:, place]
             delta = torch.ops.phatgoose.routed_lora(
-                x, self.bank.a[self.part], b, routing.experts, routing.weights, self.bank.backend
+                x, self.bank.a[self.part], b, *mine, self.bank.backend
             )
             return output + delta.view(output.shape).to(output.dtype)
         if len(self.layer._forward_hooks) > 1:  # somebody else may have kept it as it is
             output = output.clone()
         output = output.contiguous()
         flat = output.view(-1, output.shape[-1])
-        torch.ops.phatgoose.routed_up_(flat, b, *_args(routed), place, self.bank.backend)
+        z, *plan = routed.down
+        torch.ops.phatgoose.routed_up_(flat, b, z, routed.experts, *plan, place, self.bank.backend)
         return output
+
+    def _route_beside(self, x: Tensor, parts: range) -> Routed:
+        """Route on a stream of its own, so that in a CUDA graph the layer need not wait for it.
+
+        Memory of one stream that the other reads stays safe without being recorded: a fork waits
+        for all there was before, and the layer's own hook joins before anything is freed.
+        """
+        side = _side_stream(x.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            routed = self._route(x, parts)
+        routed.side = side
+        return routed
 
     def _route(self, x: Tensor, parts: range) -> Routed:
         """Choose experts for the tokens of x at these parts, and project x down where it can be."""
         bank, settings = self.bank, self.state.settings
         flat = x.reshape(-1, x.shape[-1])
         stream, context = self.state.keeper.find(self.name, x)
-        mine = slice(parts.start, parts.stop)
-        # Sums of other widths may be rounded differently, and spare slots are slow on a CPU; but a
-        # compiled model must not depend on how many experts there are, and kernels do not mind.
-        spare = bank.backend == "triton" or torch.compiler.is_compiling()
-        slots = bank.capacity if spare else len(bank)
-        a, opened = bank.a[mine, :slots], bank.open[mine, :slots]
+        gates, opened, a = bank.view(parts)
+        slots = opened.shape[1]
         prior = self.state.prior(stream, context)
         learns = torch.is_grad_enabled() and self._wants_gradients(x)
         known = {"x": x, "version": _version(x), "first": parts.start, "waiting": set(parts)}
-        with torch.autocast(x.device.type, enabled=False):
+        known["side"] = None
+        with _without_autocast(x.device.type):
             if self.state.router.standardises and prior is None and not learns:
                 experts, weights, *down = torch.ops.phatgoose.gated_down(
-                    *_gates(bank, flat, mine, slots),
+                    flat.to(gates[0].dtype) if bank.backend == "triton" else flat,
+                    *gates,
                     opened,
                     a,
                     settings.top_k,
@@ -185,34 +208,34 @@ class Site:
         tensors = (x, bank.signatures, bank.a, bank.b(self.part))
         return any(v.requires_grad for v in (*tensors, *self.layer.parameters(recurse=False)))
 
-    def _record(self, x: Tensor, routing: Routing) -> None:
+    def _record(self, x: Tensor, routed: Routed, place: int) -> None:
         stream, context = self.state.keeper.find(self.name, x)
         members = [*self.bank.members, *[-1] * (self.bank.capacity - len(self.bank)), -1]
-        chosen = torch.tensor(members, device=x.device)[routing.experts]
+        chosen = torch.tensor(members, device=x.device)[routed.experts[:, place]]
+        routing = Routing(chosen, routed.weights[:, place].detach())
         assert self.state.trace is not None
-        self.state.trace.add(self.name, stream, context, Routing(chosen, routing.weights.detach()))
+        self.state.trace.add(self.name, stream, context, routing)
 
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules
 
 
-def _gates(
-    bank: Bank, x: Float[Tensor, "T I"], parts: slice, slots: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x, signatures and their sums, as `gated_down` wants them."""
-    if bank.pieces is bank.signatures:
-        x = x.float() if bank.backend == "triton" else x
-        return x, bank.signatures[parts, :slots].flatten(0, 1), bank.sums[parts, :slots]
-    pieces = bank.pieces
-    if parts != slice(0, bank.parts):
-        pieces = bank.halves()[:, parts].flatten(0, 2)
-    return x.to(pieces.dtype), pieces, bank.sums[parts]
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
-def _args(routed: Routed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert routed.down is not None
-    z, counts, members = routed.down
-    return z, routed.experts, counts, members
+def _is_captured(x: Tensor) -> bool:
+    """Whether x is on its way into a CUDA graph."""
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _same(x: Tensor, routed: Routed) -> bool:
