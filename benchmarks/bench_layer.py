@@ -172,11 +172,22 @@ def make_contender(name: str, setting: Setting, device: str) -> Contender:
         kind = {"r-three": peers.RThree, "mttl": peers.Mttl, "dense": peers.Dense}[name]
         for layer, f in setting.factors.items():
             peers.attach(model.get_submodule(layer), kind(f, setting.top_k))
-    stored = common.allocated(device) - before
-    if device != "cuda":
-        stored = sum(buffer.nbytes for buffer in model.buffers())
     layers = [model.get_submodule(layer) for layer in setting.factors]
-    return Contender(name, lambda x, i: layers[i](x), stored // len(layers), (model, kept))
+    stored = (common.allocated(device) - before) // len(layers)
+    if not name.startswith("phatgoose"):
+        stored = stored_bytes(name, setting)
+    elif device != "cuda":
+        stored = sum(buffer.nbytes for buffer in model.buffers())
+    return Contender(name, lambda x, i: layers[i](x), stored, (model, kept))
+
+
+def stored_bytes(name: str, setting: Setting) -> int:
+    """What a layer's experts take as peers hold them: factors, and what they are chosen by."""
+    each = setting.rank * (setting.inputs + setting.outputs) * setting.itemsize
+    if name in ("plain", "lora"):
+        return each if name == "lora" else 0
+    signature = setting.inputs * (setting.itemsize if name == "arrow" else 4)
+    return setting.experts * (each + signature)
 
 
 def route(model: nn.Module, pool: phatgoose.ExpertPool, top_k: int, *, backend: str) -> None:
@@ -379,12 +390,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"lora, phatgoose, phatgoose/BACKEND, {', '.join(PEERS)}; plain always runs",
     )
     parser.add_argument(
-        "--peer-experts", type=int, default=166, help="the most experts at which peers run"
+        "--peer-experts", type=int, help="the most experts at which peers run (166; on a CPU 36)"
     )
     parser.add_argument(
         "--peer-tokens", type=int, nargs="+", help="numbers of tokens at which peers run"
     )
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    parser.add_argument("--seconds", type=float, help="of each measurement (0.3; on a CPU 1)")
     parser.add_argument("--copies", type=int, help="layers in sequence, up to 256 tokens")
     parser.add_argument("--no-graph", dest="graph", action="store_false")
     args = parser.parse_args(arguments)
@@ -393,6 +404,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.torch_dtype = common.DTYPES[args.dtype]
     args.size = args.size or (["4096x4096", "4096x14336"] if gpu else ["512x512", "2048x2048"])
     args.peer_tokens = args.peer_tokens or ((32, 4096) if gpu else args.tokens or (1024,))
+    args.seconds = args.seconds or (0.3 if gpu else 1.0)
+    args.peer_experts = args.peer_experts or (166 if gpu else 36)
     args.contenders = ["plain", *(c for c in args.contenders if c != "plain")]
     if "backend" not in inspect.signature(phatgoose.route).parameters:
         args.contenders = [c for c in args.contenders if "/" not in c]

@@ -139,13 +139,20 @@ def versions(device: str, commit: str | None = None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         **found,
         "phatgoose": phatgoose.__version__,
         "python": platform.python_version(),
         "commit": commit or _commit(),
     }
+
+
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def _commit() -> str:
