@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from phatgoose.experts import Expert, Gates, load_expert, verify_expert
     from phatgoose.pool import ExpertPool, record, restrict, route, unroute
     from phatgoose.routers import Router
-    from phatgoose.train import train_adapter, train_gates, train_gates_from_trainer
+    from phatgoose.train import (
+        train_adapter,
+        train_adapters_together,
+        train_gates,
+        train_gates_from_trainer,
+        train_gates_together,
+    )
     from phatgoose.types import Routing, TokenContext
 
 __version__ = "0.1.0"
@@ -31,8 +37,10 @@ _WHERE = {
     "restrict": "pool",
     "route": "pool",
     "train_adapter": "train",
+    "train_adapters_together": "train",
     "train_gates": "train",
     "train_gates_from_trainer": "train",
+    "train_gates_together": "train",
     "unroute": "pool",
     "verify_expert": "experts",
 }
@@ -50,8 +58,10 @@ __all__ = [
     "restrict",
     "route",
     "train_adapter",
+    "train_adapters_together",
     "train_gates",
     "train_gates_from_trainer",
+    "train_gates_together",
     "unroute",
     "verify_expert",
 ]

@@ -202,17 +202,15 @@ def batches(
     )
 
 
-def task_folders(paths: Sequence[str | Path]) -> Iterator[Path]:
-    """The task folders among `paths`: folders with a test file, or the folders inside them."""
+def task_folders(paths: Sequence[str | Path], split: str = "test") -> Iterator[Path]:
+    """The task folders among `paths`: folders with a file of this split, or those inside them."""
     for path in map(Path, paths):
-        if split_file(path, "test") is not None:
+        if split_file(path, split) is not None:
             yield path
             continue
-        found = sorted(
-            f for f in path.glob("*") if f.is_dir() and split_file(f, "test") is not None
-        )
+        found = sorted(f for f in path.glob("*") if f.is_dir() and split_file(f, split) is not None)
         if not found:
-            raise TaskFormatError(f"{path}: no task here. Wanted folders that hold test.jsonl.")
+            raise TaskFormatError(f"{path}: no task here. Wanted folders that hold {split}.jsonl.")
         yield from found
 
 

@@ -19,7 +19,14 @@ from phatgoose.errors import (
     ExpertNotFoundError,
     IncompatibleExpertError,
 )
-from phatgoose.experts import identify_base, linear_modules, load_expert, released, verify_expert
+from phatgoose.experts import (
+    identify_base,
+    linear_modules,
+    load_expert,
+    lora,
+    released,
+    verify_expert,
+)
 from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.experts.released import FLAN_NAMES, P3_NAMES, import_released
 
@@ -271,7 +278,7 @@ def test_bad_names_are_refused(names, message, run, few, tmp_path, one_line):
 
 def test_an_interrupted_import_resumes(run, few, tmp_path, monkeypatch):
     out, done = tmp_path / "out", []
-    real = released.write_json
+    real = lora.write_json
 
     def interrupt_third(path, value):
         if len(done) == 2:
@@ -280,7 +287,7 @@ def test_an_interrupted_import_resumes(run, few, tmp_path, monkeypatch):
         real(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(released, "write_json", interrupt_third)
+        patch.setattr(lora, "write_json", interrupt_third)
         with pytest.raises(KeyboardInterrupt):
             run(few)
     assert sorted(os.listdir(out)) == ["expert_000", "expert_001"]

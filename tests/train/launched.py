@@ -15,9 +15,17 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from phatgoose import Gates, train_gates, train_gates_from_trainer
-from phatgoose.train import gates as gates_module
-from tests.train.toys import Interrupted, PowerCut, make, make_batches, make_rows
+from phatgoose import Gates, train_gates, train_gates_from_trainer, train_gates_together
+from phatgoose.train import loop as loop_module
+from tests.train.toys import (
+    Interrupted,
+    PowerCut,
+    make,
+    make_batches,
+    make_collection,
+    make_rows,
+    modules_of,
+)
 
 TOGETHER = 4  # micro-batches a step, over all processes
 
@@ -43,6 +51,14 @@ def runs(processes: int, folder: Path | None = None) -> Iterator[tuple[str, Gate
             train_gates(make(), interrupted, checkpoint=checkpoint, **settings)
         assert checkpoint.exists()
     yield "interrupted", train_gates(make(), batches, checkpoint=checkpoint, **settings)
+    base, models = make_collection()
+    data = {name: make_batches(13, lengths=(4, 6, 2 + i)) for i, name in enumerate(models)}
+    data["e1"] = DataLoader(rows, 2, shuffle=True)
+    together = folder and folder / "together"
+    for name, gates in train_gates_together(
+        base, modules_of(models), data, checkpoint=together, **settings
+    ).items():
+        yield f"together-{name}", gates
 
 
 def trainer_run(folder: Path) -> Gates:
@@ -75,7 +91,7 @@ def count_writes() -> dict[str, int]:
 
         return counted
 
-    gates_module.save_checkpoint = counting("checkpoints", gates_module.save_checkpoint)
+    loop_module.save_checkpoint = counting("checkpoints", loop_module.save_checkpoint)
     Gates.save = counting("gates", Gates.save)
     return counts
 

@@ -28,19 +28,23 @@ def free_port():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What two processes left behind."""
-    folder = tmp_path_factory.mktemp("launched")
+    return launch(launched, tmp_path_factory.mktemp("launched"))
+
+
+def launch(module, folder, *arguments):
+    """Run a module in two processes; it gets a folder, which is returned."""
     source = str(Path(phatgoose.__file__).parents[1])
     subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
             *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
             *("--dynamo_backend", "no", "--main_process_port", str(free_port())),
-            *("--module", launched.__name__, str(folder)),
+            *("--module", module.__name__, str(folder), *arguments),
         ],
         cwd=ROOT,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join((source, str(ROOT))),
+            "PYTHONPATH": os.pathsep.join((source, str(ROOT), os.environ.get("PYTHONPATH", "."))),
             "HF_HOME": str(folder / "no settings here"),
         },
         check=True,
@@ -63,7 +67,10 @@ def test_there_were_two_processes(told):
     assert [each["processes"] for each in told] == [2, 2]
 
 
-@pytest.mark.parametrize("name", ["list", "shuffled", "prepared", "interrupted"])
+TOGETHER = [f"together-e{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["list", "shuffled", "prepared", "interrupted", *TOGETHER])
 def test_two_processes_train_the_gates_of_one(name, folder, told, alone):
     first, second = (load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1))
     assert same(first, second)
@@ -76,7 +83,7 @@ def test_two_processes_train_the_gates_of_one(name, folder, told, alone):
 
 
 def test_only_one_process_writes(told):
-    assert [each["checkpoints"] for each in told] == [1 + 1 + 1, 0]
+    assert [each["checkpoints"] for each in told] == [1 + 1 + 1 + 2, 0]
     assert [each["gates"] for each in told] == [1, 0]
 
 

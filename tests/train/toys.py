@@ -21,6 +21,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from phatgoose.experts import LoraModule
+from phatgoose.train.gated import GatedAdapter
+
 VOCABULARY = ["<pad>", "</s>", "<unk>", *"cat dog cow hen says meow woof moo cluck loud".split()]
 PAD, EOS = 0, 1
 ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "hen": "cluck"}
@@ -114,11 +117,11 @@ def add_lora(model: nn.Module, *, seed: int = 1, **config: Any) -> PeftModel:
     return peft_model.eval()
 
 
-def make(kind: str = "llama", *, seed: int = 0, **lora: Any) -> PeftModel:
+def make(kind: str = "llama", *, seed: int = 0, lora_seed: int = 1, **lora: Any) -> PeftModel:
     """A base of this kind with its adapter; the same numbers for the same arguments."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return add_lora(BASES[kind](), **lora)
+        return add_lora(BASES[kind](), seed=lora_seed, **lora)
 
 
 def make_batch(
@@ -192,3 +195,24 @@ def joined(tensors: Mapping[str, Tensor]) -> Tensor:
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two sets of gates are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def make_collection(kind: str = "llama", count: int = 3) -> tuple[nn.Module, dict[str, PeftModel]]:
+    """A bare base, and that base with one adapter or another: other ranks, scales and targets."""
+    targets = TARGETS[kind]
+    configs = [
+        {"r": 3},
+        {"r": 1, "target_modules": targets[:2]},
+        {"r": 5, "target_modules": targets[1:], "lora_alpha": 16},
+        {"r": 2, "target_modules": targets[-1:], "use_rslora": True},
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = BASES[kind]().eval()
+    models = {f"e{i}": make(kind, lora_seed=i, **configs[i % 4]) for i in range(count)}
+    return base, models
+
+
+def modules_of(models: Mapping[str, PeftModel]) -> dict[str, dict[str, LoraModule]]:
+    """Each model's adapter, by module names of the base."""
+    return {name: GatedAdapter(model).modules() for name, model in models.items()}

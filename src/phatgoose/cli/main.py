@@ -150,12 +150,7 @@ def _add_training(commands: Commands) -> None:
     train.add_argument("--base", help="base model: folder or Hub id (the one in the package)")
     train.add_argument("--out", required=True, help="folder of the new expert")
     _data_options(train)
-    train.add_argument("--rank", type=int, default=8)
-    train.add_argument("--alpha", type=int, default=16)
-    train.add_argument("--dropout", type=float, default=0.0, help="of the LoRA")
-    train.add_argument("--steps", type=int, default=500, help="of the adapter")
-    train.add_argument("--learning-rate", type=float, default=1e-3, help="of the adapter")
-    train.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32")
+    _adapter_options(train)
     _gate_options(train)
 
 
@@ -163,12 +158,25 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, help=".jsonl file, task folder, or Hub data set (its train split)"
     )
+    _batch_options(parser)
+
+
+def _batch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="longest example, in tokens")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="examples of an expert a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="run the model under bf16 autocast")
     _device_options(parser)
     _json_option(parser)
+
+
+def _adapter_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the LoRA")
+    parser.add_argument("--steps", type=int, default=500, help="of the adapter")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the adapter")
+    parser.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32")
 
 
 def _gate_options(parser: argparse.ArgumentParser) -> None:
@@ -177,8 +185,24 @@ def _gate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate-learning-rate", type=float, default=5e-3)
 
 
+def _collection_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="folders that hold train.jsonl, or folders of such folders",
+    )
+    parser.add_argument(
+        "--together", type=int, metavar="N", help="experts in one pass over the base (all of them)"
+    )
+    _batch_options(parser)
+
+
 def _add_experts(commands: Commands) -> None:
-    experts = commands.add_parser("experts", help="list, verify, import, push or pull experts")
+    experts = commands.add_parser(
+        "experts", help="list, verify, train, gate, import, push or pull experts"
+    )
     verbs = experts.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     listing = _command(verbs, "list", "experts:list_experts", "list experts and how they were made")
@@ -189,6 +213,28 @@ def _add_experts(commands: Commands) -> None:
     verify.add_argument("experts", nargs="+", metavar="EXPERT", help="expert folders or Hub ids")
     verify.add_argument("--base", help="check names and sizes against this base model too")
     _json_option(verify)
+
+    train = _command(
+        verbs, "train", "collection:train", "train an expert for each task, many at once"
+    )
+    train.add_argument("--base", help="base model: folder or Hub id (the one in the package)")
+    train.add_argument("--out", required=True, help="folder to put the expert folders in")
+    _collection_options(train)
+    _adapter_options(train)
+    _gate_options(train)
+
+    gate = _command(
+        verbs, "gate", "collection:gate", "train gates for many adapters of one base at once"
+    )
+    gate.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="FOLDER",
+        help="PEFT LoRA folders, named like their tasks, or folders of them",
+    )
+    gate.add_argument("--base", help="base model (the one the adapters' configs name)")
+    _collection_options(gate)
+    _gate_options(gate)
 
     released = _command(
         verbs, "import", "experts:import_released", "turn the authors' best.pt into expert folders"

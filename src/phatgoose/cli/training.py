@@ -16,8 +16,7 @@ from phatgoose.experts.lora import LoraModule, read_adapter
 from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.models import load_base
 from phatgoose.tasks import Encoded, batches, encode, load_examples
-from phatgoose.train import AdapterTraining, train_adapter, train_gates
-from phatgoose.train.gates import GateTraining
+from phatgoose.train import AdapterTraining, GateTraining, train_adapter, train_gates
 
 CHECKPOINT = "phatgoose_gates.checkpoint"
 
@@ -26,7 +25,7 @@ def gate(arguments: Namespace) -> None:
     """Train the gates of an adapter folder and write them into it."""
     from peft import PeftModel
 
-    _check_options(arguments)
+    check_options(arguments)
     folder = Path(arguments.adapter)
     config, modules = read_adapter(folder)
     base = arguments.base or config.get("base_model_name_or_path")
@@ -35,24 +34,14 @@ def gate(arguments: Namespace) -> None:
     examples = load_examples(arguments.data)
     model, tokenizer = load_base(base, device=arguments.device, dtype=torch.float32)
     _check_adapter(folder, modules, model)
-    encoded = _encode(arguments, examples, model, tokenizer)
+    encoded = encode_examples(arguments, examples, model, tokenizer)
     _train_gates(arguments, PeftModel.from_pretrained(model, folder), tokenizer, encoded, folder)
 
 
 def train(arguments: Namespace) -> None:
     """Train an adapter and its gates into a new expert folder."""
-    _check_options(arguments)
-    settings = AdapterTraining(
-        rank=arguments.rank,
-        alpha=arguments.alpha,
-        dropout=arguments.dropout,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-        bf16=arguments.bf16,
-        save_dtype=arguments.save_dtype,
-    )
+    check_options(arguments)
+    settings = adapter_settings(arguments)
     out = Path(arguments.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(
@@ -63,14 +52,29 @@ def train(arguments: Namespace) -> None:
     model, tokenizer = load_base(
         arguments.base or default.BASE, device=arguments.device, dtype=torch.float32
     )
-    encoded = _encode(arguments, examples, model, tokenizer)
+    encoded = encode_examples(arguments, examples, model, tokenizer)
     peft_model = train_adapter(model, encoded, out, settings, pad=tokenizer.pad_token_id)
     _train_gates(arguments, peft_model, tokenizer, encoded, out)
 
 
-def _check_options(arguments: Namespace) -> None:
-    """Refuse settings of the gate phase and of the data before anything is trained or written."""
-    GateTraining(
+def adapter_settings(arguments: Namespace) -> AdapterTraining:
+    """The adapter phase as the command line has it."""
+    return AdapterTraining(
+        rank=arguments.rank,
+        alpha=arguments.alpha,
+        dropout=arguments.dropout,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        bf16=arguments.bf16,
+        save_dtype=arguments.save_dtype,
+    )
+
+
+def check_options(arguments: Namespace) -> GateTraining:
+    """The gate phase as the command line has it; refuses bad settings before anything is done."""
+    settings = GateTraining(
         steps=arguments.gate_steps,
         learning_rate=arguments.gate_learning_rate,
         seed=arguments.seed,
@@ -79,6 +83,7 @@ def _check_options(arguments: Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and value < least:
             raise ConfigError(f"{option} must be at least {least}, got {value}.")
+    return settings
 
 
 def _check_adapter(folder: Path, modules: Mapping[str, LoraModule], model: Any) -> None:
@@ -88,7 +93,9 @@ def _check_adapter(folder: Path, modules: Mapping[str, LoraModule], model: Any) 
         raise IncompatibleExpertError(problem)
 
 
-def _encode(arguments: Namespace, examples: list[Any], model: Any, tokenizer: Any) -> list[Encoded]:
+def encode_examples(
+    arguments: Namespace, examples: list[Any], model: Any, tokenizer: Any
+) -> list[Encoded]:
     longest = getattr(model.config, "max_position_embeddings", None) or arguments.max_length
     return [
         encode(

@@ -56,7 +56,9 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
+        # DeepSpeed's ZeRO-3 leaves an empty weight behind, which tells the whole one's shape.
+        shape = getattr(module.weight, "ds_shape", module.weight.shape)
+        return shape[0], shape[1]
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return sizes if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # type: ignore[return-value]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
 from phatgoose.experts.tensors import read_tensors
+from phatgoose.files import write_json, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -145,6 +146,19 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, LoraModule]]:
         )
     tensors, _ = read_tensors(path)
     return config, split_modules(config, tensors, str(path))
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], modules: Mapping[str, LoraModule]
+) -> None:
+    """Write a PEFT LoRA folder: what read_adapter reads, and PEFT."""
+    tensors = {}
+    for name, module in modules.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b
+    write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(config.items())}
+    write_json(folder / CONFIG_FILE, plain)
 
 
 def split_modules(

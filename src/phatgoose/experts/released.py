@@ -13,7 +13,6 @@ the authors concatenate them in (scripts/concatenate.py in github.com/r-three/ph
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -34,9 +33,9 @@ from phatgoose.errors import (
 from phatgoose.experts.base import BaseIdentity, identify_base, is_hub_name
 from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.gates import GateRecord, Gates, gates_hash
-from phatgoose.experts.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LoraModule, adapter_hash
+from phatgoose.experts.lora import LoraModule, adapter_hash, write_adapter
 from phatgoose.experts.verify import check_modules
-from phatgoose.files import write_bytes, write_json, write_tensors
+from phatgoose.files import new_folder, write_bytes
 
 _P3 = """
     Agnews Amazonpolarity Cosmosqa Samsum Quartz Ropes Wikibio Paws Wikiqa Socialiqa Qasc Quail
@@ -342,30 +341,17 @@ def _difference(found: Expert, wanted: Expert) -> str | None:
 def _write(folder: Path, expert: Expert) -> None:
     """Write an expert folder so that it is there complete or not at all."""
     assert expert.gates is not None
-    partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():  # of an import that was killed
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        tensors = {}
-        for name, module in expert.modules.items():
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b
-        write_tensors(partial / WEIGHTS_FILE, tensors, {"format": "pt"})
-        write_json(partial / CONFIG_FILE, _peft_config(expert))
+    with new_folder(folder) as partial:
+        write_adapter(partial, _peft_config(expert), expert.modules)
         write_bytes(partial / "README.md", _card(expert).encode())
         expert.gates.write(partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _peft_config(expert: Expert) -> dict[str, Any]:
-    """What PEFT itself would write as adapter_config.json, with the modules in order."""
+    """What PEFT itself would write as adapter_config.json."""
     from peft import LoraConfig
 
-    config = LoraConfig(
+    return LoraConfig(
         task_type="SEQ_2_SEQ_LM",
         r=next(iter(expert.modules.values())).rank,
         lora_alpha=1,
@@ -373,7 +359,6 @@ def _peft_config(expert: Expert) -> dict[str, Any]:
         base_model_name_or_path=expert.base_name,
         inference_mode=True,
     ).to_dict()
-    return {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(config.items())}
 
 
 def _card(expert: Expert) -> str:

@@ -1,7 +1,21 @@
 """Training gates, and adapters to gate."""
 
 from phatgoose.train.adapter import AdapterTraining, train_adapter
+from phatgoose.train.adapters import train_adapters_together
+from phatgoose.train.collection import gate_experts, train_experts
 from phatgoose.train.gates import train_gates
+from phatgoose.train.settings import GateTraining
+from phatgoose.train.together import train_gates_together
 from phatgoose.train.trainer import train_gates_from_trainer
 
-__all__ = ["AdapterTraining", "train_adapter", "train_gates", "train_gates_from_trainer"]
+__all__ = [
+    "AdapterTraining",
+    "GateTraining",
+    "gate_experts",
+    "train_adapter",
+    "train_adapters_together",
+    "train_experts",
+    "train_gates",
+    "train_gates_from_trainer",
+    "train_gates_together",
+]

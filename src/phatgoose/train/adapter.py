@@ -1,5 +1,6 @@
 """Training a LoRA adapter on examples: PEFT for the layers, transformers.Trainer for the loop."""
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -13,6 +14,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.tasks import Encoded, collate
 
 SaveDtype = Literal["float32", "bfloat16"]
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,29 @@ class AdapterTraining:
                 f"save_dtype must be one of {get_args(SaveDtype)}, got {self.save_dtype!r}."
             )
 
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup_ratio * self.steps)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from zero, as transformers.Trainer has it."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def lora_config(self, *, seq2seq: bool) -> Any:
+        """PEFT's LoraConfig for it."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
+        )
+
 
 def train_adapter(
     model: Any,
@@ -63,7 +88,7 @@ def train_adapter(
     in fp32; if saved in bf16, the model keeps the rounded values too, so that gates trained next
     belong to exactly what is on disk.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     settings = settings or AdapterTraining()
@@ -71,16 +96,7 @@ def train_adapter(
         raise ConfigError("train_adapter: there are no examples to train on. Give at least one.")
     seq2seq = bool(model.config.is_encoder_decoder)
     torch.manual_seed(settings.seed)
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=settings.target_modules,
-            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
-        ),
-    )
+    peft_model = get_peft_model(model, settings.lora_config(seq2seq=seq2seq))
     trainer = Trainer(
         model=peft_model,
         args=TrainingArguments(
@@ -89,9 +105,9 @@ def train_adapter(
             per_device_train_batch_size=min(settings.batch_size, len(encoded)),
             learning_rate=settings.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=round(settings.warmup_ratio * settings.steps),
+            warmup_steps=settings.warmup_steps,
             weight_decay=settings.weight_decay,
-            max_grad_norm=1.0,
+            max_grad_norm=MAX_GRAD_NORM,
             seed=settings.seed,
             bf16=settings.bf16,
             use_cpu=next(model.parameters()).device.type == "cpu",

@@ -1,4 +1,4 @@
-"""Progress of a gate phase on disk, to go on from after an interrupt."""
+"""Progress of a training phase on disk, to go on from after an interrupt."""
 
 import json
 from collections.abc import Mapping
@@ -6,38 +6,41 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from phatgoose.errors import ConfigError
 from phatgoose.experts.tensors import read_tensors
 from phatgoose.files import write_tensors
+from phatgoose.train.packed import Packed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a gate phase is."""
+    """How far a phase is: steps, and for each expert what it saw and its loss."""
 
-    step: int = 0
-    examples: int = 0
-    tokens: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
+    step: int
+    examples: list[int]
+    tokens: list[int]
+    first_loss: list[float] | None = None
+    last_loss: list[float] | None = None
+
+    @classmethod
+    def none(cls, experts: int) -> "Progress":
+        return cls(0, [0] * experts, [0] * experts)
 
 
 def save_checkpoint(
     path: Path,
     identity: Mapping[str, str],
-    gates: Mapping[str, nn.Parameter],
+    packed: Packed,
     optimizer: torch.optim.Optimizer,
     done: Progress,
 ) -> None:
-    """Write gates, AdamW moments and progress into one safetensors file, atomically."""
-    tensors = {f"gate {name}": gate for name, gate in gates.items()}
-    for name, gate in gates.items():
-        for moment in MOMENTS:
-            tensors[f"{moment} {name}"] = optimizer.state[gate][moment]
+    """Write parameters, AdamW moments and progress into one safetensors file, atomically."""
+    tensors = {f"value {name}": value.data for name, value in packed.parameters.items()}
+    for moment in MOMENTS:
+        tensors |= {f"{moment} {name}": part for name, part in packed.moments(optimizer, moment)}
     metadata = {"identity": json.dumps(dict(identity)), "progress": json.dumps(asdict(done))}
     write_tensors(path, tensors, metadata)
 
@@ -45,10 +48,10 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path,
     identity: Mapping[str, str],
-    gates: Mapping[str, nn.Parameter],
+    packed: Packed,
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Put gates and optimiser back; ConfigError if the file is of another adapter or settings."""
+    """Put all of it back; ConfigError if the file is of other adapters or settings."""
     tensors, metadata = read_tensors(path)
     saved = json.loads(metadata.get("identity", "{}"))
     different = sorted(key for key in identity if saved.get(key) != identity[key])
@@ -58,10 +61,14 @@ def load_checkpoint(
             "the same adapter and settings to go on."
         )
     done = Progress(**json.loads(metadata["progress"]))
-    for name, gate in gates.items():
-        gate.data.copy_(tensors[f"gate {name}"])
-        optimizer.state[gate] = {
+    for vector in packed.vectors:
+        optimizer.state[vector] = {
             "step": torch.tensor(float(done.step)),
-            **{moment: tensors[f"{moment} {name}"].to(gate.device) for moment in MOMENTS},
+            **{moment: torch.zeros_like(vector) for moment in MOMENTS},
         }
+    for name, value in packed.parameters.items():
+        value.data.copy_(tensors[f"value {name}"])
+    for moment in MOMENTS:
+        for name, part in packed.moments(optimizer, moment):
+            part.copy_(tensors[f"{moment} {name}"])
     return done

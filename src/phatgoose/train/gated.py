@@ -11,6 +11,9 @@ from phatgoose.errors import ConfigError, UnsupportedAdapterError, UntrainedAdap
 from phatgoose.experts import LoraModule
 from phatgoose.experts.base import base_name, linear_sizes
 from phatgoose.experts.lora import refuse_unsupported
+from phatgoose.train.frozen import frozen
+from phatgoose.train.packed import Packed
+from phatgoose.train.placement import device_of, refuse_fsdp1, whole_weight
 
 Layer = Any  # a peft LoraLayer
 
@@ -25,53 +28,45 @@ class GatedAdapter:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapter = _active_adapter(model)
+        refuse_fsdp1(model)
         self.layers = dict(_lora_layers(model, self.adapter))
         if not self.layers:
             raise ConfigError(f"adapter {self.adapter!r}: adapts no linear layer of this model.")
-        if not any(torch.any(self._matrices(layer)[1]) for layer in self.layers.values()):
+        if not any(self._is_trained(layer) for layer in self.layers.values()):
             raise UntrainedAdapterError(
                 f"adapter {self.adapter!r}: every lora_B is zero, so gates would get no gradient. "
                 "Train the adapter first, then its gates."
             )
-        self.gates = {
-            name: nn.Parameter(torch.zeros(a.shape[1], dtype=torch.float32, device=a.device))
-            for name, layer in self.layers.items()
-            for a in [self._matrices(layer)[0]]
-        }
+        self.packed = Packed(
+            {
+                name: (
+                    device_of(layer.lora_B[self.adapter]),
+                    (layer.lora_A[self.adapter].in_features,),
+                )
+                for name, layer in self.layers.items()
+            }
+        )
+        self.gates = self.packed.parameters
 
     def modules(self) -> dict[str, LoraModule]:
         """The adapter as an expert would hold it, by module names of the base."""
-        return {
-            name: LoraModule(*self._matrices(layer), scale=float(layer.scaling[self.adapter]))
-            for name, layer in self.layers.items()
-        }
+        modules = {}
+        for name, layer in self.layers.items():
+            first, second = self._halves(layer)
+            with whole_weight(first) as a, whole_weight(second) as b:
+                modules[name] = LoraModule(a, b, scale=float(layer.scaling[self.adapter]))
+        return modules
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Apply the gates, with everything else frozen and dropout off; then undo all of it."""
-        frozen = [p for p in self.model.parameters() if p.requires_grad]
-        modes = [(module, module.training) for module in self.model.modules()]
-        rates = list(_dropout_rates(self.model))
         handles = [h for name, layer in self.layers.items() for h in self._hook(name, layer)]
         try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            self.model.eval()
-            for module in self.model.modules():
-                # transformers checkpoints only in training mode; the modules inside stay in eval.
-                module.training = bool(getattr(module, "gradient_checkpointing", False))
-            for module, name, _ in rates:
-                setattr(module, name, 0.0)
-            yield
+            with frozen(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            for module, mode in modes:
-                module.training = mode
-            for module, name, rate in rates:
-                setattr(module, name, rate)
 
     def _hook(self, name: str, layer: Layer) -> tuple[Any, Any]:
         gate = self.gates[name]
@@ -83,23 +78,19 @@ class GatedAdapter:
         def scale(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             (u,) = inputs
             inputs.clear()
-            with torch.autocast(u.device.type, enabled=False):
-                return output * torch.sigmoid(u.float() @ gate).unsqueeze(-1)
+            with torch.autocast(output.device.type, enabled=False):
+                # Where a device_map parts two layers, the input comes from another device.
+                return output * torch.sigmoid(u.to(output.device).float() @ gate).unsqueeze(-1)
 
         lora_b = layer.lora_B[self.adapter]
         return layer.register_forward_pre_hook(keep_input), lora_b.register_forward_hook(scale)
 
-    def _matrices(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+    def _halves(self, layer: Layer) -> tuple[Any, Any]:
+        return layer.lora_A[self.adapter], layer.lora_B[self.adapter]
 
-
-def _dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """Rates that checkpointed modules read in training mode, like OPT's `dropout`."""
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float):
-                    yield module, name, value
+    def _is_trained(self, layer: Layer) -> bool:
+        with whole_weight(self._halves(layer)[1]) as b:
+            return bool(torch.any(b))
 
 
 def _active_adapter(model: nn.Module) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Gates
-from phatgoose.train.gates import seeded, train_gates
+from phatgoose.train.gates import train_gates
+from phatgoose.train.seeding import seeded
 
 
 def train_gates_from_trainer(

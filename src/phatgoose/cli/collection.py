@@ -1,0 +1,137 @@
+"""experts train, experts gate: many experts at once."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phatgoose import default
+from phatgoose.cli.sources import expert_sources
+from phatgoose.cli.training import adapter_settings, check_options, encode_examples
+from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
+from phatgoose.experts import GateRecord
+from phatgoose.experts.lora import read_config
+from phatgoose.models import load_base
+from phatgoose.tasks import Example, load_examples, task_folders
+from phatgoose.train import gate_experts, train_experts
+
+
+def train(arguments: Namespace) -> None:
+    """Train an expert for each task folder."""
+    gates, adapter = check_options(arguments), adapter_settings(arguments)
+    folders = _by_name(task_folders(arguments.tasks, "train"))
+    out = Path(arguments.out)
+    examples = {name: load_examples(folder) for name, folder in folders.items()}
+    model, tokenizer = _load(arguments, arguments.base or default.BASE)
+    made = train_experts(
+        model,
+        tokenizer,
+        _encode(arguments, examples, model, tokenizer),
+        out,
+        adapter=adapter,
+        gates=gates,
+        gate_batch_size=arguments.gate_batch_size,
+        together=arguments.together,
+    )
+    _print(arguments, {name: out / name for name in folders}, made)
+
+
+def gate(arguments: Namespace) -> None:
+    """Train the gates of many adapter folders, each on the task of its name."""
+    gates = check_options(arguments)
+    folders = _by_name(map(_local, expert_sources(arguments.adapters)))
+    base = arguments.base or _common_base(folders)
+    tasks = _by_name(task_folders(arguments.tasks, "train"))
+    for name, folder in folders.items():
+        if name not in tasks:
+            raise TaskFormatError(
+                f"{folder}: no task is named {name}. Name adapter and task alike, or train it "
+                f"alone: phatgoose gate {folder}"
+            )
+    examples = {name: load_examples(tasks[name]) for name in folders}
+    model, tokenizer = _load(arguments, base)
+    made = gate_experts(
+        model,
+        tokenizer,
+        folders,
+        _encode(arguments, examples, model, tokenizer),
+        settings=gates,
+        batch_size=arguments.gate_batch_size or arguments.batch_size,
+        autocast=torch.bfloat16 if arguments.bf16 else None,
+        together=arguments.together,
+    )
+    _print(arguments, folders, made)
+
+
+def _load(arguments: Namespace, base: str | Path) -> tuple[Any, Any]:
+    if arguments.together is not None and arguments.together < 1:
+        raise ConfigError(f"--together must be at least 1, got {arguments.together}.")
+    return load_base(base, device=arguments.device, dtype=torch.float32)
+
+
+def _encode(
+    arguments: Namespace, examples: Mapping[str, list[Example]], model: Any, tokenizer: Any
+) -> dict[str, Any]:
+    return {
+        name: encode_examples(arguments, rows, model, tokenizer) for name, rows in examples.items()
+    }
+
+
+def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    """Folders by their names; ConfigError where two have the same."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name in named:
+            raise ConfigError(f"{folder}: has the name of {named[name]}. Rename one of them.")
+        named[name] = folder
+    return named
+
+
+def _local(source: str | Path) -> Path:
+    if not Path(source).is_dir():
+        raise ExpertNotFoundError(
+            f"{source}: not a folder. Gates are written beside adapters, so pull those of the Hub "
+            "first: phatgoose experts pull"
+        )
+    return Path(source)
+
+
+def _common_base(folders: Mapping[str, Path]) -> str:
+    """The base that all adapters' configs name."""
+    first: tuple[Path, str] | None = None
+    for folder in folders.values():
+        base = read_config(folder).get("base_model_name_or_path")
+        if not base:
+            raise ConfigError(f"{folder}: its config names no base model. Pass --base.")
+        if first and base != first[1]:
+            raise ConfigError(
+                f"{folder}: its base is {base}, that of {first[0]} is {first[1]}. Train those of "
+                "one base at a time, or pass --base if it is the same by two names."
+            )
+        first = first or (folder, base)
+    assert first is not None
+    return first[1]
+
+
+def _print(
+    arguments: Namespace, folders: Mapping[str, Path], made: Mapping[str, GateRecord]
+) -> None:
+    if arguments.json:
+        trained = [{"folder": str(folders[name]), **asdict(made[name])} for name in made]
+        there = [str(folder) for name, folder in folders.items() if name not in made]
+        print(json.dumps({"trained": trained, "there": there}))
+        return
+    for name, folder in folders.items():
+        if name in made:
+            record = made[name]
+            print(
+                f"{folder}: gates after {record.steps} steps on {record.examples} examples, loss "
+                f"{record.first_loss:.3f} to {record.last_loss:.3f}"
+            )
+        else:
+            print(f"{folder}: there already")

@@ -1,0 +1,288 @@
+"""Collections on disk: an expert for each task, or gates for many adapters, some at a time."""
+
+import json
+import shutil
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from phatgoose.errors import (
+    ConfigError,
+    ExpertFormatError,
+    IncompatibleExpertError,
+    TaskFormatError,
+)
+from phatgoose.experts import (
+    BaseIdentity,
+    Expert,
+    GateRecord,
+    Gates,
+    identify_base,
+    load_expert,
+)
+from phatgoose.experts.base import is_hub_name
+from phatgoose.files import write_bytes, write_json
+from phatgoose.tasks import Encoded, batches
+from phatgoose.train.adapter import AdapterTraining
+from phatgoose.train.adapters import train_adapters_together
+from phatgoose.train.groups import group_name, in_groups
+from phatgoose.train.joint import check_model
+from phatgoose.train.settings import GateTraining
+from phatgoose.train.together import check_adapter, read_modules, train_gates_together
+
+Tasks = Mapping[str, Sequence[Encoded]]
+WORK = ".phatgoose-training"  # progress of what is not done yet; gone when all is
+GROUP = "group.json"
+
+
+def train_experts(
+    model: Any,
+    tokenizer: Any,
+    tasks: Tasks,
+    out: str | Path,
+    *,
+    adapter: AdapterTraining | None = None,
+    gates: GateTraining | None = None,
+    gate_batch_size: int | None = None,
+    together: int | None = None,
+    progress: bool = True,
+) -> dict[str, GateRecord]:
+    """Train an adapter and its gates for each task, into `out/NAME`; return the new ones' records.
+
+    Experts that are there are left alone. After an interrupt, the same call goes on from the last
+    checkpoint; an expert's folder is there complete or not at all.
+
+    Args:
+        tasks: encoded examples by name.
+        gate_batch_size: of the gate phase; default: the adapter's.
+        together: how many experts to train in one pass over the base; default: all.
+
+    Raises ConfigError where a folder there is no expert of this base, and what
+    `train_adapters_together` and `train_gates_together` raise.
+    """
+    out, adapter, gates = Path(out), adapter or AdapterTraining(), gates or GateTraining()
+    check_model(model)
+    base = identify_base(model, tokenizer)
+    todo = [name for name in _by_length(tasks) if not _is_done(out / name, base)]
+    accelerator, pad = Accelerator(), tokenizer.pad_token_id
+    made: dict[str, GateRecord] = {}
+    for names, work in _groups(todo, together, out / WORK, known=tasks, accelerator=accelerator):
+        group = {name: tasks[name] for name in names}
+        modules = train_adapters_together(
+            model, group, work, adapter, pad=pad, checkpoint=work, progress=progress
+        )
+        found = _train_gates(
+            model,
+            tokenizer,
+            modules,
+            group,
+            gates,
+            batch_size=gate_batch_size or adapter.batch_size,
+            autocast=torch.bfloat16 if adapter.bf16 else None,
+            work=work,
+            progress=progress,
+        )
+        if accelerator.is_main_process:
+            for name in names:
+                if not (out / name).exists():  # saved before an interrupt
+                    found[name].save(work / name)
+                    card = _card(name, len(tasks[name]), adapter, found[name].record)
+                    write_bytes(work / name / "README.md", card.encode())
+                    (work / name).rename(out / name)
+        made |= {name: found[name].record for name in names}
+        _finish(work, accelerator)
+    return made
+
+
+def gate_experts(
+    model: Any,
+    tokenizer: Any,
+    folders: Mapping[str, Path],
+    tasks: Tasks,
+    *,
+    settings: GateTraining | None = None,
+    batch_size: int = 32,
+    autocast: torch.dtype | None = None,
+    together: int | None = None,
+    progress: bool = True,
+) -> dict[str, GateRecord]:
+    """Train the gates of many adapter folders and save them there; return the new ones' records.
+
+    `tasks` has the examples by the folders' names. Experts that have gates are left alone, and
+    after an interrupt the same call goes on, as for `train_experts`.
+    """
+    missing = sorted(set(folders) - set(tasks))
+    if missing:
+        raise TaskFormatError(
+            f"{missing[0]}: there is no task of this name to train its gates on. Name adapter and "
+            "task alike, or train it alone: phatgoose gate"
+        )
+    base = identify_base(model, tokenizer)
+    todo = [
+        name
+        for name in _by_length({name: tasks[name] for name in folders})
+        if not _is_gated(folders[name], base)
+    ]
+    made: dict[str, GateRecord] = {}
+    if not todo:
+        return made
+    check_model(model)
+    for name in todo:  # all of them, before any is trained
+        check_adapter(name, read_modules(folders[name]), model)
+    accelerator = Accelerator()
+    work = folders[min(folders)].parent / WORK
+    groups = _groups(todo, together, work, known=folders, accelerator=accelerator)
+    for names, progress_folder in groups:
+        found = _train_gates(
+            model,
+            tokenizer,
+            {name: folders[name] for name in names},
+            {name: tasks[name] for name in names},
+            settings or GateTraining(),
+            batch_size=batch_size,
+            autocast=autocast,
+            work=progress_folder,
+            progress=progress,
+        )
+        if accelerator.is_main_process:
+            for name in names:
+                found[name].save(folders[name])
+        made |= {name: found[name].record for name in names}
+        _finish(progress_folder, accelerator)
+    return made
+
+
+def _train_gates(
+    model: Any,
+    tokenizer: Any,
+    adapters: Mapping[str, Any],
+    tasks: Tasks,
+    settings: GateTraining,
+    *,
+    batch_size: int,
+    autocast: torch.dtype | None,
+    work: Path,
+    progress: bool,
+) -> dict[str, Gates]:
+    seq2seq = bool(model.config.is_encoder_decoder)
+    data = {
+        name: batches(
+            encoded,
+            batch_size,
+            pad=tokenizer.pad_token_id,
+            seq2seq=seq2seq,
+            seed=settings.seed,
+        )
+        for name, encoded in tasks.items()
+    }
+    return train_gates_together(
+        model,
+        adapters,
+        data,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        warmup_ratio=settings.warmup_ratio,
+        max_grad_norm=settings.max_grad_norm,
+        autocast=autocast,
+        tokenizer=tokenizer,
+        checkpoint=work,
+        progress=progress,
+    )
+
+
+def _by_length(tasks: Tasks) -> list[str]:
+    """The names, those of like length beside each other, so that little is padded in a group."""
+
+    def mean_length(name: str) -> float:
+        lengths = [len(row.prompt) + len(row.target) for row in tasks[name]]
+        return sum(lengths) / max(1, len(lengths))
+
+    return sorted(tasks, key=lambda name: (mean_length(name), name))
+
+
+def _is_done(folder: Path, base: BaseIdentity) -> bool:
+    """Whether the expert is there; ConfigError if something else is."""
+    if not folder.exists():
+        return False
+    expert = load_expert(folder)
+    if expert.gates is None:
+        raise ConfigError(
+            f"{folder}: is there already and has no gates. Train them: phatgoose gate {folder}"
+        )
+    _check_base(expert, base)
+    return True
+
+
+def _is_gated(folder: Path, base: BaseIdentity) -> bool:
+    """Whether an adapter has its gates; broken ones are as good as none."""
+    try:
+        expert = load_expert(folder)
+    except (ExpertFormatError, IncompatibleExpertError):
+        return False  # if it is the adapter that is broken, reading it will say so
+    _check_base(expert, base)
+    return expert.gates is not None
+
+
+def _check_base(expert: Expert, base: BaseIdentity) -> None:
+    difference = expert.base and expert.base.difference(base)
+    if difference:
+        raise IncompatibleExpertError(
+            f"{expert.folder}: is there already, for another base: {difference}. Move it away, or "
+            "give its own base."
+        )
+
+
+def _groups(
+    names: Sequence[str],
+    together: int | None,
+    work: Path,
+    *,
+    known: Container[str],
+    accelerator: Accelerator,
+) -> Iterator[tuple[list[str], Path]]:
+    """Groups, each with a folder for its progress; those that were begun come first, as begun."""
+    begun = []
+    for path in sorted(work.glob(f"*/{GROUP}")):
+        group = json.loads(path.read_text())
+        fits = len(group) <= (together or len(group)) and all(name in known for name in group)
+        if fits and set(group) & set(names):  # else all of them are saved
+            begun.append((group, path.parent))
+    taken = {name for group, _ in begun for name in group}
+    rest = [name for name in names if name not in taken]
+    new = [(group, work / group_name(group)) for group in in_groups(rest, together)]
+    accelerator.wait_for_everyone()  # nobody writes until all have looked
+    for group, folder in [*begun, *new]:
+        if accelerator.is_main_process:
+            write_json(folder / GROUP, group)
+        yield group, folder
+    if accelerator.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _finish(work: Path, accelerator: Accelerator) -> None:
+    """Forget the progress of a group whose experts are saved."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(work)
+
+
+def _card(name: str, examples: int, adapter: AdapterTraining, record: GateRecord) -> str:
+    """A model card: where the expert comes from."""
+    base = record.base.name
+    lines = ["library_name: peft", "tags: [lora, phatgoose]"]
+    if is_hub_name(base):
+        lines.insert(0, f"base_model: {base}")
+    front = "\n".join(lines)
+    return (
+        f"---\n{front}\n---\n\n# {name}\n\n"
+        f"A rank-{adapter.rank} LoRA with PHATGOOSE gates (arXiv:2402.05859) for "
+        f"{base or 'a base without a name'}, made by `phatgoose experts train` from {examples} "
+        f"examples of the task `{name}`: {adapter.steps} steps of the adapter, then "
+        f"{record.steps} of the gates, whose loss went from {record.first_loss:.3f} to "
+        f"{record.last_loss:.3f} nats a target token.\n"
+    )

@@ -1,0 +1,149 @@
+"""A frozen base that runs the rows of many experts at once, each through its own adapter."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from phatgoose.errors import ConfigError, TrainingError
+from phatgoose.tasks import IGNORED
+from phatgoose.train.frozen import frozen
+from phatgoose.train.loop import Pass
+from phatgoose.train.mixed import autocasting
+from phatgoose.train.placement import device_of, refuse_fsdp1
+from phatgoose.train.rows import Rows, put_together
+from phatgoose.train.seeding import OwnRandom
+from phatgoose.train.stacks import Stack, add_stack
+from phatgoose.train.stream import Batch, own_share
+
+# Losses of transformers that are a mean over target tokens of the next token's.
+LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
+
+
+class JointModel:
+    """A plain transformers model with a stack of LoRAs at each site.
+
+    `model(batches)` is one forward over one micro-batch of every expert. Its losses are what
+    `model(**batch).loss` would be for each: a mean over the expert's own target tokens.
+    """
+
+    def __init__(
+        self, model: Any, stacks: Mapping[str, Stack], *, autocast: torch.dtype | None
+    ) -> None:
+        self.model = model
+        self.stacks = stacks
+        self.autocast = autocast
+        self.device = device_of(model)
+        pad = getattr(model.config, "pad_token_id", None)
+        self.pad = pad if isinstance(pad, int) and pad >= 0 else 0
+        self._rows = Rows.of([1], self.device)
+        self._shapes: set[tuple[int, ...]] = set()
+
+    @contextmanager
+    def installed(self, *, dropout: bool = False) -> Iterator[None]:
+        """Apply the stacks, with the base frozen; then undo all of it."""
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(self._hook(name, stack))
+            for name, stack in self.stacks.items()
+        ]
+        try:
+            with frozen(self.model, dropout=dropout):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __call__(self, batches: Mapping[str, Batch]) -> Pass:
+        joint, rows = put_together(batches, pad=self.pad, device=self.device)
+        labels, tokens = joint.pop("labels"), joint["attention_mask"].sum(1)
+        if self.model.config.is_encoder_decoder:
+            if "decoder_input_ids" not in joint:
+                before = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+                joint["decoder_input_ids"] = before
+        else:  # the next token is what is wanted
+            labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        self._rows = rows
+        self._shapes = {tuple(joint["input_ids"].shape), tuple(labels.shape)}
+        no_cache = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
+        with autocasting(self.device, self.autocast):
+            logits = self.model(**joint, **no_cache).logits
+        losses = _mean_losses(logits, labels.to(logits.device), rows)
+        return Pass(losses, rows.counts, rows.sums(tokens))
+
+    def _hook(self, name: str, stack: Stack) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = inputs[0].to(output.device)  # a device_map may part two layers
+            self._check_shape(name, x)
+            rows = self._rows
+            if rows.take is not None:  # only what the stack adds is gathered, not the output
+                added = add_stack(None, rows.by_expert(self._by_row(x)), stack).to(output.dtype)
+                return output + rows.by_row(added, self._by_row(output).shape).view(output.shape)
+            return add_stack(rows.by_expert(output), rows.by_expert(x), stack).view(output.shape)
+
+        return add
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (len(self._rows.owners), -1)) if x.ndim == 2 else x
+
+    def _check_shape(self, name: str, x: Tensor) -> None:
+        """Refuse a layer that does not see all tokens row by row, like an expert of an MoE."""
+        if tuple(x.shape[:-1]) in self._shapes:
+            return
+        if x.ndim == 2 and x.shape[0] in {rows * length for rows, length in self._shapes}:
+            return
+        raise ConfigError(
+            f"{name}: sees {list(x.shape)}, not the rows of the batch one after the other, so "
+            "experts cannot be told apart there. Train each adapter alone."
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raise ConfigError unless experts can be trained together on it."""
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "is_encoder_decoder"):
+        raise ConfigError(f"a plain transformers model is wanted, got {type(model).__name__}.")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ConfigError(
+            f"{type(model).__name__}: has adapters already. Give the plain base: "
+            "peft_model.unload() returns it."
+        )
+    if any("phatgoose_bank" in module._modules for module in model.modules()):
+        raise ConfigError(f"{type(model).__name__}: is routed. Call phatgoose.unroute first.")
+    if getattr(model, "loss_type", None) not in LOSSES:
+        raise ConfigError(
+            f"{type(model).__name__}: its loss is {model.loss_type}; experts are trained together "
+            "on a loss over target tokens only. Train each adapter alone."
+        )
+    refuse_fsdp1(model)
+
+
+def joint_stream(
+    batches: Mapping[str, Iterable[Batch]], accelerator: Accelerator, seed: int
+) -> Iterator[dict[str, Batch]]:
+    """One micro-batch of every expert at a time, in the order each would have alone."""
+
+    def stream(name: str) -> Iterator[Batch]:
+        return own_share(batches[name], accelerator, f"{name}: ")
+
+    streams = {name: OwnRandom(lambda name=name: stream(name), seed) for name in batches}  # type: ignore[misc]
+    while True:
+        yield {name: next(each) for name, each in streams.items()}
+
+
+def _mean_losses(logits: Float[Tensor, "B L V"], labels: Tensor, rows: Rows) -> Float[Tensor, " E"]:
+    """Nats per target token of each expert."""
+    if logits.shape[:2] != labels.shape:
+        raise TrainingError(
+            f"the model gave logits {list(logits.shape)} for labels {list(labels.shape)}. Train "
+            "each adapter alone."
+        )
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(labels.shape)
+    targets = (labels != IGNORED).sum(1).float()
+    return rows.sums(losses.sum(1)) / rows.sums(targets)

@@ -1,0 +1,118 @@
+"""Whose rows are whose: one batch put together from those of several experts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from phatgoose.errors import ConfigError
+from phatgoose.tasks import IGNORED
+from phatgoose.train.stream import Batch
+
+# What a batch may hold, each [rows, length], and what a shorter one is filled up with.
+FILL = {
+    "input_ids": None,  # the model's padding token
+    "attention_mask": 0,
+    "labels": IGNORED,
+    "position_ids": 0,
+    "token_type_ids": 0,
+    "decoder_input_ids": None,
+    "decoder_attention_mask": 0,
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The experts' rows lie one after the other: `counts[e]` rows are expert e's."""
+
+    counts: Sequence[int]
+    owners: Int[Tensor, " B"]  # the expert of each row
+    # Where the counts differ, e's rows filled up to N, the largest count, with its first row.
+    # Padding inside the sites alone costs little; in the base it would cost a row's full price.
+    take: Int[Tensor, " EN"] | None = None
+    put: Int[Tensor, " B"] | None = None  # where each row went
+
+    @classmethod
+    def of(cls, counts: Sequence[int], device: torch.device) -> "Rows":
+        experts = torch.tensor(counts)
+        owners = torch.repeat_interleave(torch.arange(len(counts)), experts)
+        if len(set(counts)) == 1:
+            return cls(counts, owners.to(device))
+        most, starts = max(counts), torch.tensor([0, *accumulate(counts)][:-1])
+        place = torch.arange(most).expand(len(counts), most)
+        real = place < experts.unsqueeze(1)
+        take = (starts.unsqueeze(1) + place * real).flatten()
+        put = (torch.arange(len(counts)).unsqueeze(1) * most + place)[real]
+        return cls(counts, owners.to(device), take.to(device), put.to(device))
+
+    def by_expert(self, x: Shaped[Tensor, "B *L I"]) -> Shaped[Tensor, "E T I"]:
+        """Each expert's tokens; a view where all have as many rows."""
+        x = x if self.take is None else x.index_select(0, self.take.to(x.device))
+        return x.reshape(len(self.counts), -1, x.shape[-1])
+
+    def by_row(self, y: Shaped[Tensor, "E T O"], shape: Sequence[int]) -> Shaped[Tensor, "B *L O"]:
+        """The way back, to rows of this shape."""
+        if self.put is None:
+            return y.reshape(*shape[:-1], y.shape[-1])
+        filled = len(self.counts) * max(self.counts)
+        return y.reshape(filled, *shape[1:-1], y.shape[-1]).index_select(0, self.put.to(y.device))
+
+    def sums(self, x: Float[Tensor, " B"]) -> Float[Tensor, " E"]:
+        """The sum over each expert's rows; one expert's NaN is no other's."""
+        zeros = x.new_zeros(len(self.counts))
+        return zeros.index_add(0, self.owners.to(x.device), x)
+
+
+def put_together(
+    batches: Mapping[str, Batch], *, pad: int, device: torch.device
+) -> tuple[dict[str, Tensor], Rows]:
+    """One batch of all experts' rows, padded on the right to a common length.
+
+    Raises ConfigError, naming the expert, where a batch holds what cannot be put together.
+    """
+    whole = [_checked(name, batch) for name, batch in batches.items()]
+    keys = {key for batch in whole for key in batch}
+    for name, batch in zip(batches, whole, strict=True):
+        missing = sorted(keys - set(batch))
+        if missing:
+            raise ConfigError(
+                f"{name}: its batch has no {missing[0]}, those of others have. Give every expert "
+                "batches of the same kind."
+            )
+    joint = {}
+    for key in sorted(keys):
+        parts = [batch[key] for batch in whole]
+        longest, fill = max(part.shape[1] for part in parts), FILL[key]
+        fill = pad if fill is None else fill
+        padded = [F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
+        joint[key] = torch.cat(padded).to(device, non_blocking=True)
+    return joint, Rows.of([batch["input_ids"].shape[0] for batch in whole], device)
+
+
+def _checked(name: str, batch: Batch) -> dict[str, Tensor]:
+    """A batch's tensors, with a mask if it has none."""
+    for key in ("input_ids", "labels"):
+        if key not in batch:
+            raise ConfigError(f"{name}: its batch has no {key}. Give batches with labels.")
+    for key, value in batch.items():
+        if key not in FILL:
+            raise ConfigError(
+                f"{name}: its batch has {key}, which is not put together with those of others. "
+                f"Leave it out, or train alone. Known: {', '.join(FILL)}."
+            )
+        shape: Any = getattr(value, "shape", None)
+        if shape is None or len(shape) != 2 or shape[0] != batch["input_ids"].shape[0]:
+            found = type(value).__name__ if shape is None else list(shape)
+            raise ConfigError(
+                f"{name}: {key} of its batch is {found}, a tensor of [rows, length] is wanted."
+            )
+    mask = batch.get("attention_mask")
+    return {
+        **batch,
+        "attention_mask": torch.ones_like(batch["input_ids"]) if mask is None else mask,
+    }

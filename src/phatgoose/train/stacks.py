@@ -1,0 +1,120 @@
+"""One site's LoRAs of many experts, each for its own tokens, as batched products."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from phatgoose.experts import LoraModule
+
+
+class Stack(ABC):
+    """What a site adds to the base's output for each expert's tokens."""
+
+    @abstractmethod
+    def halves(
+        self, x: Float[Tensor, "E T I"]
+    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
+        """Two factors of it: tokens brought down to a rank, and the way up."""
+
+
+@final
+class GatedStack(Stack):
+    """scale * B A x * sigmoid(v·x), of which v alone is trained.
+
+    An expert of lower rank has zeros in its last rows, and one that leaves the site alone has
+    nothing else: both add exactly nothing, and its gate gets a gradient of exactly zero.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[LoraModule | None],
+        gates: Float[nn.Parameter, "E I"],
+        dtype: torch.dtype,
+    ) -> None:
+        known = [module for module in modules if module is not None]
+        rank, first = max(module.rank for module in known), known[0]
+        a = torch.zeros(len(modules), first.in_features, rank, dtype=dtype)
+        b = torch.zeros(len(modules), rank, first.out_features, dtype=dtype)
+        for expert, module in enumerate(modules):
+            if module is not None:
+                a[expert, :, : module.rank] = module.a.detach().T
+                b[expert, : module.rank] = module.b.detach().float().T * module.scale
+        self.gates = gates
+        self.a = a.to(gates.device)  # in one go, not one by one
+        self.b = b.to(gates.device)
+
+    def halves(
+        self, x: Float[Tensor, "E T I"]
+    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
+        z = torch.bmm(x.to(self.a.dtype), self.a)
+        with torch.autocast(x.device.type, enabled=False):
+            # Scaling R numbers a token is the same as scaling O, and cheaper.
+            return z * torch.sigmoid(_dots(x, self.gates)).unsqueeze(-1), self.b
+
+
+@final
+class LoraStack(Stack):
+    """scale * B A dropout(x), both matrices trained."""
+
+    def __init__(
+        self,
+        a: Float[nn.Parameter, "E R I"],
+        b: Float[nn.Parameter, "E O R"],
+        *,
+        scale: float,
+        dropout: float,
+    ) -> None:
+        self.a = a
+        self.b = b
+        self.scale = scale
+        self.dropout = dropout
+
+    def halves(
+        self, x: Float[Tensor, "E T I"]
+    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
+        x = F.dropout(x.to(self.a.dtype), self.dropout)
+        return torch.bmm(x, self.a.mT) * self.scale, self.b.mT
+
+
+def add_stack(
+    output: Float[Tensor, "E T O"] | None, x: Float[Tensor, "E T I"], stack: Stack
+) -> Float[Tensor, "E T O"]:
+    """The base's output with the stack's added, in the output's dtype; or what is added alone."""
+    z, up = stack.halves(x)
+    if output is None:
+        return torch.bmm(z.to(up.dtype), up)
+    if torch.is_autocast_enabled(x.device.type) or z.dtype == up.dtype == output.dtype:
+        return torch.baddbmm(output, z, up).to(output.dtype)
+    return (output + torch.bmm(z.to(up.dtype), up)).to(output.dtype)
+
+
+class _Dots(torch.autograd.Function):
+    """v_e·x_et in fp32. Keeps x as it came, where autograd would keep a copy in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, v):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, v)
+        return torch.bmm(x.float(), v.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        x, v = ctx.saved_tensors
+        along_x = None
+        if ctx.needs_input_grad[0]:
+            along_x = (slope.unsqueeze(-1) * v.unsqueeze(1)).to(x.dtype)
+        return along_x, torch.bmm(slope.unsqueeze(1), x.float()).squeeze(1)
+
+
+def _dots(x: Float[Tensor, "E T I"], v: Float[Tensor, "E I"]) -> Float[Tensor, "E T"]:
+    return _Dots.apply(x, v)
+
+
+def sites_of(adapters: Mapping[str, Mapping[str, LoraModule]]) -> list[str]:
+    """Every site that some adapter has, in the order of first mention."""
+    return list(dict.fromkeys(name for modules in adapters.values() for name in modules))
