@@ -227,11 +227,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         del lora
     else:
         say("peft is not there: no rows for the LoRA and for train_gates")
-    counts = sorted({1, *args.fewer, args.experts})
-    if not hasattr(phatgoose, "train_gates_together"):
-        say("this phatgoose has no train_gates_together: no rows for it")
-        counts = []
-    for experts in counts:
+    for experts in sorted({1, *args.fewer, args.experts}):
         if results.spent():
             say(f"time is up: {experts} experts are left out")
             continue

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import common
 import peers
 import phatgoose
-from bench_layer import make_pool, route
+from bench_layer import backend_of, make_pool
 from common import NotCapturableError, Results, say
 from peers import Factors
 from phatgoose.experts import linear_modules
@@ -146,7 +146,7 @@ def make_contender(
         keep = peers.peft_arrow(model, some(factors, experts), TOP_K)
     elif name.startswith("phatgoose"):
         keep = make_pool(some(factors, experts))
-        route(model, keep, TOP_K, backend=name.partition("/")[2])
+        phatgoose.route(model, keep, top_k=TOP_K, backend=backend_of(name))
     stored = common.allocated(device) - before
     say(f"{name}, {experts} experts: made in {time.perf_counter() - start:.1f} s")
     return Contender(name, experts, model, keep, stored)

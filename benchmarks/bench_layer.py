@@ -6,8 +6,8 @@
 All contenders have the same weights and run in one process, in turns. `phatgoose` is a layer that
 `phatgoose.route` routes; `phatgoose/NAME` is the same with that backend. What the others are is
 said in peers.py. Up to 256 tokens several copies of the layer run in sequence, so that no cache
-holds their weights, and the time is divided by their number; there the sequence is also timed as
-a CUDA graph.
+holds their weights, and the time is divided by their number; and on a GPU
+everything is also timed as a CUDA graph.
 
 With none of --tokens, --experts and --ranks, a selection of sensible rows; with any of them, every
 combination of what is given (the others at all tokens; 36, 128, 166 and 1024 experts; rank 16).
@@ -19,7 +19,6 @@ something else, its rows say "wrong" and the exit status is 1.
 
 import argparse
 import copy
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -167,7 +166,7 @@ def make_contender(name: str, setting: Setting, device: str) -> Contender:
         model = kept.get_base_model()
     elif name.startswith("phatgoose"):
         kept = make_pool(setting.factors)
-        route(model, kept, setting.top_k, backend=name.partition("/")[2])
+        phatgoose.route(model, kept, top_k=setting.top_k, backend=backend_of(name))
     elif name != "plain":
         kind = {"r-three": peers.RThree, "mttl": peers.Mttl, "dense": peers.Dense}[name]
         for layer, f in setting.factors.items():
@@ -181,6 +180,11 @@ def make_contender(name: str, setting: Setting, device: str) -> Contender:
     return Contender(name, lambda x, i: layers[i](x), stored, (model, kept))
 
 
+def backend_of(contender: str) -> Any:
+    """`phatgoose/NAME` names a backend, `phatgoose` leaves the choice."""
+    return contender.partition("/")[2] or "auto"
+
+
 def stored_bytes(name: str, setting: Setting) -> int:
     """What a layer's experts take as peers hold them: factors, and what they are chosen by."""
     each = setting.rank * (setting.inputs + setting.outputs) * setting.itemsize
@@ -188,15 +192,6 @@ def stored_bytes(name: str, setting: Setting) -> int:
         return each if name == "lora" else 0
     signature = setting.inputs * (setting.itemsize if name == "arrow" else 4)
     return setting.experts * (each + signature)
-
-
-def route(model: nn.Module, pool: phatgoose.ExpertPool, top_k: int, *, backend: str) -> None:
-    options: dict[str, Any] = {}
-    if "backend" in inspect.signature(phatgoose.route).parameters:
-        options["backend"] = backend or "auto"
-    elif backend:
-        raise ValueError(f"this phatgoose has no backend {backend}")
-    phatgoose.route(model, pool, top_k=top_k, **options)
 
 
 def wanted(args: argparse.Namespace, tokens: int, experts: int) -> list[str]:
@@ -280,7 +275,7 @@ def bench(
             runs.pop(name, None)
         common.free_memory(args.device)
     modes = {"eager": runs}
-    if few and args.device == "cuda" and args.graph:
+    if args.device == "cuda" and args.graph:
         modes["graph"] = {}
         for name, run in runs.items():
             try:
@@ -407,8 +402,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.seconds = args.seconds or (0.3 if gpu else 1.0)
     args.peer_experts = args.peer_experts or (166 if gpu else 36)
     args.contenders = ["plain", *(c for c in args.contenders if c != "plain")]
-    if "backend" not in inspect.signature(phatgoose.route).parameters:
-        args.contenders = [c for c in args.contenders if "/" not in c]
+    if not gpu:
+        args.contenders = [c for c in args.contenders if c != "phatgoose/torch"]  # the default
     if not peers.has_peft():
         say("peft is not there: no rows for its Arrow")
     return args
