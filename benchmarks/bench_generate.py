@@ -231,8 +231,8 @@ def modes(
             eager[contender.label] = held.logits.float()
             notes[contender.label]["peak_bytes"] = common.peak(held, args.device)
             runs[contender.label] = held
-        except torch.OutOfMemoryError:
-            notes[contender.label] = {"note": "out of memory"}
+        except Exception as error:  # one contender's trouble is no other's
+            notes[contender.label] = {"note": common.why_not(error)}
         held.logits = torch.empty(0)
         common.free_memory(args.device)
     found = {"eager": (runs, notes)}
@@ -253,7 +253,7 @@ def _graphs(
     for contender in contenders:
         label = contender.label
         if label not in eager:
-            notes[label] = {"note": "out of memory"}
+            notes[label] = {"note": "not run"}
             continue
         held = Held(task, contender.model)
         try:
@@ -380,7 +380,9 @@ def bench(
                 "bytes_floor_us": (base_bytes(task, base) + moved) / bandwidth * 1e6,
                 **notes[label],
             }
-            if label in times:
+            if label not in times:
+                row.setdefault("note", "out of memory")
+            else:
                 middle, plain = times[label]["p50"], times["base"]["p50"]
                 row |= {"us": times[label], "over_base": middle / plain}
                 row["tokens_per_s"] = task.tokens / middle * 1e6

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -84,6 +85,7 @@ class Results:
         self._out = args.out
         self._start = time.perf_counter()
         self._budget = args.budget
+        gc.freeze()  # capturing a graph collects garbage; let it not look at all of torch
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -179,20 +181,24 @@ def measure(
     """Microseconds of each run, divided by `calls`, the calls that one run makes.
 
     Runs take turns, so that a clock that drifts does so for all of them. On a GPU between events,
-    without waiting for a run before the next is launched.
+    without waiting for a run before the next is launched. One that does not fit is left out.
     """
     block = _cuda_block if device == "cuda" else _cpu_block
     counts = {}
     for name, run in runs.items():
-        run()
-        once = min(block(run, 1))
-        if once < 1e5:
-            once = max(1e-3, sorted(block(run, 3))[1])
+        try:
+            run()
+            once = min(block(run, 1))
+            if once < 1e5:
+                once = max(1e-3, sorted(block(run, 3))[1])
+        except torch.OutOfMemoryError:
+            free_memory(device)
+            continue
         counts[name] = max(1, min(40, math.ceil(seconds * 1e6 / once / ROUNDS)))
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[str, list[float]] = {name: [] for name in counts}
     for _ in range(ROUNDS):
-        for name, run in runs.items():
-            found[name] += block(run, counts[name])
+        for name, count in counts.items():
+            found[name] += block(runs[name], count)
     return {name: spread(values, calls) for name, values in found.items()}
 
 
@@ -224,6 +230,16 @@ def spread(values: list[float], calls: int = 1) -> Spread:
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     found = [round(value, 3) for value in ordered.quantile(points).tolist()]
     return dict(zip(("p20", "p50", "p80"), found, strict=True))
+
+
+def why_not(error: Exception) -> str:
+    """What a row says in place of a time; raises where the device cannot go on either."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):
+        raise error
+    traceback.print_exception(error)
+    return f"failed: {type(error).__name__}"
 
 
 class NotCapturableError(Exception):
