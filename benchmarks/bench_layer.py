@@ -144,12 +144,23 @@ class Contender:
     stored: int  # bytes that it keeps beside the base's weights
     keep: Any = field(default=None, repr=False)
 
-    def sequence(self, x: Tensor, copies: int) -> Callable[[], None]:
-        def run() -> None:
-            for i in range(copies):
-                self.call(x, i)
 
-        return run
+class Sequence:
+    """A run of all copies of a contender; keeps the last output, which is a graph's own."""
+
+    def __init__(self, contender: Contender, x: Tensor, copies: int) -> None:
+        self.contender, self.x, self.copies = contender, x, copies
+        self.output = x
+
+    def __call__(self) -> None:
+        for i in range(self.copies):
+            self.output = self.contender.call(self.x, i)
+
+    def difference(self) -> float:
+        """Of the output it kept from what the contender gives now."""
+        kept = self.output.double()
+        wanted = self.contender.call(self.x, self.copies - 1).double()
+        return ((kept - wanted).norm() / wanted.norm()).item()
 
 
 def make_contender(name: str, setting: Setting, device: str) -> Contender:
@@ -265,28 +276,21 @@ def bench(
     copies = len(setting.factors) if few else 1
     x = torch.randn(1, tokens, setting.inputs, device=args.device, dtype=args.torch_dtype)
     notes: dict[str, dict[str, Any]] = {}
-    runs = {}
+    runs: dict[str, Sequence] = {}
     for name, contender in contenders.items():
         try:
             notes[name] = {"stored_bytes": contender.stored}
             if name.partition("/")[0] in SAME_ROUTING:
                 notes[name] |= check(contender, x, setting)
             notes[name]["peak_bytes"] = common.peak(lambda c=contender: c.call(x, 0), args.device)
-            runs[name] = contender.sequence(x, copies)
+            runs[name] = Sequence(contender, x, copies)
         except Exception as error:  # one contender's trouble is no other's
             notes[name]["note"] = common.why_not(error)
             common.free_memory(args.device)
-    modes = {"eager": runs}
+    modes: dict[str, dict[str, Callable[[], Any]]] = {"eager": {**runs}}
+    of_graphs: dict[str, str] = {}
     if args.device == "cuda" and args.graph:
-        modes["graph"] = {}
-        for name, run in runs.items():
-            try:
-                modes["graph"][name] = common.capture(run)
-            except NotCapturableError as error:
-                say(f"{name}: no CUDA graph: {error}")
-                notes[name]["graph"] = "not capturable"
-            except torch.OutOfMemoryError:
-                notes[name]["graph"] = "out of memory"
+        modes["graph"], of_graphs = graphs(runs)
     for mode, mine in modes.items():
         times = common.measure(mine, args.device, calls=copies, seconds=args.seconds)
         plain = times["plain"]["p50"]
@@ -308,9 +312,34 @@ def bench(
                 if name not in ("plain", "lora"):
                     row |= {"floor_us": least, "over_floor": times[name]["p50"] / least}
                     row["extra_bytes"] = row["peak_bytes"] - notes["plain"]["peak_bytes"]
-            elif "note" not in row:
-                row["note"] = row.get("graph", "out of memory")
+            elif "note" not in row and mode == "eager":
+                row["note"] = "out of memory"
+            if mode == "graph" and name in of_graphs:
+                row["note"] = of_graphs[name]
             results.add(row)
+
+
+def graphs(
+    runs: dict[str, Sequence],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """CUDA graphs of the runs that can be one, and what is to be said of the others."""
+    found, notes = {}, {}
+    for name, run in runs.items():
+        try:
+            replay = common.capture(run)
+            replay()
+            replay()
+            error = run.difference()
+            if not error < TOLERANCE[run.x.dtype]:
+                say(f"{name}: a graph's output is off by {error:.1e}")
+                notes[name] = WRONG
+            found[name] = replay
+        except NotCapturableError as error:
+            say(f"{name}: no CUDA graph: {error}")
+            notes[name] = "not capturable"
+        except torch.OutOfMemoryError:
+            notes[name] = "out of memory"
+    return found, notes
 
 
 def settings(args: argparse.Namespace) -> Iterator[tuple[int, int, tuple[int, ...]]]:
