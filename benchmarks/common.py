@@ -10,16 +10,13 @@ import subprocess
 import sys
 import time
 import traceback
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
-from weakref import WeakSet
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 import phatgoose
 from phatgoose.files import write_json
@@ -277,50 +274,10 @@ def capture(run: Run) -> Run:
 # ---------------------------------------------------------------- memory
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside the block that are alive, and their peak.
-
-    What an operation allocates and frees inside itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._held = 0
-        self._known: WeakSet[torch.UntypedStorage] = WeakSet()
-
-    def __enter__(self) -> "LiveBytes":
-        super().__enter__()
-        return self
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                # A view, or an operation in place, makes nothing new.
-                if storage not in self._known and storage._cdata not in given:
-                    self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        self._known.add(storage)
-        weakref.finalize(storage, self._drop, storage.nbytes())
-        self._held += storage.nbytes()
-        self.peak = max(self.peak, self._held)
-
-    def _drop(self, size: int) -> None:
-        self._held -= size
-
-
 def peak(run: Run, device: str) -> int:
     """Bytes held at the highest point of `run`, above what was there when it began."""
     if device != "cuda":
-        with LiveBytes() as live:
-            run()
-        return live.peak
+        return _cpu_peak(run)
     run()  # libraries allocate their workspaces at first use
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -328,6 +285,18 @@ def peak(run: Run, device: str) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_peak(run: Run) -> int:
+    """Sums up what torch's allocator hands out and takes back, also inside an operator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
 
 
 def allocated(device: str) -> int:
