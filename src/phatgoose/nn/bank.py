@@ -23,7 +23,7 @@ class Bank(nn.Module):
     """
 
     signatures: Float[Tensor, "S C I"]  # fp32, whatever the model is cast to
-    pieces: Float[Tensor, "M I"]  # the signatures for tensor cores; see ops.pieces_of
+    pieces: Float[Tensor, "M I"]  # the signatures for tensor cores, and padding; or they themselves
     sums: Float[Tensor, "S C"]  # of each signature, fp32
     a: Float[Tensor, "S C R I"]  # shorter ranks are padded with zeros
     present: Bool[Tensor, "S C"]
@@ -61,6 +61,10 @@ class Bank(nn.Module):
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def halves(self) -> Float[Tensor, "2 S C I"]:
+        """`pieces` without padding, where they are not the signatures themselves."""
+        return self.pieces[: 2 * self.signatures.shape[:2].numel()].view(2, *self.signatures.shape)
 
     def b(self, part: int) -> Float[Tensor, "C O R"]:
         return self.get_buffer(f"b{part}")
@@ -135,8 +139,7 @@ class Bank(nn.Module):
         changed = self.signatures[:, slots]
         self.sums[:, slots] = changed.sum(-1)
         if self.pieces is not self.signatures:
-            pieces = self.pieces.view(2, *self.signatures.shape)
-            pieces[:, :, slots] = pieces_of(changed, self.a.dtype).view(2, *changed.shape)
+            self.halves()[:, :, slots] = pieces_of(changed, self.a.dtype)
         self._open()
 
     def _open(self) -> None:
@@ -148,8 +151,12 @@ class Bank(nn.Module):
     def _split(self) -> None:
         """Settle the backend, and make `pieces` anew, for buffers of another kind or size."""
         self.backend = choose_backend(self._asked, self.a.device.type, self.a.dtype)
-        halves = self.backend == "triton" and self.a.dtype in (torch.bfloat16, torch.float16)
-        self.pieces = pieces_of(self.signatures, self.a.dtype) if halves else self.signatures
+        self.pieces = self.signatures
+        if self.backend == "triton" and self.a.dtype in (torch.bfloat16, torch.float16):
+            rows = 2 * self.signatures.shape[:2].numel()
+            rows += -rows % 64  # cuBLAS is several times as slow where it is no multiple of this
+            self.pieces = self.a.new_zeros(rows, self.signatures.shape[2])
+            self.halves().copy_(pieces_of(self.signatures, self.a.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow the model from device to device; only the LoRA factors follow its dtype."""

@@ -200,10 +200,13 @@ def _gates(
     bank: Bank, x: Float[Tensor, "T I"], parts: slice, slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, signatures and their sums, as `gated_down` wants them."""
-    if bank.backend == "triton":
-        pieces = bank.pieces.view(-1, *bank.signatures.shape)[:, parts]
-        return x.to(bank.pieces.dtype), pieces.reshape(-1, x.shape[-1]), bank.sums[parts]
-    return x, bank.signatures[parts, :slots].flatten(0, 1), bank.sums[parts, :slots]
+    if bank.pieces is bank.signatures:
+        x = x.float() if bank.backend == "triton" else x
+        return x, bank.signatures[parts, :slots].flatten(0, 1), bank.sums[parts, :slots]
+    pieces = bank.pieces
+    if parts != slice(0, bank.parts):
+        pieces = bank.halves()[:, parts].flatten(0, 2)
+    return x.to(pieces.dtype), pieces, bank.sums[parts]
 
 
 def _args(routed: Routed) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ import triton.language as tl
 @triton.jit
 def scores_kernel(
     x,  # [T, I]
-    signatures,  # [M, I], M = pieces * N: the pieces of a signature add up to it
+    signatures,  # [M, I], M >= pieces * N: the pieces of a signature add up to it
     partial,  # out, fp32 [splits, T, M]: x @ signatures.T over a split of the features
     counts,  # out, int32: set to zero, for `choose_kernel`
     tokens,
@@ -93,6 +93,7 @@ def _scores(
     tokens,
     slots,
     columns,  # N
+    stride,
     features,
     eps,
     PIECES: tl.constexpr,
@@ -109,7 +110,7 @@ def _scores(
     scores = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for split in tl.static_range(SPLITS):
         for piece in tl.static_range(PIECES):
-            at = ((split * tokens + rows).to(tl.int64) * PIECES + piece) * columns
+            at = (split * tokens + rows).to(tl.int64) * stride + piece * columns
             scores += tl.load(partial + at[:, None] + column[None, :], mask=mask, other=0.0)
     scores -= mean[:, None] * tl.load(sums + column, mask=slot < slots, other=0.0)[None, :]
     return scores * tl.rsqrt((variance + eps) * features)[:, None]
@@ -170,6 +171,7 @@ def choose_kernel(
     tokens,
     slots,
     columns,  # N
+    stride,  # M, of a row of partial
     features,
     eps,
     temperature,
@@ -198,6 +200,7 @@ def choose_kernel(
         tokens,
         slots,
         columns,
+        stride,
         features,
         eps,
         PIECES,
@@ -415,6 +418,7 @@ def few_down_kernel(
     tokens,
     slots,
     columns,
+    stride,
     features,
     rank,
     split_features,
@@ -452,6 +456,7 @@ def few_down_kernel(
             tokens,
             slots,
             columns,
+            stride,
             features,
             eps,
             PIECES,

@@ -1,5 +1,7 @@
 """Calls the Triton kernels: block sizes, grids, and the tensors they write into."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -9,9 +11,71 @@ from phatgoose.ops import kernels
 FEW_TOKENS = 256  # up to here every pair reads its own factors; beyond, pairs are grouped by expert
 PROGRAMS = 264  # about two a multiprocessor; more splits than this wins nothing
 # Bytes of output that stay in the L2 cache from one expert of a token to the next.
-CACHED_OUTPUT = 16 << 20
+CACHED_OUTPUT = 32 << 20
+CUBLAS_GIVES_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # of half-precision factors
 
 Plan = tuple[Tensor, Tensor]  # counts and members of the groups; empty for few tokens
+
+
+class Kernel:
+    """A Triton kernel, launched past Triton's own dispatch once it is compiled for a kind of call.
+
+    That dispatch takes several times as long as the launch itself, and a layer launches up to eight
+    kernels. Constants are given by name, as the kernel declares them behind its other arguments.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        *arguments: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        **constants: Any,
+    ) -> None:
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        if not isinstance(self.function, triton.JITFunction):  # interpreted
+            self.function[grid](*arguments, **constants, **options)
+            return
+        device = arguments[0].device
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(grid, *arguments, **options, **constants)
+            return
+        key = (
+            device.index,
+            num_warps,
+            num_stages,
+            *map(_kind, arguments),
+            *constants.values(),
+        )
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self.function[grid](*arguments, **constants, **options)
+            return
+        names = self.function.arg_names[len(arguments) :]
+        compiled[grid](*arguments, *[constants[name] for name in names])
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles for: dtype and alignment, or what it knows of a number."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return float
+
+
+scores = Kernel(kernels.scores_kernel)
+choose = Kernel(kernels.choose_kernel)
+group = Kernel(kernels.group_kernel)
+down = Kernel(kernels.down_kernel)
+up = Kernel(kernels.up_kernel)
+few_down = Kernel(kernels.few_down_kernel)
+few_up = Kernel(kernels.few_up_kernel)
 
 
 def gated_down(
@@ -30,8 +94,8 @@ def gated_down(
     """Scores, choice and down-projection; see `library.gated_down`."""
     x = x.contiguous()
     tokens, features = x.shape
-    parts, slots, rank, _ = a.shape
-    columns = parts * slots
+    parts, slots = a.shape[:2]
+    columns, stride = parts * slots, signatures.shape[0]
     chosen = min(top_k, slots + (null_score is not None))
     counts, members = make_plan(x, parts * chosen, slots) if tokens > FEW_TOKENS else _no_plan(x)
     partial = _scores(x, signatures, counts)
@@ -40,7 +104,7 @@ def gated_down(
     shared = {
         "HAS_NULL": null_score is not None,
         "UNIT": unit,
-        "PIECES": max(1, signatures.shape[0] // max(columns, 1)),
+        "PIECES": 1 if x.dtype == torch.float32 else 2,
         "SPLITS": partial.shape[0],
         "S": parts,
         "K": chosen,
@@ -56,12 +120,14 @@ def gated_down(
             (partial, sums, open_slots),
             experts,
             weights,
+            stride=stride,
             numbers=(eps, temperature, null),
             constants={"CHOOSE": True, **shared},
         )
         return experts, weights, z, counts, members
     block = max(1, min(4, 2048 // shared["BLOCK_C"]))
-    kernels.choose_kernel[(triton.cdiv(tokens, block), parts)](
+    choose(
+        (triton.cdiv(tokens, block), parts, 1),
         x,
         partial,
         sums,
@@ -73,6 +139,7 @@ def gated_down(
         tokens,
         slots,
         columns,
+        stride,
         features,
         eps,
         temperature,
@@ -105,13 +172,30 @@ def routed_down(
             "BLOCK_X": 1,
         }
         unused = (weights, weights, weights)
-        z = _few_down(x, a, unused, experts, weights, numbers=(0.0, 1.0, 0.0), constants=constants)
+        z = _few_down(
+            x,
+            a,
+            unused,
+            experts,
+            weights,
+            stride=0,
+            numbers=(0.0, 1.0, 0.0),
+            constants=constants,
+        )
         return z, *_no_plan(x)
     counts, members = make_plan(x, parts * chosen, slots)
     counts.zero_()
     pairs = experts.numel()
-    kernels.group_kernel[(triton.cdiv(pairs, 256),)](
-        experts, counts, members, pairs, tokens, slots, SK=parts * chosen, BLOCK=256
+    group(
+        (triton.cdiv(pairs, 256), 1, 1),
+        experts,
+        counts,
+        members,
+        pairs,
+        tokens,
+        slots,
+        SK=parts * chosen,
+        BLOCK=256,
     )
     return _down(x, a, weights, counts, members), counts, members
 
@@ -132,7 +216,8 @@ def routed_up(
         return
     if not counts.numel():
         block = 128 if tokens * outputs < PROGRAMS * 256 else 256
-        kernels.few_up_kernel[(triton.cdiv(outputs, block), tokens)](
+        few_up(
+            (triton.cdiv(outputs, block), tokens, 1),
             z,
             b,
             experts,
@@ -157,8 +242,10 @@ def routed_up(
             grid = (
                 triton.cdiv(min(width, outputs - first), block_o * columns),
                 _most_blocks(tokens, slots, block_t),
+                1,
             )
-            kernels.up_kernel[grid](
+            up(
+                grid,
                 z,
                 b,
                 output,
@@ -186,6 +273,9 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
     """Products over splits of the features, fp32 [splits, T, M]; zeroes `counts`."""
     tokens, features = x.shape
     columns = signatures.shape[0]
+    if tokens > FEW_TOKENS and x.is_cuda and x.dtype != torch.float32 and CUBLAS_GIVES_FP32:
+        counts.zero_()
+        return torch.mm(x, signatures.T, out_dtype=torch.float32).unsqueeze(0)
     block_t, block_m, block_i, most_splits, warps, stages = _score_blocks(tokens, columns)
     tiles = triton.cdiv(tokens, block_t) * triton.cdiv(columns, block_m)
     splits = max(1, min(PROGRAMS // max(tiles, 1), features // (2 * block_i), most_splits))
@@ -194,7 +284,8 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
     partial = x.new_empty(splits, tokens, columns, dtype=torch.float32)
     if tokens:
         grid = (triton.cdiv(columns, block_m), triton.cdiv(tokens, block_t), splits)
-        kernels.scores_kernel[grid](
+        scores(
+            grid,
             x,
             signatures,
             partial,
@@ -218,15 +309,13 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
 def _score_blocks(tokens: int, columns: int) -> tuple[int, int, int, int, int, int]:
     """Block sizes of tokens, columns and features; most splits; warps and stages."""
     if tokens <= FEW_TOKENS:
-        return 16 if tokens <= 16 else 32, 32, 128, 16, 4, 1
-    if columns <= 128:
-        return 128, max(16, triton.next_power_of_2(columns)), 64, 4, 8, 3
-    return 128, 256, 64, 4, 8, 3
+        return 16 if tokens <= 16 else 32, 32, 128, 32, 4, 1
+    return 128, 128, 64, 4, 8, 3
 
 
 def _up_blocks(tokens: int, slots: int) -> tuple[int, int, int]:
     """Tokens and outputs of a block, and blocks of outputs a program walks through."""
-    return (32 if tokens < 64 * slots else 64), 128, 4
+    return (32, 128, 2) if tokens < 64 * slots else (64, 64, 4)
 
 
 def _most_blocks(tokens: int, slots: int, block: int) -> int:
@@ -242,7 +331,8 @@ def _down(x: Tensor, a: Tensor, weights: Tensor, counts: Tensor, members: Tensor
     block_t = 32 if tokens * chosen < 64 * slots else 64
     block_r = max(16, triton.next_power_of_2(rank))
     block_i = 128 if block_r <= 32 else 64
-    kernels.down_kernel[(_most_blocks(tokens * chosen, slots, block_t), parts)](
+    down(
+        (_most_blocks(tokens * chosen, slots, block_t), parts, 1),
         x,
         a,
         weights,
@@ -274,6 +364,7 @@ def _few_down(
     experts: Tensor,
     weights: Tensor,
     *,
+    stride: int,
     numbers: tuple[float, ...],
     constants: dict[str, int],
 ) -> Tensor:
@@ -284,7 +375,8 @@ def _few_down(
     split = triton.cdiv(triton.cdiv(features, splits), block_i) * block_i
     z = x.new_empty(splits, tokens, parts, experts.shape[2], rank, dtype=torch.float32)
     if tokens:
-        kernels.few_down_kernel[(tokens, parts, splits)](
+        few_down(
+            (tokens, parts, splits),
             x,
             a,
             *scores,
@@ -294,6 +386,7 @@ def _few_down(
             tokens,
             slots,
             parts * slots,
+            stride,
             features,
             rank,
             split,

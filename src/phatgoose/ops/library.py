@@ -57,8 +57,9 @@ def _gated_down(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score by gate, choose, and project down.
 
-    x [T, I]; signatures [pieces * S * C, I], whose pieces add up to the fp32 signature (see
-    `pieces_of`); sums fp32 [S * C], of each signature; open_slots bool [S, C]; a [S, C, R, I].
+    x [T, I]; signatures [M, I] fp32, M = S * C (for "triton", where x is in half precision: their
+    pieces, M >= 2 * S * C, see `pieces_of`); sums fp32 [S, C], of each signature; open_slots bool
+    [S, C]; a [S, C, R, I].
     Returns experts int64 [T, S, K], weights fp32 [T, S, K], z, counts, members.
     """
     if backend == "triton":
@@ -77,10 +78,10 @@ def _gated_down(
             eps=EPS,
         )
     parts, slots = open_slots.shape
-    whole = signatures.view(signatures.shape[0] // max(parts * slots, 1), parts, slots, x.shape[1])
     u = _standardised(x)
     # Part by part: how many columns a product has may change its last bits.
-    scores = torch.stack([u @ gates.T for gates in whole.float().sum(0)], dim=1)
+    gates = signatures.view(parts, slots, x.shape[1])
+    scores = torch.stack([u @ gates[part].T for part in range(parts)], dim=1)
     routing = choose_experts(
         scores.masked_fill(~open_slots, -torch.inf),
         top_k,
@@ -287,14 +288,11 @@ def routed_lora(
     return torch.ops.phatgoose.routed_lora(x, a, b, routing.experts, routing.weights, chosen)
 
 
-def pieces_of(signatures: Float[Tensor, "*N I"], dtype: torch.dtype) -> Float[Tensor, "M I"]:
-    """fp32 signatures as one or two of `dtype` that add up to them, for products on tensor cores.
+def pieces_of(signatures: Float[Tensor, "*N I"], dtype: torch.dtype) -> Float[Tensor, "2 *N I"]:
+    """fp32 signatures as two of half precision that add up to them, for products on tensor cores.
 
-    A half-precision pair keeps 16 (bf16) or 22 (fp16) bits, so that scores differ from those in
-    fp32 by about 1e-5 of their size. M = pieces * N, all first pieces before all second ones.
+    A pair keeps 16 (bf16) or 22 (fp16) bits, so that scores differ from those in fp32 by about
+    1e-5 of their size.
     """
-    signatures = signatures.reshape(-1, signatures.shape[-1])
-    if dtype not in (torch.bfloat16, torch.float16):
-        return signatures
     high = signatures.to(dtype)
-    return torch.cat([high, (signatures - high.float()).to(dtype)])
+    return torch.stack([high, (signatures - high.float()).to(dtype)])
