@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import common
 import peers
 import phatgoose
-from bench_layer import make_pool, route
+from bench_layer import backend_of, make_pool
 from common import NotCapturableError, Results, say
 from peers import Factors
 from phatgoose.experts import linear_modules
@@ -146,7 +146,7 @@ def make_contender(
         keep = peers.peft_arrow(model, some(factors, experts), TOP_K)
     elif name.startswith("phatgoose"):
         keep = make_pool(some(factors, experts))
-        route(model, keep, TOP_K, backend=name.partition("/")[2])
+        phatgoose.route(model, keep, top_k=TOP_K, backend=backend_of(name))
     stored = common.allocated(device) - before
     say(f"{name}, {experts} experts: made in {time.perf_counter() - start:.1f} s")
     return Contender(name, experts, model, keep, stored)
@@ -231,8 +231,8 @@ def modes(
             eager[contender.label] = held.logits.float()
             notes[contender.label]["peak_bytes"] = common.peak(held, args.device)
             runs[contender.label] = held
-        except torch.OutOfMemoryError:
-            notes[contender.label] = {"note": "out of memory"}
+        except Exception as error:  # one contender's trouble is no other's
+            notes[contender.label] = {"note": common.why_not(error)}
         held.logits = torch.empty(0)
         common.free_memory(args.device)
     found = {"eager": (runs, notes)}
@@ -253,13 +253,13 @@ def _graphs(
     for contender in contenders:
         label = contender.label
         if label not in eager:
-            notes[label] = {"note": "out of memory"}
+            notes[label] = {"note": "not run"}
             continue
         held = Held(task, contender.model)
         try:
             replay = common.capture(held)
             replay()
-            notes[label] = {"differs_from_eager": difference(held.logits, eager[label])}
+            notes[label] = compared(held.logits, eager[label])
             runs[label] = replay
         except NotCapturableError as error:
             say(f"{label}: no CUDA graph: {error}")
@@ -282,7 +282,7 @@ def _compiled(
         try:
             for _ in range(3):
                 held()
-            notes[label] = {"differs_from_eager": difference(held.logits, eager[label])}
+            notes[label] = compared(held.logits, eager[label])
             runs[label] = held
         except Exception as error:  # whatever a compiler may not like
             say(f"{label}: torch.compile: {str(error).splitlines()[0]}")
@@ -291,8 +291,11 @@ def _compiled(
     return runs, notes
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    return ((one.float() - other).norm() / other.norm()).item()
+def compared(logits: Tensor, eager: Tensor) -> dict[str, Any]:
+    """How far the logits are from those of the eager model; near ties may be decided otherwise."""
+    difference = ((logits.float() - eager).norm() / eager.norm()).item()
+    wrong = {} if difference < 0.1 else {"note": "wrong"}
+    return {"differs_from_eager": difference, **wrong}
 
 
 # ---------------------------------------------------------------- floors
@@ -380,7 +383,9 @@ def bench(
                 "bytes_floor_us": (base_bytes(task, base) + moved) / bandwidth * 1e6,
                 **notes[label],
             }
-            if label in times:
+            if label not in times:
+                row.setdefault("note", "out of memory")
+            else:
                 middle, plain = times[label]["p50"], times["base"]["p50"]
                 row |= {"us": times[label], "over_base": middle / plain}
                 row["tokens_per_s"] = task.tokens / middle * 1e6

@@ -6,8 +6,8 @@
 All contenders have the same weights and run in one process, in turns. `phatgoose` is a layer that
 `phatgoose.route` routes; `phatgoose/NAME` is the same with that backend. What the others are is
 said in peers.py. Up to 256 tokens several copies of the layer run in sequence, so that no cache
-holds their weights, and the time is divided by their number; there the sequence is also timed as
-a CUDA graph.
+holds their weights, and the time is divided by their number. On a GPU all is also timed as a CUDA
+graph.
 
 With none of --tokens, --experts and --ranks, a selection of sensible rows; with any of them, every
 combination of what is given (the others at all tokens; 36, 128, 166 and 1024 experts; rank 16).
@@ -19,11 +19,11 @@ something else, its rows say "wrong" and the exit status is 1.
 
 import argparse
 import copy
-import inspect
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -144,12 +144,23 @@ class Contender:
     stored: int  # bytes that it keeps beside the base's weights
     keep: Any = field(default=None, repr=False)
 
-    def sequence(self, x: Tensor, copies: int) -> Callable[[], None]:
-        def run() -> None:
-            for i in range(copies):
-                self.call(x, i)
 
-        return run
+class Sequence:
+    """A run of all copies of a contender; keeps the last output, which is a graph's own."""
+
+    def __init__(self, contender: Contender, x: Tensor, copies: int) -> None:
+        self.contender, self.x, self.copies = contender, x, copies
+        self.output = x
+
+    def __call__(self) -> None:
+        for i in range(self.copies):
+            self.output = self.contender.call(self.x, i)
+
+    def difference(self) -> float:
+        """Of the output it kept from what the contender gives now."""
+        kept = self.output.double()
+        wanted = self.contender.call(self.x, self.copies - 1).double()
+        return ((kept - wanted).norm() / wanted.norm()).item()
 
 
 def make_contender(name: str, setting: Setting, device: str) -> Contender:
@@ -163,29 +174,38 @@ def make_contender(name: str, setting: Setting, device: str) -> Contender:
             for layer, f in setting.factors.items():
                 peers.attach(model.get_submodule(layer), peers.OneLora(f.a[0], f.b[0]))
     elif name == "arrow":
+        # Slow to make. Two copies do: no cache holds the factors of all experts, which it reads.
+        setting = replace(setting, factors=dict(list(setting.factors.items())[:2]))
         kept = peers.peft_arrow(model, setting.factors, setting.top_k)
         model = kept.get_base_model()
     elif name.startswith("phatgoose"):
         kept = make_pool(setting.factors)
-        route(model, kept, setting.top_k, backend=name.partition("/")[2])
+        phatgoose.route(model, kept, top_k=setting.top_k, backend=backend_of(name))
     elif name != "plain":
         kind = {"r-three": peers.RThree, "mttl": peers.Mttl, "dense": peers.Dense}[name]
         for layer, f in setting.factors.items():
             peers.attach(model.get_submodule(layer), kind(f, setting.top_k))
-    stored = common.allocated(device) - before
-    if device != "cuda":
-        stored = sum(buffer.nbytes for buffer in model.buffers())
     layers = [model.get_submodule(layer) for layer in setting.factors]
-    return Contender(name, lambda x, i: layers[i](x), stored // len(layers), (model, kept))
+    stored = (common.allocated(device) - before) // len(layers)
+    if not name.startswith("phatgoose"):
+        stored = stored_bytes(name, setting)
+    elif device != "cuda":
+        stored = sum(buffer.nbytes for buffer in model.buffers())
+    return Contender(name, lambda x, i: layers[i % len(layers)](x), stored, (model, kept))
 
 
-def route(model: nn.Module, pool: phatgoose.ExpertPool, top_k: int, *, backend: str) -> None:
-    options: dict[str, Any] = {}
-    if "backend" in inspect.signature(phatgoose.route).parameters:
-        options["backend"] = backend or "auto"
-    elif backend:
-        raise ValueError(f"this phatgoose has no backend {backend}")
-    phatgoose.route(model, pool, top_k=top_k, **options)
+def backend_of(contender: str) -> Any:
+    """`phatgoose/NAME` names a backend, `phatgoose` leaves the choice."""
+    return contender.partition("/")[2] or "auto"
+
+
+def stored_bytes(name: str, setting: Setting) -> int:
+    """What a layer's experts take as peers hold them: factors, and what they are chosen by."""
+    each = setting.rank * (setting.inputs + setting.outputs) * setting.itemsize
+    if name in ("plain", "lora"):
+        return each if name == "lora" else 0
+    signature = setting.inputs * (setting.itemsize if name == "arrow" else 4)
+    return setting.experts * (each + signature)
 
 
 def wanted(args: argparse.Namespace, tokens: int, experts: int) -> list[str]:
@@ -256,27 +276,21 @@ def bench(
     copies = len(setting.factors) if few else 1
     x = torch.randn(1, tokens, setting.inputs, device=args.device, dtype=args.torch_dtype)
     notes: dict[str, dict[str, Any]] = {}
-    runs = {}
+    runs: dict[str, Sequence] = {}
     for name, contender in contenders.items():
         try:
             notes[name] = {"stored_bytes": contender.stored}
             if name.partition("/")[0] in SAME_ROUTING:
                 notes[name] |= check(contender, x, setting)
             notes[name]["peak_bytes"] = common.peak(lambda c=contender: c.call(x, 0), args.device)
-            runs[name] = contender.sequence(x, copies)
-        except torch.OutOfMemoryError:
-            notes[name]["note"] = "out of memory"
-            runs.pop(name, None)
-        common.free_memory(args.device)
-    modes = {"eager": runs}
+            runs[name] = Sequence(contender, x, copies)
+        except Exception as error:  # one contender's trouble is no other's
+            notes[name]["note"] = common.why_not(error)
+            common.free_memory(args.device)
+    modes: dict[str, dict[str, Callable[[], Any]]] = {"eager": {**runs}}
+    of_graphs: dict[str, str] = {}
     if args.device == "cuda" and args.graph:
-        modes["graph"] = {}
-        for name, run in runs.items():
-            try:
-                modes["graph"][name] = common.capture(run)
-            except NotCapturableError as error:
-                say(f"{name}: no CUDA graph: {error}")
-                notes[name]["graph"] = "not capturable"
+        modes["graph"], of_graphs = graphs(runs)
     for mode, mine in modes.items():
         times = common.measure(mine, args.device, calls=copies, seconds=args.seconds)
         plain = times["plain"]["p50"]
@@ -298,9 +312,34 @@ def bench(
                 if name not in ("plain", "lora"):
                     row |= {"floor_us": least, "over_floor": times[name]["p50"] / least}
                     row["extra_bytes"] = row["peak_bytes"] - notes["plain"]["peak_bytes"]
-            elif mode == "graph" and "note" not in row:
-                row["note"] = "not capturable"
+            elif "note" not in row and mode == "eager":
+                row["note"] = "out of memory"
+            if mode == "graph" and name in of_graphs:
+                row["note"] = of_graphs[name]
             results.add(row)
+
+
+def graphs(
+    runs: dict[str, Sequence],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """CUDA graphs of the runs that can be one, and what is to be said of the others."""
+    found, notes = {}, {}
+    for name, run in runs.items():
+        try:
+            replay = common.capture(run)
+            replay()
+            replay()
+            error = run.difference()
+            if not error < TOLERANCE[run.x.dtype]:
+                say(f"{name}: a graph's output is off by {error:.1e}")
+                notes[name] = WRONG
+            found[name] = replay
+        except NotCapturableError as error:
+            say(f"{name}: no CUDA graph: {error}")
+            notes[name] = "not capturable"
+        except torch.OutOfMemoryError:
+            notes[name] = "out of memory"
+    return found, notes
 
 
 def settings(args: argparse.Namespace) -> Iterator[tuple[int, int, tuple[int, ...]]]:
@@ -379,12 +418,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"lora, phatgoose, phatgoose/BACKEND, {', '.join(PEERS)}; plain always runs",
     )
     parser.add_argument(
-        "--peer-experts", type=int, default=166, help="the most experts at which peers run"
+        "--peer-experts", type=int, help="the most experts at which peers run (166; on a CPU 36)"
     )
     parser.add_argument(
         "--peer-tokens", type=int, nargs="+", help="numbers of tokens at which peers run"
     )
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    parser.add_argument("--seconds", type=float, help="of each measurement (0.3; on a CPU 1)")
     parser.add_argument("--copies", type=int, help="layers in sequence, up to 256 tokens")
     parser.add_argument("--no-graph", dest="graph", action="store_false")
     args = parser.parse_args(arguments)
@@ -393,9 +432,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.torch_dtype = common.DTYPES[args.dtype]
     args.size = args.size or (["4096x4096", "4096x14336"] if gpu else ["512x512", "2048x2048"])
     args.peer_tokens = args.peer_tokens or ((32, 4096) if gpu else args.tokens or (1024,))
+    args.seconds = args.seconds or (0.3 if gpu else 1.0)
+    args.peer_experts = args.peer_experts or (166 if gpu else 36)
     args.contenders = ["plain", *(c for c in args.contenders if c != "plain")]
-    if "backend" not in inspect.signature(phatgoose.route).parameters:
-        args.contenders = [c for c in args.contenders if "/" not in c]
+    if not gpu:
+        args.contenders = [c for c in args.contenders if c != "phatgoose/torch"]  # the default
     if not peers.has_peft():
         say("peft is not there: no rows for its Arrow")
     return args
@@ -446,7 +487,11 @@ def bench_setting(
         names = wanted(args, tokens, experts)
         for name in names:
             if name not in contenders:
+                start = time.perf_counter()
                 contenders[name] = make_contender(name, setting, args.device)
+                seconds = time.perf_counter() - start
+                if seconds > 2:
+                    say(f"{name}, {experts} experts: made in {seconds:.1f} s")
         bench(args, setting, {name: contenders[name] for name in names}, tokens, results)
         common.free_memory(args.device)
     contenders.clear()

@@ -9,15 +9,14 @@ import platform
 import subprocess
 import sys
 import time
-import weakref
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 import phatgoose
 from phatgoose.files import write_json
@@ -83,6 +82,7 @@ class Results:
         self._out = args.out
         self._start = time.perf_counter()
         self._budget = args.budget
+        gc.freeze()  # capturing a graph collects garbage; let it not look at all of torch
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -139,13 +139,20 @@ def versions(device: str, commit: str | None = None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         **found,
         "phatgoose": phatgoose.__version__,
         "python": platform.python_version(),
         "commit": commit or _commit(),
     }
+
+
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def _commit() -> str:
@@ -171,20 +178,24 @@ def measure(
     """Microseconds of each run, divided by `calls`, the calls that one run makes.
 
     Runs take turns, so that a clock that drifts does so for all of them. On a GPU between events,
-    without waiting for a run before the next is launched.
+    without waiting for a run before the next is launched. One that does not fit is left out.
     """
     block = _cuda_block if device == "cuda" else _cpu_block
     counts = {}
     for name, run in runs.items():
-        run()
-        once = min(block(run, 1))
-        if once < 1e5:
-            once = max(1e-3, sorted(block(run, 3))[1])
+        try:
+            run()
+            once = min(block(run, 1))
+            if once < 1e5:
+                once = max(1e-3, sorted(block(run, 3))[1])
+        except torch.OutOfMemoryError:
+            free_memory(device)
+            continue
         counts[name] = max(1, min(40, math.ceil(seconds * 1e6 / once / ROUNDS)))
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[str, list[float]] = {name: [] for name in counts}
     for _ in range(ROUNDS):
-        for name, run in runs.items():
-            found[name] += block(run, counts[name])
+        for name, count in counts.items():
+            found[name] += block(runs[name], count)
     return {name: spread(values, calls) for name, values in found.items()}
 
 
@@ -218,6 +229,16 @@ def spread(values: list[float], calls: int = 1) -> Spread:
     return dict(zip(("p20", "p50", "p80"), found, strict=True))
 
 
+def why_not(error: Exception) -> str:
+    """What a row says in place of a time; raises where the device cannot go on either."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):
+        raise error
+    traceback.print_exception(error)
+    return f"failed: {type(error).__name__}"
+
+
 class NotCapturableError(Exception):
     """A run waits for the device, so no CUDA graph can hold it."""
 
@@ -230,11 +251,13 @@ def capture(run: Run) -> Run:
         for _ in range(3):
             run()
         torch.cuda.synchronize()
-        # Found out before capturing: a capture that fails leaves the allocator in a bad state.
+        # Found out before capturing: a capture that fails leaves allocator and random numbers in a
+        # bad state. Models that spare themselves what a graph cannot hold are told that it is one.
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run()
+            with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+                run()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -251,50 +274,10 @@ def capture(run: Run) -> Run:
 # ---------------------------------------------------------------- memory
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside the block that are alive, and their peak.
-
-    What an operation allocates and frees inside itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._held = 0
-        self._known: WeakSet[torch.UntypedStorage] = WeakSet()
-
-    def __enter__(self) -> "LiveBytes":
-        super().__enter__()
-        return self
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                # A view, or an operation in place, makes nothing new.
-                if storage not in self._known and storage._cdata not in given:
-                    self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        self._known.add(storage)
-        weakref.finalize(storage, self._drop, storage.nbytes())
-        self._held += storage.nbytes()
-        self.peak = max(self.peak, self._held)
-
-    def _drop(self, size: int) -> None:
-        self._held -= size
-
-
 def peak(run: Run, device: str) -> int:
     """Bytes held at the highest point of `run`, above what was there when it began."""
     if device != "cuda":
-        with LiveBytes() as live:
-            run()
-        return live.peak
+        return _cpu_peak(run)
     run()  # libraries allocate their workspaces at first use
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -302,6 +285,18 @@ def peak(run: Run, device: str) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_peak(run: Run) -> int:
+    """Sums up what torch's allocator hands out and takes back, also inside an operator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
 
 
 def allocated(device: str) -> int:

@@ -1,0 +1,165 @@
+"""Every benchmark runs, at sizes where its times say nothing."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SAME_SUM = ("phatgoose", "r-three", "mttl", "dense")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(name): a benchmark as a module."""
+    if not FOLDER.exists():
+        pytest.skip("the source archive has no benchmarks")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(script, tmp_path, capsys):
+    """run(name, options): what a benchmark printed last, which is what it wrote."""
+
+    def run(name, options=""):
+        out = tmp_path / f"{name}.json"
+        script(name).main([*options.split(), "--device", "cpu", "--out", str(out)])
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert printed["rows"] == json.loads(out.read_text())["rows"]
+        assert {"benchmark", "unit", "device", "torch", "commit", "command"} <= printed.keys()
+        return printed
+
+    return run
+
+
+LAYER = (
+    "--size 48x64 --experts 5 --tokens 1 40 --peer-tokens 1 40 --seconds 0.01 "
+    "--contenders lora phatgoose arrow r-three mttl dense"
+)
+
+
+def test_layer(run):
+    rows = run("bench_layer", LAYER)["rows"]
+    names = ["plain", "lora", "phatgoose", "arrow", "r-three", "mttl", "dense"]
+    assert [(row["tokens"], row["contender"]) for row in rows] == [
+        (tokens, name) for tokens in (1, 40) for name in names
+    ]
+    for row in rows:
+        assert 0 < row["us"]["p20"] <= row["us"]["p50"] <= row["us"]["p80"]
+        assert row["peak_bytes"] >= row["tokens"] * 64 * 4
+        assert "note" not in row
+        if row["contender"] in SAME_SUM:
+            assert row["error"] < 1e-4
+            assert row["routed_otherwise"] == 0
+            assert row["floor_us"] > 0
+
+
+def test_layer_says_where_a_contender_computes_something_else(run, script, monkeypatch):
+    r_three = script("peers").RThree
+    call = r_three.__call__
+    monkeypatch.setattr(r_three, "__call__", lambda self, x: 1.01 * call(self, x))
+    rows = run("bench_layer", LAYER)["rows"]
+    assert {row["contender"] for row in rows if row.get("note") == "wrong"} == {"r-three"}
+
+
+def test_no_row_is_begun_when_the_time_is_up(run):
+    assert run("bench_layer", f"{LAYER} --budget 0")["rows"] == []
+
+
+def test_arrow_weighs_as_many_experts_as_asked(script):
+    torch, layer, peers = (importlib.import_module(n) for n in ("torch", "bench_layer", "peers"))
+    model = layer.make_layers(24, 16, 2, "cpu", torch.float32)
+    factors = layer.make_factors(model, 4, 3)
+    x, name = torch.randn(1, 6, 24), model.names[1]
+    base = model.get_submodule(name)(x)
+    adapted = peers.peft_arrow(model.sharing(), factors, 1).get_base_model()
+    delta = (adapted.get_submodule(name)(x) - base)[0]
+    f = factors[name]
+    alone = torch.einsum("eor,eri,ti->teo", f.b, f.a, x[0])  # with top_k 1, one of these
+    assert ((alone - delta.unsqueeze(1)).norm(dim=2).amin(1) < 1e-4).all()
+
+
+def test_generate(run):
+    rows = run(
+        "bench_generate", "--experts 4 --arrow-experts 3 --batch 2 --prefill 12 --seconds 0.01"
+    )["rows"]
+    names = ["base", "lora", "phatgoose", "arrow"]
+    assert [(row["task"], row["contender"]) for row in rows] == [
+        (task, name) for task in ("decode", "prefill") for name in names
+    ]
+    for row in rows:
+        assert row["tokens_per_s"] > 0
+        assert "note" not in row
+        assert ("floor_us" in row) == (row["contender"] == "phatgoose")
+
+
+def test_a_decoding_step_can_be_repeated(script):
+    torch, generate = importlib.import_module("torch"), script("bench_generate")
+    with torch.no_grad():
+        base = generate.make_base("tiny", "cpu", torch.float32, 32)
+        step = generate.Decode(base, 3, 10)
+        first = step.run(base)
+        torch.testing.assert_close(step.run(base), first, rtol=0, atol=0)
+
+
+def test_gates(run):
+    rows = run("bench_gates", "--experts 4 --fewer 2 --steps 3 --length 8")["rows"]
+    assert [(row["kind"], row["experts"]) for row in rows] == [
+        *(("lora", 1), ("gates", 1)),
+        *(("together", experts) for experts in (1, 2, 4)),
+    ]
+    assert all(row["tokens"] == 32 and row["us"]["p50"] > 0 for row in rows)
+
+
+def test_memory(run):
+    found = run("bench_memory", "--pools 4 5")
+    assert found["dense_difference"] < 1e-5
+    rows = {(r["kind"], r["experts"], r["top_k"], r["tokens"]): r for r in found["rows"]}
+    assert rows["dense", 5, 2, 2048]["layer"] > rows["routed", 5, 2, 2048]["layer"]
+
+
+def test_report(run, script, tmp_path):
+    run("bench_layer", LAYER.replace("--experts 5", "--experts 3 5"))
+    out = tmp_path / "performance.md"
+    script("report").main(["--results", str(tmp_path), "--out", str(out)])
+    text = out.read_text()
+    assert "| 40 | 5 | 16 |" in text
+    assert "![" in text
+    assert out.with_suffix(".png").stat().st_size > 0
+    assert "8B shape" in text
+    assert "not measured" in text
+
+
+def test_report_of_nothing(script, tmp_path):
+    out = tmp_path / "performance.md"
+    script("report").main(["--results", str(tmp_path), "--out", str(out)])
+    assert "met |" not in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("over", "verdict"), [(1.2, "met"), (1.4, "**missed**"), (None, "not measured")]
+)
+def test_targets(script, over, verdict):
+    targets = script("targets")
+    rows = [
+        {
+            "size": "4096x4096",
+            "tokens": 4096,
+            "experts": experts,
+            "rank": 16,
+            "mode": "eager",
+            "contender": "phatgoose",
+            "us": {"p50": 100.0 * value},
+            "over_plain": value,
+            "floor_us": 105.0,
+        }
+        for experts, value in ((36, 1.1), (166, over))
+        if value is not None
+    ]
+    target = targets.over_plain(targets.Found(rows), "4096x4096", (36, 166), 1.3)
+    assert target.verdict == verdict
+    if over is not None:
+        assert target.measured == f"{over:.2f} (166 experts)"
+        assert target.floor == "1.05"
