@@ -105,12 +105,16 @@ def test_shuffled_data_comes_in_the_order_it_has_alone():
     assert_alone(found, models, batches, seed=5)
 
 
-def test_gradient_checkpointing():
-    base, models = make_collection("gpt2")
-    batches = {name: make_batches(3, "gpt2") for name in models}
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_gradient_checkpointing(kind, reentrant):
+    base, models = make_collection(kind)
+    batches = {name: make_batches(3, kind) for name in models}
     wanted = together(base, modules_of(models), batches)
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    before = snapshot(base)
     found = together(base, modules_of(models), batches)
+    assert_unchanged(base, before)
     for name in models:
         assert_near(joined(found[name].vectors), joined(wanted[name].vectors), NEAR)
 

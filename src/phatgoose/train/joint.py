@@ -51,6 +51,10 @@ class JointModel:
             self.model.get_submodule(name).register_forward_hook(self._hook(name, stack))
             for name, stack in self.stacks.items()
         ]
+        if getattr(self.model, "is_gradient_checkpointing", False):
+            # Reentrant checkpointing passes gradients on only to what has them going in.
+            embeddings = self.model.get_input_embeddings()
+            handles.append(embeddings.register_forward_hook(_require_gradient))
         try:
             with frozen(self.model, dropout=dropout):
                 yield
@@ -79,16 +83,9 @@ class JointModel:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = inputs[0].to(output.device)  # a device_map may part two layers
             self._check_shape(name, x)
-            rows = self._rows
-            if rows.take is not None:  # only what the stack adds is gathered, not the output
-                added = add_stack(None, rows.by_expert(self._by_row(x)), stack).to(output.dtype)
-                return output + rows.by_row(added, self._by_row(output).shape).view(output.shape)
-            return add_stack(rows.by_expert(output), rows.by_expert(x), stack).view(output.shape)
+            return add_stack(output, x, stack, self._rows)
 
         return add
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (len(self._rows.owners), -1)) if x.ndim == 2 else x
 
     def _check_shape(self, name: str, x: Tensor) -> None:
         """Refuse a layer that does not see all tokens row by row, like an expert of an MoE."""
@@ -100,6 +97,10 @@ class JointModel:
             f"{name}: sees {list(x.shape)}, not the rows of the batch one after the other, so "
             "experts cannot be told apart there. Train each adapter alone."
         )
+
+
+def _require_gradient(_: nn.Module, __: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def check_model(model: Any) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phatgoose.experts import LoraModule
+from phatgoose.train.rows import Rows
 
 
 class Stack(ABC):
@@ -17,8 +18,8 @@ class Stack(ABC):
 
     @abstractmethod
     def halves(
-        self, x: Float[Tensor, "E T I"]
-    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
+        self, x: Float[Tensor, "G T I"], rows: Rows
+    ) -> tuple[Float[Tensor, "G T R"], Float[Tensor, "G R O"]]:
         """Two factors of it: tokens brought down to a rank, and the way up."""
 
 
@@ -49,12 +50,13 @@ class GatedStack(Stack):
         self.b = b.to(gates.device)
 
     def halves(
-        self, x: Float[Tensor, "E T I"]
-    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
-        z = torch.bmm(x.to(self.a.dtype), self.a)
+        self, x: Float[Tensor, "G T I"], rows: Rows
+    ) -> tuple[Float[Tensor, "G T R"], Float[Tensor, "G R O"]]:
+        z = torch.bmm(x.to(self.a.dtype), rows.each(self.a))
         with torch.autocast(x.device.type, enabled=False):
             # Scaling R numbers a token is the same as scaling O, and cheaper.
-            return z * torch.sigmoid(_dots(x, self.gates)).unsqueeze(-1), self.b
+            gate = torch.sigmoid(_dots(x, rows.each(self.gates)))
+            return z * gate.unsqueeze(-1), rows.each(self.b)
 
 
 @final
@@ -75,26 +77,26 @@ class LoraStack(Stack):
         self.dropout = dropout
 
     def halves(
-        self, x: Float[Tensor, "E T I"]
-    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
+        self, x: Float[Tensor, "G T I"], rows: Rows
+    ) -> tuple[Float[Tensor, "G T R"], Float[Tensor, "G R O"]]:
         x = F.dropout(x.to(self.a.dtype), self.dropout)
-        return torch.bmm(x, self.a.mT) * self.scale, self.b.mT
+        return torch.bmm(x, rows.each(self.a).mT) * self.scale, rows.each(self.b).mT
 
 
 def add_stack(
-    output: Float[Tensor, "E T O"] | None, x: Float[Tensor, "E T I"], stack: Stack
-) -> Float[Tensor, "E T O"]:
-    """The base's output with the stack's added, in the output's dtype; or what is added alone."""
-    z, up = stack.halves(x)
-    if output is None:
-        return torch.bmm(z.to(up.dtype), up)
+    output: Float[Tensor, "*B_L O"], x: Float[Tensor, "*B_L I"], stack: Stack, rows: Rows
+) -> Float[Tensor, "*B_L O"]:
+    """The base's output with the stack's added, in the output's dtype."""
+    z, up = stack.halves(rows.batched(x), rows)
     if torch.is_autocast_enabled(x.device.type) or z.dtype == up.dtype == output.dtype:
-        return torch.baddbmm(output, z, up).to(output.dtype)
-    return (output + torch.bmm(z.to(up.dtype), up)).to(output.dtype)
+        whole = torch.baddbmm(rows.batched(output), z, up)
+    else:
+        whole = rows.batched(output) + torch.bmm(z.to(up.dtype), up)
+    return whole.to(output.dtype).view(output.shape)
 
 
 class _Dots(torch.autograd.Function):
-    """v_e·x_et in fp32. Keeps x as it came, where autograd would keep a copy in fp32."""
+    """v_g·x_gt in fp32. Keeps x as it came, where autograd would keep a copy in fp32."""
 
     @staticmethod
     def forward(ctx, x, v):  # type: ignore[no-untyped-def]
@@ -111,7 +113,7 @@ class _Dots(torch.autograd.Function):
         return along_x, torch.bmm(slope.unsqueeze(1), x.float()).squeeze(1)
 
 
-def _dots(x: Float[Tensor, "E T I"], v: Float[Tensor, "E I"]) -> Float[Tensor, "E T"]:
+def _dots(x: Float[Tensor, "G T I"], v: Float[Tensor, "G I"]) -> Float[Tensor, "G T"]:
     return _Dots.apply(x, v)
 
 
