@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from phatgoose.ops import lora, routed_lora, routed_lora_reference
+from phatgoose.ops import library, lora, routed_lora, routed_lora_reference
 from phatgoose.types import Routing
 from tests.tolerances import TOLERANCE, assert_near
 
@@ -66,11 +66,15 @@ def test_definition(op, problem):
 
 
 @given(problems())
-def test_both_ways_to_compute_agree(problem):
-    x = problem[0]
-    by_pair, by_expert = lora._by_pair(*problem), lora._by_expert(*problem)
-    assert by_pair.dtype == by_expert.dtype == x.dtype
-    assert_near(by_pair, by_expert, TOLERANCE[x.dtype].output, terms(*problem))
+def test_gathering_and_sorting_agree(problem):
+    x, found = problem[0], []
+    with pytest.MonkeyPatch.context() as patch:
+        for few in (0, 10**6):
+            patch.setattr(library, "FEW_PAIRS", few)
+            patch.setattr(lora, "FEW_PAIRS", few)
+            found.append(routed_lora(*problem, backend="torch"))
+    assert found[0].dtype == found[1].dtype == x.dtype
+    assert_near(*found, TOLERANCE[x.dtype].output, terms(*problem))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -3,6 +3,7 @@
 from phatgoose.nn.bank import Bank
 from phatgoose.nn.context import ContextKeeper
 from phatgoose.nn.settings import RoutingSettings
+from phatgoose.nn.siblings import group_siblings
 from phatgoose.nn.site import RoutingState, Site
 from phatgoose.nn.trace import TokenTable, Trace
 
@@ -14,4 +15,5 @@ __all__ = [
     "Site",
     "TokenTable",
     "Trace",
+    "group_siblings",
 ]

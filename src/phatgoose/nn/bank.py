@@ -1,81 +1,162 @@
-"""One site's experts, stacked once and kept in place."""
+"""The experts of linear layers that read the same input, stacked once and kept in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from phatgoose.experts import LoraModule
+from phatgoose.ops import Backend, choose_backend, pieces_of
 
 
 class Bank(nn.Module):
-    """The stacked signatures and LoRA factors of the experts that adapt one linear layer.
+    """The stacked signatures and LoRA factors of the experts that adapt one layer, or several.
 
-    Slots follow the pool's order. Buffers have spare capacity, so adding an expert writes into
-    them and removing one closes the gap; both leave other sites alone. They are not persistent:
-    a routed model's state_dict is that of the plain model. `b` carries each expert's scale.
+    Layers that read the same input (queries, keys and values, say) are the S parts of one bank, so
+    that a token is scored for all of them at once. A slot is an expert; `present` says which parts
+    it adapts. Slots follow the pool's order. Buffers have spare capacity, so adding an expert
+    writes into them and removing one closes the gap; their addresses and shapes stay, as compiled
+    models and CUDA graphs need. They are not persistent: a routed model's state_dict is that of
+    the plain model. The b's carry each expert's scale.
     """
 
-    signatures: Float[Tensor, "C I"]  # fp32, whatever the model is cast to
-    a: Float[Tensor, "C R I"]  # shorter ranks are padded with zeros
-    b: Float[Tensor, "C O R"]
+    signatures: Float[Tensor, "S C I"]  # fp32, whatever the model is cast to
+    pieces: Float[Tensor, "M I"]  # the signatures for tensor cores, and padding; or they themselves
+    sums: Float[Tensor, "S C"]  # of each signature, fp32
+    a: Float[Tensor, "S C R I"]  # shorter ranks are padded with zeros
+    present: Bool[Tensor, "S C"]
+    open: Bool[Tensor, "S C"]  # present, and allowed at the moment
 
     def __init__(
-        self, in_features: int, out_features: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: Sequence[int],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.members: list[int] = []  # the pool's index of each slot's expert
-        self.ranks: list[int] = []  # of each slot's expert
-        for name, shape, kind in (
-            ("signatures", (0, in_features), torch.float32),
-            ("a", (0, 0, in_features), dtype),
-            ("b", (0, out_features, 0), dtype),
-        ):
-            self.register_buffer(
-                name, torch.zeros(shape, device=device, dtype=kind), persistent=False
-            )
+        self.ranks: list[int] = []  # the longest of each slot's expert
+        self.routed: Any = None  # an input on its way through the parts; see site.Routed
+        self.parts = len(out_features)
+        shapes: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+            ("signatures", (self.parts, 0, in_features), torch.float32),
+            ("sums", (self.parts, 0), torch.float32),
+            ("a", (self.parts, 0, 0, in_features), dtype),
+            ("present", (self.parts, 0), torch.bool),
+            ("open", (self.parts, 0), torch.bool),
+        ]
+        shapes += [(f"b{part}", (0, size, 0), dtype) for part, size in enumerate(out_features)]
+        for name, shape, kind in shapes:
+            buffer = torch.zeros(shape, device=device, dtype=kind)
+            self.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("pieces", None, persistent=False)
+        self._allowed: frozenset[int] | None = None
+        self._asked: Backend = backend
+        self._split()
 
     def __len__(self) -> int:
         return len(self.members)
 
+    def halves(self) -> Float[Tensor, "2 S C I"]:
+        """`pieces` without padding, where they are not the signatures themselves."""
+        return self.pieces[: 2 * self.signatures.shape[:2].numel()].view(2, *self.signatures.shape)
+
+    def b(self, part: int) -> Float[Tensor, "C O R"]:
+        return self.get_buffer(f"b{part}")
+
+    @property
+    def capacity(self) -> int:
+        return self.a.shape[1]
+
     def reserve(self, capacity: int, rank: int) -> None:
         """Make room for `capacity` experts of up to `rank`; what is there stays."""
-        room = self.a.shape[0]
+        room = self.capacity
         # Growing copies the whole bank, so a bank that grows again takes room for more.
         capacity = room if capacity <= room else max(capacity, 2 * room)
-        rank = max(rank, self.a.shape[1])
-        if (capacity, rank) == tuple(self.a.shape[:2]):
+        rank = max(rank, self.a.shape[2])
+        if (capacity, rank) == (room, self.a.shape[2]):
             return
-        self.signatures = _grown(self.signatures, (capacity, self.signatures.shape[1]))
-        self.a = _grown(self.a, (capacity, rank, self.a.shape[2]))
-        self.b = _grown(self.b, (capacity, self.b.shape[1], rank))
+        for name in ("signatures", "sums", "present", "open"):
+            buffer = self.get_buffer(name)
+            setattr(self, name, _grown(buffer, (self.parts, capacity, *buffer.shape[2:])))
+        self.a = _grown(self.a, (self.parts, capacity, rank, self.a.shape[3]))
+        for part in range(self.parts):
+            b = self.b(part)
+            setattr(self, f"b{part}", _grown(b, (capacity, b.shape[1], rank)))
+        self._split()
 
-    def append(self, member: int, signature: Float[Tensor, " I"], lora: LoraModule) -> None:
-        """Put an expert, the pool's number `member`, into the next slot."""
+    def append(
+        self, member: int, parts: Mapping[int, tuple[Float[Tensor, " I"], LoraModule]]
+    ) -> None:
+        """Put an expert, the pool's number `member`, into the next slot: signature and LoRA."""
         slot = len(self.members)
-        self.reserve(slot + 1, lora.rank)
-        self.signatures[slot] = signature
-        self.a[slot].zero_()[: lora.rank] = lora.a
-        self.b[slot].zero_()[:, : lora.rank] = lora.b.float() * lora.scale
+        rank = max(lora.rank for _, lora in parts.values())
+        self.reserve(slot + 1, rank)
         self.members.append(member)
-        self.ranks.append(lora.rank)
+        self.ranks.append(rank)
+        for part, (signature, lora) in parts.items():
+            self.signatures[part, slot] = signature
+            self.a[part, slot].zero_()[: lora.rank] = lora.a
+            self.b(part)[slot].zero_()[:, : lora.rank] = lora.b.float() * lora.scale
+            self.present[part, slot] = True
+        for part in set(range(self.parts)) - set(parts):
+            self.signatures[part, slot] = 0.0
+            self.present[part, slot] = False
+        self._refresh(slice(slot, slot + 1))
 
     def remove(self, member: int) -> None:
         """Take the pool's expert `member` out; later ones move down, here and in the pool."""
         if member in self.members:
-            slot = self.members.index(member)
-            for buffer in (self.signatures, self.a, self.b):
-                buffer[slot : len(self) - 1] = buffer[slot + 1 : len(self)].clone()
+            slot, last = self.members.index(member), len(self.members)
+            stacked = [self.signatures, self.a, self.present]
+            for buffer in (*stacked, *(self.b(p).unsqueeze(0) for p in range(self.parts))):
+                buffer[:, slot : last - 1] = buffer[:, slot + 1 : last].clone()
+            self.present[:, last - 1] = False
             del self.members[slot], self.ranks[slot]
+            self._refresh(slice(slot, last))
         self.members = [other - (other > member) for other in self.members]
 
-    def trim(self) -> None:
-        """Drop ranks that no expert here has: their zeros can change how a product is rounded."""
-        rank = max(self.ranks, default=0)
-        if rank < self.a.shape[1]:
-            self.a, self.b = self.a[:, :rank].clone(), self.b[:, :, :rank].clone()
+    def allow(self, allowed: frozenset[int] | None) -> None:
+        """Open only these of the pool's experts (None: all of them), in place."""
+        self._allowed = allowed
+        self._open()
+
+    def trim(self, least: int = 0) -> None:
+        """Drop ranks, down to `least`, that no expert here has: zeros can change the rounding."""
+        rank = max([least, *self.ranks])
+        if rank < self.a.shape[2]:
+            self.a = self.a[:, :, :rank].clone()
+            for part in range(self.parts):
+                setattr(self, f"b{part}", self.b(part)[:, :, :rank].clone())
+
+    def _refresh(self, slots: slice) -> None:
+        """Bring what is derived from the signatures of some slots up to date, in place."""
+        changed = self.signatures[:, slots]
+        self.sums[:, slots] = changed.sum(-1)
+        if self.pieces is not self.signatures:
+            self.halves()[:, :, slots] = pieces_of(changed, self.a.dtype)
+        self._open()
+
+    def _open(self) -> None:
+        self.routed = None
+        opened = [self._allowed is None or member in self._allowed for member in self.members]
+        opened += [False] * (self.capacity - len(opened))
+        self.open.copy_(self.present & torch.tensor(opened, dtype=torch.bool).to(self.open.device))
+
+    def _split(self) -> None:
+        """Settle the backend, and make `pieces` anew, for buffers of another kind or size."""
+        self.backend = choose_backend(self._asked, self.a.device.type, self.a.dtype)
+        self.pieces = self.signatures
+        if self.backend == "triton" and self.a.dtype in (torch.bfloat16, torch.float16):
+            rows = 2 * self.signatures.shape[:2].numel()
+            rows += -rows % 64  # cuBLAS is several times as slow where it is no multiple of this
+            self.pieces = self.a.new_zeros(rows, self.signatures.shape[2])
+            self.halves().copy_(pieces_of(self.signatures, self.a.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow the model from device to device; only the LoRA factors follow its dtype."""
@@ -83,6 +164,8 @@ class Bank(nn.Module):
         super()._apply(fn, recurse)
         if self.signatures.dtype != torch.float32:
             self.signatures = kept.to(self.signatures.device)
+        self.sums = self.signatures.sum(-1)
+        self._split()
         return self
 
 

@@ -80,11 +80,17 @@ class ContextKeeper:
         signature = inspect.signature(module.forward)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _is_captured():
+                return
             arguments = signature.bind_partial(*args, **kwargs).arguments
             enter({**arguments.pop("kwargs", {}), **arguments})
 
+        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            if not _is_captured():
+                leave(output)
+
         pre = module.register_forward_pre_hook(before, with_kwargs=True)
-        post = module.register_forward_hook(lambda *args: leave(args[-1]), always_call=True)
+        post = module.register_forward_hook(after, always_call=True)
         self._undo += [pre.remove, post.remove]
 
     def _listen_to_generate(self) -> None:
@@ -228,6 +234,13 @@ def _context(
         if isinstance(mask, Tensor) and mask.shape == (rows, length):
             real[:, past:] = mask.bool()
     return TokenContext(length=length, ids=ids, real=real)
+
+
+def _is_captured() -> bool:
+    """Whether this forward is being compiled or captured: what is kept here would go stale."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

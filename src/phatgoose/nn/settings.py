@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from phatgoose.errors import ConfigError
+from phatgoose.ops import BACKENDS, Backend
 from phatgoose.ops.choose import Scale
 
 
@@ -16,6 +17,7 @@ class RoutingSettings:
     temperature: float = 1.0  # divides the kept scores before their softmax
     scale: Scale = "softmax"  # "unit": every kept expert at weight 1, as its adapter was trained
     null_score: float | None = None  # score of "no expert"; None leaves it out, as published
+    backend: Backend = "auto"  # what computes a routed layer; see ops.choose_backend
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -24,5 +26,7 @@ class RoutingSettings:
             raise ConfigError(f"temperature must be above 0 and finite, got {self.temperature}.")
         if self.scale not in get_args(Scale):
             raise ConfigError(f"scale must be one of {get_args(Scale)}, got {self.scale!r}.")
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend must be one of {BACKENDS}, got {self.backend!r}.")
         if self.null_score is not None and not math.isfinite(self.null_score):
             raise ConfigError(f"null_score must be finite, got {self.null_score}.")

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from phatgoose.types import Routing
@@ -12,7 +12,7 @@ Scale = Literal["softmax", "unit"]
 
 
 def choose_experts(
-    scores: Float[Tensor, "T E"],
+    scores: Float[Tensor, "*T E"],
     top_k: int,
     *,
     temperature: float = 1.0,
@@ -24,6 +24,9 @@ def choose_experts(
     scale "softmax": w = softmax(kept scores / temperature), as published (arXiv:2402.05859, 3.2).
     scale "unit": every kept expert has weight 1, the strength its adapter was trained at.
 
+    An expert scored -inf is no candidate. A token with fewer than K candidates has the slot -1 and
+    the weight 0 in the places left over.
+
     `null_score` adds a candidate that stands for the base model alone: where it is among the kept
     it takes its share of the softmax and the slot is -1, so nothing is added for it.
 
@@ -32,33 +35,40 @@ def choose_experts(
     scores = scores.float()
     candidates = scores.shape[-1]
     if null_score is not None:
-        scores = torch.cat([scores, scores.new_full((scores.shape[0], 1), null_score)], dim=-1)
-    order = _best(scores, min(top_k, scores.shape[-1]))
-    kept = scores.gather(-1, order)
-    null = order == candidates
+        null = scores.new_full((*scores.shape[:-1], 1), null_score)
+        scores = torch.cat([scores, null], dim=-1)
+    order, found = _best(scores.detach(), min(top_k, scores.shape[-1]))
+    kept = scores.gather(-1, order).masked_fill(~found, -torch.inf)
     if scale == "softmax":
+        # Where nothing is found, zeros in place of -inf keep NaN out of values and gradients.
+        kept = torch.where(found.any(-1, keepdim=True), kept, 0.0)
         weights = (kept / temperature).softmax(dim=-1)
     else:
         weights = torch.ones_like(kept)
-    return Routing(experts=order.masked_fill(null, -1), weights=weights)
+    return Routing(
+        experts=order.masked_fill(~found | (order == candidates), -1),
+        weights=weights.masked_fill(~found, 0.0),
+    )
 
 
 # Up to this many experts per token, one pass over the scores for each beats sorting them.
 FEW_EXPERTS = 8
 
 
-def _best(scores: Float[Tensor, "T E"], count: int) -> Int[Tensor, "T K"]:
-    """Indices of the `count` highest scores, best first, ties to the lower index.
+def _best(
+    scores: Float[Tensor, "*T E"], count: int
+) -> tuple[Int[Tensor, "*T K"], Bool[Tensor, "*T K"]]:
+    """Indices of the `count` highest scores, best first, ties to the lower; which are candidates.
 
     torch.topk leaves the order of equal scores open; prefill and decode must agree on it.
     """
-    # -inf means "taken" below, so a score of -inf (a router's ban) has to stay above it.
-    scores = scores.detach().clamp_min(torch.finfo(scores.dtype).min)
     if not 0 < count <= FEW_EXPERTS:
-        return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
-    left, order = scores, []
+        order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+        return order, scores.gather(-1, order) > -torch.inf
+    kept, places = [], []
     for _ in range(count):
-        best = left.argmax(dim=-1, keepdim=True)  # documented to return the first maximum
-        left.scatter_(-1, best, -torch.inf)  # the clamp made it a tensor of its own
-        order.append(best)
-    return torch.cat(order, dim=-1)
+        best = scores.argmax(dim=-1, keepdim=True)  # documented to return the first maximum
+        places.append(best)
+        kept.append(scores.gather(-1, best))
+        scores = scores.scatter(-1, best, -torch.inf)
+    return torch.cat(places, dim=-1), torch.cat(kept, dim=-1) > -torch.inf

@@ -1,7 +1,9 @@
 """The routed sum of LoRA outputs: y_t = sum_k w_tk * B_e A_e x_t with e = experts[t, k]."""
 
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from phatgoose.types import Routing
@@ -28,48 +30,114 @@ def routed_lora_reference(
     return y.to(x.dtype)
 
 
-def routed_lora(
+def sort_pairs(experts: Int[Tensor, "T K"]) -> tuple[Int[Tensor, " P"], Int[Tensor, " N"]]:
+    """The T * K pairs in the order of their slots, and how many have slot -1, 0, 1, ..."""
+    slots, order = experts.flatten().sort(stable=True)
+    return order, torch.bincount(slots + 1)
+
+
+def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each slot that was chosen, and its place among the sorted pairs."""
+    sizes = counts.tolist()
+    start = sizes[0] if sizes else 0  # pairs without an expert come first
+    for slot, size in enumerate(sizes[1:]):
+        if size:
+            yield slot, slice(start, start + size)
+            start += size
+
+
+def down_sorted(
     x: Float[Tensor, "T I"],
-    a: Float[Tensor, "E R I"],
-    b: Float[Tensor, "E O R"],
-    routing: Routing,
-) -> Float[Tensor, "T O"]:
-    """Same value as `routed_lora_reference`; work and memory grow with T * K, not with E.
+    a: Float[Tensor, "S C R I"],
+    experts: Int[Tensor, "T S K"],
+    weights: Float[Tensor, "T S K"],
+) -> tuple[Float[Tensor, "1 T S K R"], list[tuple[Tensor, Tensor]]]:
+    """w A x of every pair, in fp32, and the order of the pairs at each part.
 
-    Products run in the factors' dtype and are summed in fp32; the result has x's dtype.
-    Differentiable in x, a, b and the weights.
+    With few pairs there is no order. Otherwise a part's rows [T * K, R] are in that order.
     """
-    if routing.experts.numel() <= FEW_PAIRS:
-        return _by_pair(x, a, b, routing)
-    return _by_expert(x, a, b, routing)
-
-
-def _by_pair(x: Tensor, a: Tensor, b: Tensor, routing: Routing) -> Tensor:
-    """Gather the factors of each token-expert pair: least overhead while decoding."""
-    tokens, chosen = routing.experts.shape
-    slots = routing.experts.clamp_min(0).flatten()
-    weights = (routing.weights * (routing.experts >= 0)).flatten()
-    pairs = x.to(a.dtype).repeat_interleave(chosen, dim=0)  # [T*K I]
-    z = torch.bmm(a[slots], pairs.unsqueeze(-1))  # [T*K R 1]
-    z = (z.float() * weights.view(-1, 1, 1)).to(b.dtype)
-    y = torch.bmm(b[slots], z).view(tokens, chosen, b.shape[1])
-    return y.float().sum(1).to(x.dtype)
-
-
-def _by_expert(x: Tensor, a: Tensor, b: Tensor, routing: Routing) -> Tensor:
-    """Sort the pairs by expert, then two plain products for each expert that was chosen."""
-    chosen = routing.experts.shape[1]
-    slots, order = routing.experts.flatten().sort(stable=True)
-    counts = torch.bincount(slots + 1, minlength=a.shape[0] + 1).tolist()
-    y = x.new_zeros(x.shape[0], b.shape[1], dtype=torch.float32)
-    start = counts[0]  # pairs without an expert come first
-    for expert, count in enumerate(counts[1:]):
-        if not count:
+    tokens, parts, chosen = experts.shape
+    z = x.new_empty(parts, tokens * chosen, a.shape[2], dtype=torch.float32)
+    plan = []
+    for part in range(parts):
+        mine, shares = experts[:, part], weights[:, part]
+        if mine.numel() <= FEW_PAIRS:
+            z[part] = _few_down(x, a[part], mine, shares).flatten(0, 1)
             continue
-        pairs = order[start : start + count]
-        tokens = pairs.div(chosen, rounding_mode="floor")
-        weights = routing.weights.flatten()[pairs].unsqueeze(-1)
-        z = (x[tokens].to(a.dtype) @ a[expert].T).float() * weights  # [pairs R]
-        y.index_add_(0, tokens, (z.to(b.dtype) @ b[expert].T).float())
-        start += count
-    return y.to(x.dtype)
+        order, counts = sort_pairs(mine)
+        plan.append((order, counts))
+        pairs = x.index_select(0, order // chosen).to(a.dtype)
+        low = pairs.new_zeros(len(order), a.shape[2])
+        for slot, here in _segments(counts):
+            torch.mm(pairs[here], a[part, slot].T, out=low[here])
+        torch.mul(low, shares.flatten()[order].unsqueeze(-1), out=z[part])
+    return z, plan
+
+
+def up_sorted(
+    output: Float[Tensor, "T O"],
+    b: Float[Tensor, "C O R"],
+    z: Float[Tensor, "P R"],
+    experts: Int[Tensor, "T K"],
+    order: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Add the B z of one part's pairs, given as `down_sorted` left them, to `output` in place."""
+    if order is None:
+        delta = _few_up(z.view(*experts.shape, b.shape[2]), b, experts)
+        output.add_(delta)
+        return
+    place, counts = order
+    y = torch.zeros(len(z), b.shape[1], dtype=b.dtype, device=b.device)
+    low = z.to(b.dtype)
+    for slot, here in _segments(counts):
+        torch.mm(low[here], b[slot].T, out=y[here])
+    tokens = place // experts.shape[1]
+    if output.dtype == y.dtype == torch.float32:
+        output.index_add_(0, tokens, y)
+    else:
+        delta = torch.zeros_like(output, dtype=torch.float32)
+        output.add_(delta.index_add_(0, tokens, y.float()))
+
+
+def _few_down(x: Tensor, a: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """w A x [T, K, R] in fp32, gathering the factors of each pair."""
+    tokens, chosen = experts.shape
+    shares = weights * (experts >= 0)
+    pairs = x.to(a.dtype).repeat_interleave(chosen, dim=0)  # [T*K I]
+    z = torch.bmm(a[experts.clamp_min(0).flatten()], pairs.unsqueeze(-1))  # [T*K R 1]
+    return z.float().view(tokens, chosen, a.shape[1]) * shares.unsqueeze(-1)
+
+
+def _few_up(z: Tensor, b: Tensor, experts: Tensor) -> Tensor:
+    """The sum over k of B z, [T, O] in fp32."""
+    y = torch.bmm(b[experts.clamp_min(0).flatten()], z.to(b.dtype).flatten(0, 1).unsqueeze(-1))
+    return y.view(*experts.shape, b.shape[1]).float().sum(1)
+
+
+def lora_gradients(
+    grad: Float[Tensor, "T O"],
+    x: Float[Tensor, "T I"],
+    a: Float[Tensor, "C R I"],
+    b: Float[Tensor, "C O R"],
+    routing: Routing,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the routed sum in x, a, b and the weights, computed and summed in fp32.
+
+    With h = B.T grad and u = A x of a pair: dx += w A.T h, dA += w h x.T, dB += w grad u.T, and
+    dw = h · u.
+    """
+    order, counts = sort_pairs(routing.experts)
+    tokens = order // max(routing.experts.shape[1], 1)
+    weights = routing.weights.flatten()[order].unsqueeze(-1)
+    xs, slopes = x.index_select(0, tokens).float(), grad.index_select(0, tokens).float()
+    dx, da, db = (torch.zeros_like(v, dtype=torch.float32) for v in (x, a, b))
+    dw = torch.zeros(len(order), dtype=torch.float32, device=x.device)
+    for slot, here in _segments(counts):
+        down, up = a[slot].float(), b[slot].float()
+        u, h = xs[here] @ down.T, slopes[here] @ up
+        dw[order[here]] = (h * u).sum(-1)
+        h = h * weights[here]
+        da[slot] = h.T @ xs[here]
+        db[slot] = slopes[here].T @ (u * weights[here])
+        dx.index_add_(0, tokens[here], h @ down)
+    return dx.to(x.dtype), da.to(a.dtype), db.to(b.dtype), dw.view_as(routing.weights)

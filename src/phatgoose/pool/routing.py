@@ -10,8 +10,18 @@ from torch import Tensor, nn
 from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError
 from phatgoose.experts import Expert, identify_base
 from phatgoose.experts.base import linear_sizes
+from phatgoose.experts.lora import LoraModule
 from phatgoose.experts.verify import check_modules
-from phatgoose.nn import Bank, ContextKeeper, RoutingSettings, RoutingState, Site, Trace
+from phatgoose.nn import (
+    Bank,
+    ContextKeeper,
+    RoutingSettings,
+    RoutingState,
+    Site,
+    Trace,
+    group_siblings,
+)
+from phatgoose.ops import Backend, choose_backend
 from phatgoose.ops.choose import Scale
 from phatgoose.pool.pool import ExpertPool
 from phatgoose.routers import Router, make_router
@@ -29,6 +39,9 @@ def route(
     temperature: float = 1.0,
     scale: Scale = "softmax",
     null_score: float | None = None,
+    backend: Backend = "auto",
+    capacity: int | None = None,
+    max_rank: int | None = None,
 ) -> nn.Module:
     """Make a plain transformers model route every token among the pool's experts; return it.
 
@@ -44,6 +57,12 @@ def route(
         scale: "softmax" weighs the kept experts as published; "unit" gives each weight 1, so
             top_k=1 uses the best one as strongly as its adapter was trained.
         null_score: the score of an extra candidate that adds nothing (None: no such candidate).
+        backend: what computes a routed layer: "triton" (kernels for NVIDIA GPUs), "torch" (any
+            device), "reference" (the definition, slow), or "auto", which picks one of the first
+            two by device.
+        capacity, max_rank: how many experts, of what rank, a layer has room for; the pool's own
+            numbers by default. Within them the pool can change without new memory, so that
+            compiled models and CUDA graphs stay valid and use the pool as it is then.
 
     Raises:
         RoutingError: empty pool, top_k above its size, a PeftModel, or a model already routed.
@@ -52,8 +71,16 @@ def route(
         ConfigError: a setting is out of range, or no router has that name.
     """
     settings = RoutingSettings(
-        top_k=top_k, temperature=temperature, scale=scale, null_score=null_score
+        top_k=top_k,
+        temperature=temperature,
+        scale=scale,
+        null_score=null_score,
+        backend=backend,
     )
+    for name, value in (("capacity", capacity), ("max_rank", max_rank)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    choose_backend(backend, next((p.device.type for p in model.parameters()), "cpu"))
     if ATTRIBUTE in model.__dict__:
         raise RoutingError("route: this model routes already. Call phatgoose.unroute(model) first.")
     if hasattr(model, "get_base_model") or any(hasattr(m, "base_layer") for m in model.modules()):
@@ -68,7 +95,8 @@ def route(
             f"route: top_k is {top_k}, the pool has {len(pool)} experts. Choose top_k of at most "
             f"{len(pool)}, or add experts."
         )
-    routed = RoutedModel(model, pool, make_router(router), settings)
+    room = (capacity or 0, max_rank or 0)
+    routed = RoutedModel(model, pool, make_router(router), settings, room)
     model.__dict__[ATTRIBUTE] = routed
     return model
 
@@ -106,11 +134,11 @@ def restrict(model: nn.Module, experts: Iterable[str]) -> Iterator[None]:
     if isinstance(experts, str):
         raise ConfigError(f"restrict wants a list of names, got {experts!r} alone.")
     before = routed.state.allowed
-    routed.state.allowed = frozenset(routed.pool[name].name for name in experts)
+    routed.allow(frozenset(routed.pool[name].name for name in experts))
     try:
         yield
     finally:
-        routed.state.allowed = before
+        routed.allow(before)
 
 
 def _routed(model: nn.Module) -> "RoutedModel":
@@ -126,10 +154,16 @@ class RoutedModel:
     """The sites of one model, kept in step with the pool."""
 
     def __init__(
-        self, model: nn.Module, pool: ExpertPool, router: Router, settings: RoutingSettings
+        self,
+        model: nn.Module,
+        pool: ExpertPool,
+        router: Router,
+        settings: RoutingSettings,
+        room: tuple[int, int],
     ) -> None:
         self.model = model
         self.pool = pool
+        self.room = room  # the least capacity and rank of a bank
         self.sites: dict[str, Site] = {}
         self._layers = dict(model.named_modules())
         self._identity = identify_base(model)
@@ -173,9 +207,22 @@ class RoutedModel:
     def add(self, expert: Expert) -> None:
         """Give the expert the next slot at each site it adapts."""
         index, signatures = len(self.state.experts), self._ready.pop(expert.name)
-        for name, lora in expert.modules.items():
-            self.sites[name].bank.append(index, signatures[name], lora)
         self.state.experts.append(expert)
+        parts: dict[Bank, dict[int, tuple[Tensor, LoraModule]]] = {}
+        for name, lora in expert.modules.items():
+            site = self.sites[name]
+            parts.setdefault(site.bank, {})[site.part] = (signatures[name], lora)
+        for bank, mine in parts.items():
+            bank.append(index, mine)
+
+    def allow(self, names: frozenset[str] | None) -> None:
+        """Let forwards use only these experts; None lets them use all."""
+        self.state.allowed = names
+        self.state.bare = names is not None and not names
+        members = enumerate(self.state.experts)
+        indices = None if names is None else frozenset(i for i, e in members if e.name in names)
+        for bank in self._banks():
+            bank.allow(indices)
 
     def prepare_remove(self, name: str) -> None:
         self._check_not_recorded()
@@ -186,18 +233,19 @@ class RoutedModel:
             )
 
     def remove(self, index: int) -> None:
-        for site in self.sites.values():
-            site.bank.remove(index)
+        for bank in self._banks():
+            bank.remove(index)
         del self.state.experts[index]
         self._tidy()
+        self.allow(self.state.allowed)
 
     def _tidy(self) -> None:
         """Leave no spare ranks, and no site without experts."""
-        for name, site in list(self.sites.items()):
-            site.bank.trim()
-            if not len(site.bank):
-                site.close()
-                del self.sites[name]
+        for bank in self._banks():
+            bank.trim(self.room[1])
+        adapted = {name for expert in self.state.experts for name in expert.modules}
+        for name in set(self.sites) - adapted:
+            self.sites.pop(name).close()
 
     def _check_not_recorded(self) -> None:
         if self.state.trace is not None:
@@ -219,22 +267,47 @@ class RoutedModel:
 
     def _reserve(self, experts: Iterable[Expert]) -> None:
         """Size every bank for these experts on top of those it has, in one go."""
-        needed: dict[str, list[int]] = {}
+        experts = list(experts)
+        self._make_sites(name for expert in experts for name in expert.modules)
+        needed: dict[Bank, list[int]] = {}
         for expert in experts:
+            ranks: dict[Bank, int] = {}
             for name, lora in expert.modules.items():
-                needed.setdefault(name, []).append(lora.rank)
-        for name, ranks in needed.items():
-            bank = self._site(name).bank
-            bank.reserve(len(bank) + len(ranks), max(ranks))
+                bank = self.sites[name].bank
+                ranks[bank] = max(lora.rank, ranks.get(bank, 0))
+            for bank, rank in ranks.items():
+                needed.setdefault(bank, []).append(rank)
+        for bank, every in needed.items():
+            bank.reserve(max(len(bank) + len(every), self.room[0]), max(*every, self.room[1]))
 
-    def _site(self, name: str) -> Site:
-        if name not in self.sites:
+    def _make_sites(self, names: Iterable[str]) -> None:
+        """Make the sites that are not there yet; layers that read one input share a bank."""
+        new = set(names) - set(self.sites)
+        for group in group_siblings(name for name in self._layers if name in new):
+            for together in self._alike(group):
+                layers = [self._layers[name] for name in together]
+                sizes = [linear_sizes(layer) or (0, 0) for layer in layers]  # check_modules saw
+                bank = Bank(
+                    sizes[0][0],
+                    [outputs for _, outputs in sizes],
+                    device=_device(layers[0]),
+                    dtype=_dtype(layers[0], self.model),
+                    backend=self.state.settings.backend,
+                )
+                for part, (name, layer) in enumerate(zip(together, layers, strict=True)):
+                    self.sites[name] = Site(name, layer, bank, part, self.state)
+
+    def _alike(self, group: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """The group, or each of it alone where input size, device or dtype tell them apart."""
+        kinds = set()
+        for name in group:
             layer = self._layers[name]
             sizes = linear_sizes(layer)
-            assert sizes is not None, name  # check_modules saw to it
-            bank = Bank(*sizes, device=_device(layer), dtype=_dtype(layer, self.model))
-            self.sites[name] = Site(name, layer, bank, self.state)
-        return self.sites[name]
+            kinds.add((sizes and sizes[0], _device(layer), _dtype(layer, self.model)))
+        return [group] if len(kinds) == 1 else [(name,) for name in group]
+
+    def _banks(self) -> list[Bank]:
+        return list(dict.fromkeys(site.bank for site in self.sites.values()))
 
 
 def _device(layer: nn.Module) -> torch.device:

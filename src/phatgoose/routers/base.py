@@ -18,6 +18,8 @@ class Router(ABC):
     """
 
     name: ClassVar[str]
+    # Whether `score` is s · standardised x / sqrt(I), which kernels compute and choose in one go.
+    standardises: ClassVar[bool] = False
     _known: ClassVar[dict[str, type["Router"]]] = {}
 
     def __init_subclass__(cls) -> None:

@@ -1,6 +1,5 @@
 """The published router."""
 
-import math
 from typing import final
 
 from jaxtyping import Float
@@ -9,9 +8,8 @@ from torch.nn import functional as F
 
 from phatgoose.errors import MissingGateError
 from phatgoose.experts import Expert
+from phatgoose.ops import EPS, gate_scores
 from phatgoose.routers.base import Router
-
-EPS = 1e-5  # as in the authors' layer norms
 
 
 @final
@@ -23,6 +21,7 @@ class PhatgooseRouter(Router):
     """
 
     name = "phatgoose"
+    standardises = True
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
         if expert.gates is None:
@@ -36,6 +35,4 @@ class PhatgooseRouter(Router):
     def score(
         self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E I"]
     ) -> Float[Tensor, "T E"]:
-        width = x.shape[-1]
-        # Scaled before the product: one [T, E] tensor less.
-        return (F.layer_norm(x.float(), (width,), eps=EPS) / math.sqrt(width)) @ signatures.T
+        return gate_scores(x, signatures)

@@ -1,0 +1,428 @@
+"""Calls the Triton kernels: block sizes, grids, and the tensors they write into."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from phatgoose.ops import kernels
+
+FEW_TOKENS = 256  # up to here every pair reads its own factors; beyond, pairs are grouped by expert
+PROGRAMS = 264  # about two a multiprocessor; more splits than this wins nothing
+# Bytes of output that stay in the L2 cache from one expert of a token to the next.
+CACHED_OUTPUT = 32 << 20
+CUBLAS_GIVES_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # of half-precision factors
+
+Plan = tuple[Tensor, Tensor]  # counts and members of the groups; empty for few tokens
+
+
+class Kernel:
+    """A Triton kernel, launched past Triton's own dispatch once it is compiled for a kind of call.
+
+    That dispatch takes several times as long as the launch itself, and a layer launches up to eight
+    kernels. Constants are given by name, as the kernel declares them behind its other arguments.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        *arguments: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        **constants: Any,
+    ) -> None:
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        if not isinstance(self.function, triton.JITFunction):  # interpreted
+            self.function[grid](*arguments, **constants, **options)
+            return
+        device = arguments[0].device
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(grid, *arguments, **options, **constants)
+            return
+        key = (
+            device.index,
+            num_warps,
+            num_stages,
+            *map(_kind, arguments),
+            *constants.values(),
+        )
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self.function[grid](*arguments, **constants, **options)
+            return
+        names = self.function.arg_names[len(arguments) :]
+        compiled[grid](*arguments, *[constants[name] for name in names])
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles for: dtype and alignment, or what it knows of a number."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return float
+
+
+scores = Kernel(kernels.scores_kernel)
+choose = Kernel(kernels.choose_kernel)
+group = Kernel(kernels.group_kernel)
+down = Kernel(kernels.down_kernel)
+up = Kernel(kernels.up_kernel)
+few_down = Kernel(kernels.few_down_kernel)
+few_up = Kernel(kernels.few_up_kernel)
+
+
+def gated_down(
+    x: Tensor,
+    signatures: Tensor,
+    sums: Tensor,
+    open_slots: Tensor,
+    a: Tensor,
+    *,
+    top_k: int,
+    temperature: float,
+    unit: bool,
+    null_score: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores, choice and down-projection; see `library.gated_down`."""
+    x = x.contiguous()
+    tokens, features = x.shape
+    parts, slots = a.shape[:2]
+    columns, stride = parts * slots, signatures.shape[0]
+    chosen = min(top_k, slots + (null_score is not None))
+    counts, members = make_plan(x, parts * chosen, slots) if tokens > FEW_TOKENS else _no_plan(x)
+    partial = _scores(x, signatures, counts)
+    experts = x.new_empty(tokens, parts, chosen, dtype=torch.int64)
+    weights = x.new_empty(tokens, parts, chosen, dtype=torch.float32)
+    shared = {
+        "HAS_NULL": null_score is not None,
+        "UNIT": unit,
+        "PIECES": 1 if x.dtype == torch.float32 else 2,
+        "SPLITS": partial.shape[0],
+        "S": parts,
+        "K": chosen,
+        "BLOCK_C": triton.next_power_of_2(slots + (null_score is not None)),
+        "BLOCK_K": triton.next_power_of_2(chosen),
+        "BLOCK_X": min(1024, triton.next_power_of_2(features)),
+    }
+    null = 0.0 if null_score is None else null_score
+    if tokens <= FEW_TOKENS:
+        z = _few_down(
+            x,
+            a,
+            (partial, sums, open_slots),
+            experts,
+            weights,
+            stride=stride,
+            numbers=(eps, temperature, null),
+            constants={"CHOOSE": True, **shared},
+        )
+        return experts, weights, z, counts, members
+    block = max(1, min(4, 2048 // shared["BLOCK_C"]))
+    choose(
+        (triton.cdiv(tokens, block), parts, 1),
+        x,
+        partial,
+        sums,
+        open_slots,
+        experts,
+        weights,
+        counts,
+        members,
+        tokens,
+        slots,
+        columns,
+        stride,
+        features,
+        eps,
+        temperature,
+        null,
+        BLOCK_T=block,
+        **shared,
+        num_warps=1 if block * shared["BLOCK_C"] <= 1024 else 4,
+    )
+    return experts, weights, _down(x, a, weights, counts, members), counts, members
+
+
+def routed_down(
+    x: Tensor, a: Tensor, experts: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Down-projection of a routing chosen elsewhere; see `library.routed_down`."""
+    x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
+    tokens, parts, chosen = experts.shape
+    slots = a.shape[1]
+    if tokens <= FEW_TOKENS:
+        constants = {
+            "CHOOSE": False,
+            "HAS_NULL": False,
+            "UNIT": False,
+            "PIECES": 1,
+            "SPLITS": 1,
+            "S": parts,
+            "K": chosen,
+            "BLOCK_C": 1,
+            "BLOCK_K": triton.next_power_of_2(chosen),
+            "BLOCK_X": 1,
+        }
+        unused = (weights, weights, weights)
+        z = _few_down(
+            x,
+            a,
+            unused,
+            experts,
+            weights,
+            stride=0,
+            numbers=(0.0, 1.0, 0.0),
+            constants=constants,
+        )
+        return z, *_no_plan(x)
+    counts, members = make_plan(x, parts * chosen, slots)
+    counts.zero_()
+    pairs = experts.numel()
+    group(
+        (triton.cdiv(pairs, 256), 1, 1),
+        experts,
+        counts,
+        members,
+        pairs,
+        tokens,
+        slots,
+        SK=parts * chosen,
+        BLOCK=256,
+    )
+    return _down(x, a, weights, counts, members), counts, members
+
+
+def routed_up(
+    output: Tensor,
+    b: Tensor,
+    z: Tensor,
+    experts: Tensor,
+    counts: Tensor,
+    members: Tensor,
+    part: int,
+) -> None:
+    """Add the chosen experts' outputs to `output` in place; see `library.routed_up_`."""
+    splits, tokens, parts, chosen, rank = z.shape
+    slots, outputs, _ = b.shape
+    if not tokens:
+        return
+    if not counts.numel():
+        block = 128 if tokens * outputs < PROGRAMS * 256 else 256
+        few_up(
+            (triton.cdiv(outputs, block), tokens, 1),
+            z,
+            b,
+            experts,
+            output,
+            part,
+            tokens,
+            outputs,
+            rank,
+            SPLITS=splits,
+            S=parts,
+            K=chosen,
+            BLOCK_R=triton.next_power_of_2(rank),
+            BLOCK_O=block,
+            num_warps=4,
+        )
+        return
+    block_t, block_o, columns = _up_blocks(tokens, slots)
+    width = max(1, CACHED_OUTPUT // (tokens * output.element_size() * block_o * columns))
+    width *= block_o * columns
+    for first in range(0, outputs, width):
+        for k in range(chosen):
+            grid = (
+                triton.cdiv(min(width, outputs - first), block_o * columns),
+                _most_blocks(tokens, slots, block_t),
+                1,
+            )
+            up(
+                grid,
+                z,
+                b,
+                output,
+                counts,
+                members,
+                part * chosen + k,
+                tokens,
+                slots,
+                outputs,
+                rank,
+                first,
+                SK=parts * chosen,
+                ATOMIC=_adds_in_cache(output),
+                PRECISION=_precision(b),
+                BLOCK_T=block_t,
+                BLOCK_C=triton.next_power_of_2(slots),
+                BLOCK_R=max(16, triton.next_power_of_2(rank)),
+                BLOCK_O=block_o,
+                COLUMNS=columns,
+                num_warps=4,
+            )
+
+
+def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
+    """Products over splits of the features, fp32 [splits, T, M]; zeroes `counts`."""
+    tokens, features = x.shape
+    columns = signatures.shape[0]
+    if tokens > FEW_TOKENS and x.is_cuda and x.dtype != torch.float32 and CUBLAS_GIVES_FP32:
+        counts.zero_()
+        return torch.mm(x, signatures.T, out_dtype=torch.float32).unsqueeze(0)
+    block_t, block_m, block_i, most_splits, warps, stages = _score_blocks(tokens, columns)
+    tiles = triton.cdiv(tokens, block_t) * triton.cdiv(columns, block_m)
+    splits = max(1, min(PROGRAMS // max(tiles, 1), features // (2 * block_i), most_splits))
+    split = triton.cdiv(triton.cdiv(features, splits), block_i) * block_i
+    splits = triton.cdiv(features, split)
+    partial = x.new_empty(splits, tokens, columns, dtype=torch.float32)
+    if tokens:
+        grid = (triton.cdiv(columns, block_m), triton.cdiv(tokens, block_t), splits)
+        scores(
+            grid,
+            x,
+            signatures,
+            partial,
+            counts,
+            tokens,
+            columns,
+            features,
+            split,
+            counts.numel(),
+            PRECISION=_precision(x),
+            EVEN=features % split == 0,
+            BLOCK_T=block_t,
+            BLOCK_M=block_m,
+            BLOCK_I=block_i,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return partial
+
+
+def _score_blocks(tokens: int, columns: int) -> tuple[int, int, int, int, int, int]:
+    """Block sizes of tokens, columns and features; most splits; warps and stages."""
+    if tokens <= FEW_TOKENS:
+        return 16 if tokens <= 16 else 32, 32, 128, 32, 4, 1
+    return 128, 128, 64, 4, 8, 3
+
+
+def _up_blocks(tokens: int, slots: int) -> tuple[int, int, int]:
+    """Tokens and outputs of a block, and blocks of outputs a program walks through."""
+    return (32, 128, 2) if tokens < 64 * slots else (64, 64, 4)
+
+
+def _most_blocks(tokens: int, slots: int, block: int) -> int:
+    """The most blocks that `tokens` pairs, grouped by slot, can fill."""
+    return min(tokens, tokens // block + slots)
+
+
+def _down(x: Tensor, a: Tensor, weights: Tensor, counts: Tensor, members: Tensor) -> Tensor:
+    tokens, features = x.shape
+    _, parts, chosen = weights.shape
+    slots, rank = a.shape[1:3]
+    z = x.new_empty(1, tokens, parts, chosen, rank, dtype=torch.float32)
+    block_t = 32 if tokens * chosen < 64 * slots else 64
+    block_r = max(16, triton.next_power_of_2(rank))
+    block_i = 128 if block_r <= 32 else 64
+    down(
+        (_most_blocks(tokens * chosen, slots, block_t), parts, 1),
+        x,
+        a,
+        weights,
+        counts,
+        members,
+        z,
+        tokens,
+        slots,
+        features,
+        rank,
+        S=parts,
+        K=chosen,
+        PRECISION=_precision(a),
+        EVEN=features % block_i == 0,
+        BLOCK_T=block_t,
+        BLOCK_C=triton.next_power_of_2(slots),
+        BLOCK_R=block_r,
+        BLOCK_I=block_i,
+        num_warps=4,
+        num_stages=4,
+    )
+    return z
+
+
+def _few_down(
+    x: Tensor,
+    a: Tensor,
+    scores: tuple[Tensor, ...],
+    experts: Tensor,
+    weights: Tensor,
+    *,
+    stride: int,
+    numbers: tuple[float, ...],
+    constants: dict[str, int],
+) -> Tensor:
+    tokens, features = x.shape
+    parts, slots, rank, _ = a.shape
+    block_r = triton.next_power_of_2(rank)
+    block_i, splits = few_splits(features, rank)
+    split = triton.cdiv(triton.cdiv(features, splits), block_i) * block_i
+    z = x.new_empty(splits, tokens, parts, experts.shape[2], rank, dtype=torch.float32)
+    if tokens:
+        few_down(
+            (tokens, parts, splits),
+            x,
+            a,
+            *scores,
+            experts,
+            weights,
+            z,
+            tokens,
+            slots,
+            parts * slots,
+            stride,
+            features,
+            rank,
+            split,
+            *numbers,
+            **constants,
+            BLOCK_R=block_r,
+            BLOCK_I=block_i,
+            num_warps=4,
+        )
+    return z
+
+
+def few_splits(features: int, rank: int) -> tuple[int, int]:
+    """Features of a block, and splits of the features, of a down-projection of few tokens."""
+    block = max(16, 4096 // triton.next_power_of_2(rank))
+    split = triton.cdiv(triton.cdiv(features, min(8, triton.cdiv(features, block))), block) * block
+    return block, triton.cdiv(features, split)
+
+
+def make_plan(x: Tensor, piles: int, slots: int) -> Plan:
+    """Counts, not yet zero, and members."""
+    counts = x.new_empty(piles * slots, dtype=torch.int32)
+    return counts, x.new_empty(piles * slots, x.shape[0], dtype=torch.int32)
+
+
+def _no_plan(x: Tensor) -> Plan:
+    return x.new_empty(0, dtype=torch.int32), x.new_empty(0, 0, dtype=torch.int32)
+
+
+def _adds_in_cache(output: Tensor) -> bool:
+    """Whether the GPU can add to `output` without reading it: bf16 needs a Hopper."""
+    if output.device.type != "cuda":
+        return False
+    return output.dtype != torch.bfloat16 or torch.cuda.get_device_capability(output.device) >= (9,)
+
+
+def _precision(x: Tensor) -> str:
+    """fp32 on the tensor cores in three tf32 products, which keeps fp32's accuracy."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
