@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from phatgoose import load_expert, train_gates, train_gates_together
+from phatgoose import (
+    Expert,
+    ExpertPool,
+    load_expert,
+    route,
+    train_gates,
+    train_gates_together,
+)
 from phatgoose.errors import (
     ConfigError,
     ExpertNotFoundError,
@@ -259,6 +266,11 @@ class TestRefusals:
     def test_models(self, good):
         _, adapters, batches = good
         assert "unload()" in refused(ConfigError, make(), adapters, batches)
+        _, adapters, batches = good
+        base, found = llama(), together(*good, steps=1)
+        expert = Expert("e0", adapters["e0"], found["e0"], base_name=None)
+        route(base, ExpertPool([expert]), top_k=1)
+        assert "unroute" in refused(ConfigError, base, adapters, batches)
         assert "transformers model" in refused(
             ConfigError, torch.nn.Linear(2, 2), adapters, batches
         )

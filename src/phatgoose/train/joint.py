@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError, TrainingError
+from phatgoose.nn.site import BANK
 from phatgoose.tasks import IGNORED
 from phatgoose.train.frozen import frozen
 from phatgoose.train.loop import Pass
@@ -113,7 +114,7 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__}: has adapters already. Give the plain base: "
             "peft_model.unload() returns it."
         )
-    if any("phatgoose_bank" in module._modules for module in model.modules()):
+    if any(BANK in module._modules for module in model.modules()):
         raise ConfigError(f"{type(model).__name__}: is routed. Call phatgoose.unroute first.")
     if getattr(model, "loss_type", None) not in LOSSES:
         raise ConfigError(

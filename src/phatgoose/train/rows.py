@@ -40,7 +40,7 @@ class Rows:
     @classmethod
     def of(cls, counts: Sequence[int], device: torch.device) -> "Rows":
         owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        return cls(counts, owners.to(device))
+        return cls(counts, owners.to(device, non_blocking=True))
 
     @property
     def equal(self) -> bool:
