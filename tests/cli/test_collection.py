@@ -115,7 +115,9 @@ def test_what_is_there_is_left_alone(run, world, tasks, train):
 def test_train_goes_on_where_it_was_stopped(run, world, train, monkeypatch, phase):
     """Stopped in the second of two groups, two steps after a checkpoint."""
     wanted, pool = world.root / "wanted", world.root / "pool"
-    assert run(*train(wanted, "--together", 2)).code == 0
+    result = run(*train(wanted, "--together", 2))
+    assert result.code == 0
+    assert "1/2: " in result.err and "2/2: long" in result.err  # by length
     step, steps = loop.Loop._step, []
 
     def stopping(self, stream, forward, done):

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from phatgoose import load_expert, train_gates, train_gates_together
+from phatgoose import (
+    Expert,
+    ExpertPool,
+    load_expert,
+    route,
+    train_gates,
+    train_gates_together,
+)
 from phatgoose.errors import (
     ConfigError,
     ExpertNotFoundError,
@@ -105,12 +112,16 @@ def test_shuffled_data_comes_in_the_order_it_has_alone():
     assert_alone(found, models, batches, seed=5)
 
 
-def test_gradient_checkpointing():
-    base, models = make_collection("gpt2")
-    batches = {name: make_batches(3, "gpt2") for name in models}
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_gradient_checkpointing(kind, reentrant):
+    base, models = make_collection(kind)
+    batches = {name: make_batches(3, kind) for name in models}
     wanted = together(base, modules_of(models), batches)
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    before = snapshot(base)
     found = together(base, modules_of(models), batches)
+    assert_unchanged(base, before)
     for name in models:
         assert_near(joined(found[name].vectors), joined(wanted[name].vectors), NEAR)
 
@@ -255,6 +266,11 @@ class TestRefusals:
     def test_models(self, good):
         _, adapters, batches = good
         assert "unload()" in refused(ConfigError, make(), adapters, batches)
+        _, adapters, batches = good
+        base, found = llama(), together(*good, steps=1)
+        expert = Expert("e0", adapters["e0"], found["e0"], base_name=None)
+        route(base, ExpertPool([expert]), top_k=1)
+        assert "unroute" in refused(ConfigError, base, adapters, batches)
         assert "transformers model" in refused(
             ConfigError, torch.nn.Linear(2, 2), adapters, batches
         )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def train_experts(
     todo = [name for name in _by_length(tasks) if not _is_done(out / name, base)]
     accelerator, pad = Accelerator(), tokenizer.pad_token_id
     made: dict[str, GateRecord] = {}
-    for names, work in _groups(todo, together, out / WORK, known=tasks, accelerator=accelerator):
+    groups = _groups(
+        todo, together, out / WORK, known=tasks, accelerator=accelerator, progress=progress
+    )
+    for names, work in groups:
         group = {name: tasks[name] for name in names}
         modules = train_adapters_together(
             model, group, work, adapter, pad=pad, checkpoint=work, progress=progress
@@ -134,7 +138,9 @@ def gate_experts(
         check_adapter(name, read_modules(folders[name]), model)
     accelerator = Accelerator()
     work = folders[min(folders)].parent / WORK
-    groups = _groups(todo, together, work, known=folders, accelerator=accelerator)
+    groups = _groups(
+        todo, together, work, known=folders, accelerator=accelerator, progress=progress
+    )
     for names, progress_folder in groups:
         found = _train_gates(
             model,
@@ -244,6 +250,7 @@ def _groups(
     *,
     known: Container[str],
     accelerator: Accelerator,
+    progress: bool,
 ) -> Iterator[tuple[list[str], Path]]:
     """Groups, each with a folder for its progress; those that were begun come first, as begun."""
     begun = []
@@ -256,9 +263,12 @@ def _groups(
     rest = [name for name in names if name not in taken]
     new = [(group, work / group_name(group)) for group in in_groups(rest, together)]
     accelerator.wait_for_everyone()  # nobody writes until all have looked
-    for group, folder in [*begun, *new]:
+    groups = [*begun, *new]
+    for number, (group, folder) in enumerate(groups, start=1):
         if accelerator.is_main_process:
             write_json(folder / GROUP, group)
+            if progress and len(groups) > 1:
+                print(f"{number}/{len(groups)}: {', '.join(group)}", file=sys.stderr)
         yield group, folder
     if accelerator.is_main_process:
         shutil.rmtree(work, ignore_errors=True)

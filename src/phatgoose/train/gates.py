@@ -47,7 +47,8 @@ def train_gates(
     then a constant learning rate; gates stay in fp32, also under autocast.
 
     Args:
-        model: a peft.PeftModel with a trained LoRA on linear layers.
+        model: a peft.PeftModel with a trained LoRA on linear layers. It may be spread by a
+            device_map, or sharded by FSDP2 or DeepSpeed's ZeRO-3; under FSDP1 it is refused.
         batches: mappings of keyword arguments for the model, labels among them, as for
             transformers.Trainer. Gone through again if it ends early and can start again.
             Under `accelerate launch`, processes take turns at its batches.

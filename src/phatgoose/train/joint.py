@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError, TrainingError
+from phatgoose.nn.site import BANK
 from phatgoose.tasks import IGNORED
 from phatgoose.train.frozen import frozen
 from phatgoose.train.loop import Pass
@@ -51,6 +52,10 @@ class JointModel:
             self.model.get_submodule(name).register_forward_hook(self._hook(name, stack))
             for name, stack in self.stacks.items()
         ]
+        if getattr(self.model, "is_gradient_checkpointing", False):
+            # Reentrant checkpointing passes gradients on only to what has them going in.
+            embeddings = self.model.get_input_embeddings()
+            handles.append(embeddings.register_forward_hook(_require_gradient))
         try:
             with frozen(self.model, dropout=dropout):
                 yield
@@ -79,16 +84,9 @@ class JointModel:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = inputs[0].to(output.device)  # a device_map may part two layers
             self._check_shape(name, x)
-            rows = self._rows
-            if rows.take is not None:  # only what the stack adds is gathered, not the output
-                added = add_stack(None, rows.by_expert(self._by_row(x)), stack).to(output.dtype)
-                return output + rows.by_row(added, self._by_row(output).shape).view(output.shape)
-            return add_stack(rows.by_expert(output), rows.by_expert(x), stack).view(output.shape)
+            return add_stack(output, x, stack, self._rows)
 
         return add
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (len(self._rows.owners), -1)) if x.ndim == 2 else x
 
     def _check_shape(self, name: str, x: Tensor) -> None:
         """Refuse a layer that does not see all tokens row by row, like an expert of an MoE."""
@@ -102,6 +100,10 @@ class JointModel:
         )
 
 
+def _require_gradient(_: nn.Module, __: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
 def check_model(model: Any) -> None:
     """Raise ConfigError unless experts can be trained together on it."""
     config = getattr(model, "config", None)
@@ -112,7 +114,7 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__}: has adapters already. Give the plain base: "
             "peft_model.unload() returns it."
         )
-    if any("phatgoose_bank" in module._modules for module in model.modules()):
+    if any(BANK in module._modules for module in model.modules()):
         raise ConfigError(f"{type(model).__name__}: is routed. Call phatgoose.unroute first.")
     if getattr(model, "loss_type", None) not in LOSSES:
         raise ConfigError(

@@ -114,8 +114,12 @@ class Loop:
             # Each expert's loss depends on its own parameters alone, so one sum serves all.
             (one.losses.sum() / len(batches)).backward()
             losses = one.losses.detach().float() / len(batches)
-            counts = (torch.tensor(one.examples), one.tokens)
-            totals = totals + torch.stack([losses, *(count.to(losses) for count in counts)])
+            on_device = losses.device.type != "cpu"  # then a copy to it need not be waited for
+            counts = [
+                count.to(losses, non_blocking=on_device)
+                for count in (torch.tensor(one.examples), one.tokens)
+            ]
+            totals = totals + torch.stack([losses, *counts])
         totals = self._reduce(totals)
         norms = self.packed.norms()
         # The only time a step waits for the device.

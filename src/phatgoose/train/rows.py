@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,39 +27,33 @@ FILL = {
 
 @dataclass(frozen=True)
 class Rows:
-    """The experts' rows lie one after the other: `counts[e]` rows are expert e's."""
+    """The experts' rows lie one after the other: `counts[e]` rows are expert e's.
+
+    Where all have as many, each expert's tokens are one batch of a batched product (G = E), and its
+    factors are used as they are. Else each row is one (G = B), and takes its expert's factors,
+    which are small beside the row: R rows to its L.
+    """
 
     counts: Sequence[int]
     owners: Int[Tensor, " B"]  # the expert of each row
-    # Where the counts differ, e's rows filled up to N, the largest count, with its first row.
-    # Padding inside the sites alone costs little; in the base it would cost a row's full price.
-    take: Int[Tensor, " EN"] | None = None
-    put: Int[Tensor, " B"] | None = None  # where each row went
 
     @classmethod
     def of(cls, counts: Sequence[int], device: torch.device) -> "Rows":
-        experts = torch.tensor(counts)
-        owners = torch.repeat_interleave(torch.arange(len(counts)), experts)
-        if len(set(counts)) == 1:
-            return cls(counts, owners.to(device))
-        most, starts = max(counts), torch.tensor([0, *accumulate(counts)][:-1])
-        place = torch.arange(most).expand(len(counts), most)
-        real = place < experts.unsqueeze(1)
-        take = (starts.unsqueeze(1) + place * real).flatten()
-        put = (torch.arange(len(counts)).unsqueeze(1) * most + place)[real]
-        return cls(counts, owners.to(device), take.to(device), put.to(device))
+        owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        return cls(counts, owners.to(device, non_blocking=True))
 
-    def by_expert(self, x: Shaped[Tensor, "B *L I"]) -> Shaped[Tensor, "E T I"]:
-        """Each expert's tokens; a view where all have as many rows."""
-        x = x if self.take is None else x.index_select(0, self.take.to(x.device))
-        return x.reshape(len(self.counts), -1, x.shape[-1])
+    @property
+    def equal(self) -> bool:
+        return len(set(self.counts)) == 1
 
-    def by_row(self, y: Shaped[Tensor, "E T O"], shape: Sequence[int]) -> Shaped[Tensor, "B *L O"]:
-        """The way back, to rows of this shape."""
-        if self.put is None:
-            return y.reshape(*shape[:-1], y.shape[-1])
-        filled = len(self.counts) * max(self.counts)
-        return y.reshape(filled, *shape[1:-1], y.shape[-1]).index_select(0, self.put.to(y.device))
+    def batched(self, x: Shaped[Tensor, "*B_L I"]) -> Shaped[Tensor, "G T I"]:
+        """Tokens that share factors, side by side; a view."""
+        groups = len(self.counts) if self.equal else len(self.owners)
+        return x.reshape(groups, -1, x.shape[-1])
+
+    def each(self, factors: Shaped[Tensor, "E *N"]) -> Shaped[Tensor, "G *N"]:
+        """The factors of each of them."""
+        return factors if self.equal else factors.index_select(0, self.owners.to(factors.device))
 
     def sums(self, x: Float[Tensor, " B"]) -> Float[Tensor, " E"]:
         """The sum over each expert's rows; one expert's NaN is no other's."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phatgoose.experts import LoraModule
+from phatgoose.train.rows import Rows
 
 
 class Stack(ABC):
@@ -17,8 +18,8 @@ class Stack(ABC):
 
     @abstractmethod
     def halves(
-        self, x: Float[Tensor, "E T I"]
-    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
+        self, x: Float[Tensor, "G T I"], rows: Rows
+    ) -> tuple[Float[Tensor, "G T R"], Float[Tensor, "G R O"]]:
         """Two factors of it: tokens brought down to a rank, and the way up."""
 
 
@@ -34,11 +35,11 @@ class GatedStack(Stack):
         self,
         modules: Sequence[LoraModule | None],
         gates: Float[nn.Parameter, "E I"],
-        dtype: torch.dtype,
+        dtype: torch.dtype,  # of the way up; the way down is in fp32, as the gate is
     ) -> None:
         known = [module for module in modules if module is not None]
         rank, first = max(module.rank for module in known), known[0]
-        a = torch.zeros(len(modules), first.in_features, rank, dtype=dtype)
+        a = torch.zeros(len(modules), first.in_features, rank)
         b = torch.zeros(len(modules), rank, first.out_features, dtype=dtype)
         for expert, module in enumerate(modules):
             if module is not None:
@@ -49,12 +50,12 @@ class GatedStack(Stack):
         self.b = b.to(gates.device)
 
     def halves(
-        self, x: Float[Tensor, "E T I"]
-    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
-        z = torch.bmm(x.to(self.a.dtype), self.a)
+        self, x: Float[Tensor, "G T I"], rows: Rows
+    ) -> tuple[Float[Tensor, "G T R"], Float[Tensor, "G R O"]]:
         with torch.autocast(x.device.type, enabled=False):
+            z, dots = _Down.apply(x, rows.each(self.a), rows.each(self.gates))
             # Scaling R numbers a token is the same as scaling O, and cheaper.
-            return z * torch.sigmoid(_dots(x, self.gates)).unsqueeze(-1), self.b
+            return z * torch.sigmoid(dots).unsqueeze(-1), rows.each(self.b)
 
 
 @final
@@ -75,44 +76,48 @@ class LoraStack(Stack):
         self.dropout = dropout
 
     def halves(
-        self, x: Float[Tensor, "E T I"]
-    ) -> tuple[Float[Tensor, "E T R"], Float[Tensor, "E R O"]]:
+        self, x: Float[Tensor, "G T I"], rows: Rows
+    ) -> tuple[Float[Tensor, "G T R"], Float[Tensor, "G R O"]]:
         x = F.dropout(x.to(self.a.dtype), self.dropout)
-        return torch.bmm(x, self.a.mT) * self.scale, self.b.mT
+        return torch.bmm(x, rows.each(self.a).mT) * self.scale, rows.each(self.b).mT
 
 
 def add_stack(
-    output: Float[Tensor, "E T O"] | None, x: Float[Tensor, "E T I"], stack: Stack
-) -> Float[Tensor, "E T O"]:
-    """The base's output with the stack's added, in the output's dtype; or what is added alone."""
-    z, up = stack.halves(x)
-    if output is None:
-        return torch.bmm(z.to(up.dtype), up)
+    output: Float[Tensor, "*B_L O"], x: Float[Tensor, "*B_L I"], stack: Stack, rows: Rows
+) -> Float[Tensor, "*B_L O"]:
+    """The base's output with the stack's added, in the output's dtype."""
+    z, up = stack.halves(rows.batched(x), rows)
     if torch.is_autocast_enabled(x.device.type) or z.dtype == up.dtype == output.dtype:
-        return torch.baddbmm(output, z, up).to(output.dtype)
-    return (output + torch.bmm(z.to(up.dtype), up)).to(output.dtype)
+        whole = torch.baddbmm(rows.batched(output), z, up)
+    else:
+        whole = rows.batched(output) + torch.bmm(z.to(up.dtype), up)
+    return whole.to(output.dtype).view(output.shape)
 
 
-class _Dots(torch.autograd.Function):
-    """v_e·x_et in fp32. Keeps x as it came, where autograd would keep a copy in fp32."""
+class _Down(torch.autograd.Function):
+    """A x and v·x in fp32, for a frozen A.
+
+    Goes through x once each way, and keeps it as it came, where autograd would go twice and keep a
+    copy in fp32: beside a skinny product, moving x is all the cost.
+    """
 
     @staticmethod
-    def forward(ctx, x, v):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, v)
-        return torch.bmm(x.float(), v.unsqueeze(-1)).squeeze(-1)
+    def forward(ctx, x, a, v):  # type: ignore[no-untyped-def]
+        """x [G T I], a [G I R], v [G I]; returns [G T R] and [G T]."""
+        ctx.save_for_backward(x, a, v)
+        both = torch.bmm(x.float(), torch.cat([a, v.unsqueeze(-1)], dim=-1))
+        return both[..., :-1], both[..., -1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope):  # type: ignore[no-untyped-def]
-        x, v = ctx.saved_tensors
+    def backward(ctx, slope_z, slope_dots):  # type: ignore[no-untyped-def]
+        x, a, v = ctx.saved_tensors
         along_x = None
         if ctx.needs_input_grad[0]:
-            along_x = (slope.unsqueeze(-1) * v.unsqueeze(1)).to(x.dtype)
-        return along_x, torch.bmm(slope.unsqueeze(1), x.float()).squeeze(1)
-
-
-def _dots(x: Float[Tensor, "E T I"], v: Float[Tensor, "E I"]) -> Float[Tensor, "E T"]:
-    return _Dots.apply(x, v)
+            slopes = torch.cat([slope_z, slope_dots.unsqueeze(-1)], dim=-1)
+            both = torch.cat([a, v.unsqueeze(-1)], dim=-1)
+            along_x = torch.bmm(slopes, both.mT).to(x.dtype)
+        return along_x, None, torch.bmm(slope_dots.unsqueeze(1), x.float()).squeeze(1)
 
 
 def sites_of(adapters: Mapping[str, Mapping[str, LoraModule]]) -> list[str]:

@@ -59,6 +59,7 @@ def train_gates_together(
 
     Args:
         model: the plain transformers base, decoder-only or encoder-decoder; comes back unchanged.
+            It may be spread or sharded, as for `train_gates`.
         adapters: by name, a PEFT LoRA's folder or Hub id, an `Expert`, or its modules.
         batches: by the same names, what `train_gates` takes: mappings with `input_ids` and
             `labels`. They are padded on the right to a common length.
