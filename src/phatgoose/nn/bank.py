@@ -70,7 +70,7 @@ class Bank(nn.Module):
         return self.get_buffer(f"b{part}")
 
     def view(self, parts: range) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """((signatures, their sums), open, a) of these parts, as `phatgoose::gated_down` wants them.
+        """((signatures, sums), open, a) of these parts, as `phatgoose::gated_down` wants them.
 
         Sums over spare slots may be rounded differently, and are slow on a CPU, so they are left
         out; but a compiled model must not depend on how many experts there are, and the kernels'

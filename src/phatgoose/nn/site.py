@@ -50,18 +50,29 @@ class RoutingState:
         return self._priors[stream][1]
 
 
-@dataclass
 class Routed:
     """One input on its way through the S layers of a bank."""
 
-    x: Tensor  # as the first of the layers was given it
-    version: int | None  # of x, which counts changes in place
-    first: int  # the first of the parts routed here
-    experts: Int[Tensor, "T S K"]
-    weights: Float[Tensor, "T S K"]
-    down: tuple[Tensor, Tensor, Tensor] | None  # z, counts, members; None: gradients are wanted
-    waiting: set[int]  # parts that have not been served yet
-    side: torch.cuda.Stream | None  # where it is computed, beside the layer itself
+    def __init__(
+        self,
+        x: Tensor,
+        parts: range,
+        experts: Int[Tensor, "T S K"],
+        weights: Float[Tensor, "T S K"],
+        down: tuple[Tensor, ...] | None,
+    ) -> None:
+        self.x = x  # as the first of the layers was given it
+        self.version = _version(x)
+        self.first = parts.start
+        self.waiting = set(parts)  # those that have not been served yet
+        self.experts = experts
+        self.weights = weights
+        self.down = down  # z, counts, members; None: gradients are wanted
+        self.side: torch.cuda.Stream | None = None  # where all this runs, beside the layer itself
+
+    def matches(self, x: Tensor) -> bool:
+        """Whether x is the very tensor that was routed, and has not been written to since."""
+        return x is self.x and _version(x) == self.version
 
     def join(self) -> None:
         """Let what comes next wait for what runs beside the layer."""
@@ -103,11 +114,11 @@ class Site:
         if self._is_base():
             return
         x, known = inputs[0], self.bank.routed
-        if known is None or self.part not in known.waiting or not _same(x, known):
+        if known is None or self.part not in known.waiting or not known.matches(x):
             # Where the layers of a bank turn out not to share their input, each routes its own.
             shared = known is None or not known.waiting
             parts = range(self.bank.parts) if shared else range(self.part, self.part + 1)
-            known = self._route_beside(x, parts) if _is_captured(x) else self._route(x, parts)
+            known = self._route_beside(x, parts) if _may_run_beside(x) else self._route(x, parts)
         known.waiting.discard(self.part)
         self.bank.routed = known if known.waiting else None
         self._routed = known
@@ -158,8 +169,6 @@ class Site:
         slots = opened.shape[1]
         prior = self.state.prior(stream, context)
         learns = torch.is_grad_enabled() and self._wants_gradients(x)
-        known = {"x": x, "version": _version(x), "first": parts.start, "waiting": set(parts)}
-        known["side"] = None
         with _without_autocast(x.device.type):
             if self.state.router.standardises and prior is None and not learns:
                 experts, weights, *down = torch.ops.phatgoose.gated_down(
@@ -173,14 +182,14 @@ class Site:
                     settings.null_score,
                     bank.backend,
                 )
-                return Routed(**known, experts=experts, weights=weights, down=tuple(down))
+                return Routed(x, parts, experts, weights, tuple(down))
             routings = [self._choose(flat, part, slots, prior) for part in parts]
             experts = torch.stack([routing.experts for routing in routings], dim=1)
             weights = torch.stack([routing.weights for routing in routings], dim=1)
             down = None
             if not learns:
                 down = torch.ops.phatgoose.routed_down(flat, a, experts, weights, bank.backend)
-            return Routed(**known, experts=experts, weights=weights, down=down)
+            return Routed(x, parts, experts, weights, down)
 
     def _choose(
         self, x: Float[Tensor, "T I"], part: int, slots: int, prior: Tensor | None
@@ -226,9 +235,15 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _is_captured(x: Tensor) -> bool:
-    """Whether x is on its way into a CUDA graph."""
+# With more tokens, routing and the layer would only wait for the same multiprocessors.
+BESIDE_TOKENS = 256
+
+
+def _may_run_beside(x: Tensor) -> bool:
+    """Whether x is on its way into a CUDA graph, with few tokens."""
     if torch.compiler.is_compiling() or not x.is_cuda:
+        return False
+    if x.shape[:-1].numel() > BESIDE_TOKENS:
         return False
     return torch.cuda.is_current_stream_capturing()
 
@@ -236,11 +251,6 @@ def _is_captured(x: Tensor) -> bool:
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _same(x: Tensor, routed: Routed) -> bool:
-    """Whether x is the very tensor that was routed, and has not been written to since."""
-    return x is routed.x and _version(x) == routed.version
 
 
 def _version(x: Tensor) -> int | None:

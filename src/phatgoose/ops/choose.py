@@ -65,10 +65,10 @@ def _best(
     if not 0 < count <= FEW_EXPERTS:
         order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
         return order, scores.gather(-1, order) > -torch.inf
-    kept, places = [], []
+    left, kept, places = scores.clone(), [], []
     for _ in range(count):
-        best = scores.argmax(dim=-1, keepdim=True)  # documented to return the first maximum
+        best = left.argmax(dim=-1, keepdim=True)  # documented to return the first maximum
         places.append(best)
-        kept.append(scores.gather(-1, best))
-        scores = scores.scatter(-1, best, -torch.inf)
+        kept.append(left.gather(-1, best))
+        left.scatter_(-1, best, -torch.inf)
     return torch.cat(places, dim=-1), torch.cat(kept, dim=-1) > -torch.inf

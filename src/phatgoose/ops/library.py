@@ -79,18 +79,22 @@ def _gated_down(
         )
     parts, slots = open_slots.shape
     u = _standardised(x)
-    # Part by part: how many columns a product has may change its last bits.
     gates = signatures.view(parts, slots, x.shape[1])
-    scores = torch.stack([u @ gates[part].T for part in range(parts)], dim=1)
-    routing = choose_experts(
-        scores.masked_fill(~open_slots, -torch.inf),
-        top_k,
-        temperature=temperature,
-        scale="unit" if unit else "softmax",
-        null_score=null_score,
-    )
-    down = _routed_down(x, a, routing.experts, routing.weights, backend)
-    return routing.experts, routing.weights, *down
+    # Part by part: one part's scores at a time in memory, and of a width of their own, which
+    # decides their last bits.
+    routings = [
+        choose_experts(
+            (u @ gates[part].T).masked_fill_(~open_slots[part], -torch.inf),
+            top_k,
+            temperature=temperature,
+            scale="unit" if unit else "softmax",
+            null_score=null_score,
+        )
+        for part in range(parts)
+    ]
+    experts = torch.stack([routing.experts for routing in routings], dim=1)
+    weights = torch.stack([routing.weights for routing in routings], dim=1)
+    return experts, weights, *_routed_down(x, a, experts, weights, backend)
 
 
 def _routed_down(
@@ -103,8 +107,8 @@ def _routed_down(
         return launch.routed_down(x, a, experts, weights)
     tokens, parts, chosen = experts.shape
     if backend == "reference":
-        part = torch.arange(parts, device=a.device).view(1, -1, 1)
-        rows = a[part, experts.clamp_min(0)].float()
+        every = torch.arange(parts, device=a.device).view(1, -1, 1)
+        rows = a[every, experts.clamp_min(0)].float()
         z = torch.einsum("tskri,ti,tsk->tskr", rows, x.float(), weights * (experts >= 0))
         return z.unsqueeze(0), *_no_plan(x)
     z, plan = down_sorted(x, a, experts, weights)

@@ -46,6 +46,18 @@ def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
             start += size
 
 
+def _batched(segments: Iterator[tuple[int, slice]], rows: int) -> Iterator[list[tuple[int, slice]]]:
+    """Neighbouring segments of about so many rows together: few calls, and little memory."""
+    batch: list[tuple[int, slice]] = []
+    for slot, here in segments:
+        if batch and here.stop - batch[0][1].start > rows:
+            yield batch
+            batch = []
+        batch.append((slot, here))
+    if batch:
+        yield batch
+
+
 def down_sorted(
     x: Float[Tensor, "T I"],
     a: Float[Tensor, "S C R I"],
@@ -87,16 +99,17 @@ def up_sorted(
         output.add_(delta)
         return
     place, counts = order
-    y = torch.zeros(len(z), b.shape[1], dtype=b.dtype, device=b.device)
-    low = z.to(b.dtype)
-    for slot, here in _segments(counts):
-        torch.mm(low[here], b[slot].T, out=y[here])
-    tokens = place // experts.shape[1]
-    if output.dtype == y.dtype == torch.float32:
-        output.index_add_(0, tokens, y)
-    else:
-        delta = torch.zeros_like(output, dtype=torch.float32)
-        output.add_(delta.index_add_(0, tokens, y.float()))
+    tokens, low = place // experts.shape[1], z.to(b.dtype)
+    exact = output.dtype == b.dtype == torch.float32
+    delta = output if exact else torch.zeros_like(output, dtype=torch.float32)
+    for segments in _batched(_segments(counts), len(output)):
+        first, last = segments[0][1].start, segments[-1][1].stop
+        y = b.new_empty(last - first, b.shape[1])
+        for slot, here in segments:
+            torch.mm(low[here], b[slot].T, out=y[here.start - first : here.stop - first])
+        delta.index_add_(0, tokens[first:last], y.float())
+    if not exact:
+        output.add_(delta)
 
 
 def _few_down(x: Tensor, a: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,224 @@
+"""Do all backends compute the definition, also compiled and as a CUDA graph?
+
+    python benchmarks/check_backends.py [--device cuda] [--cases 12] [--seed 0] [--out FILE]
+
+Random layers (tokens on both sides of every threshold, mixed ranks, odd sizes, closed slots, a null
+score, several layers of one input) in every dtype, by every backend, against the routed sum in
+float64: the experts chosen (where scores are no near tie), the weights and the output. Then a small
+Llama with random experts: compiled with fullgraph=True and, on a GPU, captured as a CUDA graph, it
+gives the same logits as it is, also after the pool has changed within its capacity, without being
+compiled or captured again. The exit status is 1 where anything is off.
+"""
+
+import argparse
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import common
+import phatgoose
+from bench_generate import make_base, make_factors
+from bench_layer import make_pool
+from common import Results, say
+from phatgoose.nn import Bank
+from phatgoose.ops import EPS, choose_backend
+
+# Relative errors of the output, as in the tests' table of tolerances.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+WEIGHTS = 1e-4  # difference of weights; signatures in two halves keep 16 bits
+NEAR_TIE = 1e-3
+RANKS = (4, 16, 13, 64)
+
+
+def make_case(number: random.Random, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors and settings of one random layer."""
+    parts, slots = number.choice((1, 1, 3)), number.choice((1, 5, 33, 166))
+    rank, features = number.choice(RANKS), number.choice((64, 129, 1024))
+    tokens, outputs = number.choice((0, 1, 7, 64, 255, 300, 1030)), number.choice((64, 77, 640))
+    seed = torch.Generator().manual_seed(number.randrange(2**31))
+
+    def made(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=seed) * scale).to(device)
+
+    signatures = nn.functional.layer_norm(made(parts, slots, features), (features,))
+    return {
+        "x": (made(tokens, features) + number.choice((0.0, 0.0, 3.0))).to(dtype),
+        "signatures": signatures,
+        "open": torch.rand(parts, slots, generator=seed).to(device) < number.choice((0.5, 2.0)),
+        "a": made(parts, slots, rank, features, scale=features**-0.5).to(dtype),
+        "b": [made(slots, outputs, rank, scale=rank**-0.5).to(dtype) for _ in range(parts)],
+        "output": [made(tokens, outputs).to(dtype) for _ in range(parts)],
+        "top_k": number.choice((1, 2, 2, 3)),
+        "temperature": number.choice((1.0, 0.5)),
+        "unit": number.random() < 0.2,
+        "null_score": number.choice((None, None, 0.5)),
+    }
+
+
+def run(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Experts, weights and outputs [T, S, ...] by one backend, as `Site` calls it."""
+    x, signatures, a = case["x"], case["signatures"], case["a"]
+    sizes = [b.shape[1] for b in case["b"]]
+    bank = Bank(x.shape[1], sizes, device=x.device, dtype=a.dtype, backend=backend)
+    bank.reserve(a.shape[1], a.shape[2])
+    bank.signatures.copy_(signatures)
+    bank.members, bank.ranks = list(range(a.shape[1])), [a.shape[2]] * a.shape[1]
+    bank._refresh(slice(None))
+    gates, _, _ = bank.view(range(bank.parts))
+    settings = [case[key] for key in ("top_k", "temperature", "unit", "null_score")]
+    experts, weights, z, *plan = torch.ops.phatgoose.gated_down(
+        x, *gates, case["open"], a, *settings, backend
+    )
+    outputs = [output.clone() for output in case["output"]]
+    for part, (output, b) in enumerate(zip(outputs, case["b"], strict=True)):
+        torch.ops.phatgoose.routed_up_(output, b, z, experts, *plan, part, backend)
+    return experts, weights, outputs
+
+
+def exact(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts, weights, and the gap to the next candidate [T, S], in float64."""
+    x = nn.functional.layer_norm(case["x"].double(), case["x"].shape[1:], eps=EPS)
+    scores = torch.einsum("ti,sci->tsc", x, case["signatures"].double()) / math.sqrt(x.shape[1])
+    scores = scores.masked_fill(~case["open"], -math.inf)
+    slots = scores.shape[2]
+    if case["null_score"] is not None:
+        scores = nn.functional.pad(scores, (0, 1), value=case["null_score"])
+    count = min(case["top_k"], scores.shape[2])
+    ordered, places = scores.sort(dim=-1, descending=True)
+    gap = (ordered[..., :count] - nn.functional.pad(ordered, (0, 1), value=-math.inf)[
+        ..., 1 : count + 1
+    ]).nan_to_num(math.inf).amin(-1)  # fmt: skip
+    kept, places = ordered[..., :count], places[..., :count]
+    found = kept > -math.inf
+    weights = found.double()
+    if not case["unit"]:
+        weights = (kept / case["temperature"]).softmax(-1).nan_to_num()
+    return places.masked_fill(~found | (places == slots), -1), weights, gap
+
+
+def routed_sum(case: dict[str, Any], part: int, experts: Tensor, weights: Tensor) -> Tensor:
+    """The output in float64, given a choice."""
+    slots, shares = experts.clamp_min(0), weights.double() * (experts >= 0)
+    y = case["output"][part].double()
+    for k in range(experts.shape[1]):
+        a, b = case["a"][part].double()[slots[:, k]], case["b"][part].double()[slots[:, k]]
+        low = torch.einsum("tri,ti,t->tr", a, case["x"].double(), shares[:, k])
+        y = y + torch.einsum("tor,tr->to", b, low)
+    return y
+
+
+def compare(case: dict[str, Any], backend: str) -> dict[str, Any]:
+    """Largest differences from the definition, and whether they are within bounds."""
+    experts, weights, outputs = run(case, backend)
+    wanted, shares, gap = exact(case)
+    clear = gap > NEAR_TIE
+    same = bool((experts == wanted)[clear].all())
+    off = float((weights - shares)[clear].abs().max()) if bool(clear.any()) else 0.0
+    errors = [0.0]
+    for part, output in enumerate(outputs):
+        y = routed_sum(case, part, experts[:, part], weights[:, part])
+        errors.append(float((output.double() - y).norm() / y.norm().clamp_min(1e-30)))
+    good = same and off < WEIGHTS and max(errors) < TOLERANCE[case["x"].dtype]
+    return {"same_experts": same, "weights": off, "error": max(errors), "good": good}
+
+
+def check_model(device: str, dtype: torch.dtype, results: Results) -> bool:
+    """Compiled and captured, before and after the pool changes within its capacity."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    base = make_base("tiny", device, dtype, 64)
+    pool = make_pool(make_factors(base, 6, 4))
+    spare = pool["e5"]
+    pool.remove("e5")
+    phatgoose.route(base, pool, capacity=8)
+    ids = torch.randint(5, 100, (2, 9), device=device)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(base, fullgraph=True, backend=counter)
+    replay = captured(base, ids) if device == "cuda" else None
+    changes: dict[str, Callable[[], Any]] = {
+        "as routed": lambda: None,
+        "expert added": lambda: pool.add(spare),
+        "expert removed": lambda: pool.remove("e1"),
+    }
+    fine = True
+    for name, change in changes.items():
+        change()
+        wanted = base(ids, use_cache=False).logits
+        for way, call in (("compiled", lambda: compiled(ids, use_cache=False).logits),
+                          ("CUDA graph", replay)):  # fmt: skip
+            if call is None:
+                continue
+            error = float((call() - wanted).double().norm() / wanted.double().norm())
+            good = error < 10 * TOLERANCE[dtype]
+            fine = fine and good
+            results.add(
+                {"case": name, "what": way, "dtype": str(dtype), "error": error, "good": good}
+            )
+    once = counter.frame_count == 1
+    results.add({"case": "compiled once", "what": "compiled", "dtype": str(dtype), "good": once})
+    return fine and once
+
+
+def captured(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    """The model's logits for these ids, replayed from one CUDA graph."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            model(ids, use_cache=False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(ids, use_cache=False).logits
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "case                ": lambda r: str(r["case"]),
+    "backend   ": lambda r: r["what"],
+    "dtype        ": lambda r: r["dtype"].removeprefix("torch."),
+    "error  ": lambda r: f"{r['error']:.1e}" if "error" in r else "-",
+    "weights": lambda r: f"{r['weights']:.1e}" if "weights" in r else "-",
+    "": lambda r: "ok" if r["good"] else "WRONG",
+}
+
+
+def main(arguments: list[str] | None = None) -> bool:
+    parser = common.parser(__doc__)
+    parser.add_argument("--cases", type=int, default=12, help="random layers for each dtype")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-model", dest="model", action="store_false")
+    args: argparse.Namespace = parser.parse_args(arguments)
+    results = Results(args, "backends", "relative error", COLUMNS)
+    backends = ["reference", "torch"]
+    if choose_backend("auto", args.device) == "triton":
+        backends.append("triton")
+    number, fine = random.Random(args.seed), True
+    with torch.no_grad():
+        for i in range(args.cases):
+            for dtype in TOLERANCE:
+                case = make_case(number, args.device, dtype)
+                size = f"{i}: {list(case['x'].shape)} S{len(case['b'])} E{case['open'].shape[1]}"
+                for backend in backends:
+                    row = {"case": size, "what": backend, "dtype": str(dtype)}
+                    results.add({**row, **(found := compare(case, backend))})
+                    fine = fine and found["good"]
+        if args.model:
+            for dtype in (
+                (torch.float32, torch.bfloat16) if args.device == "cuda" else (torch.float32,)
+            ):
+                fine = check_model(args.device, dtype, results) and fine
+    results.finish()
+    say("all backends agree" if fine else "SOMETHING IS WRONG")
+    return fine
+
+
+if __name__ == "__main__":
+    raise SystemExit(not main())
