@@ -339,21 +339,27 @@ def draw(runs: list[Run], path: Path) -> bool:
 
     shapes = sorted({row["size"] for row in rows}, key=wide)
     figure, axes = plt.subplots(
-        1, len(shapes), figsize=(5.2 * len(shapes), 4.4), sharey=True, squeeze=False
+        1,
+        len(shapes),
+        figsize=(5.2 * len(shapes), 5.0),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, shape in zip(axes[0], shapes, strict=True):
-        for contender, style in STYLES.items():
+        for (contender, mode), style in STYLES.items():
             points = sorted(
                 (row["experts"], row["over_plain"])
                 for row in rows
-                if row["size"] == shape and row["contender"] == contender
+                if (row["size"], row["contender"], row["mode"]) == (shape, contender, mode)
             )
             if points:
-                axis.plot(*zip(*points, strict=True), label=name(contender), **style)
+                label = name(contender) + (", CUDA graph" if mode == "graph" else "")
+                axis.plot(*zip(*points, strict=True), label=label, **style)
         floors = sorted(
             (row["experts"], row["floor_us"] * row["over_plain"] / row["us"]["p50"])
             for row in rows
-            if row["size"] == shape and row["contender"] == "phatgoose"
+            if (row["size"], row["contender"], row["mode"]) == (shape, "phatgoose", "eager")
         )
         axis.plot(*zip(*floors, strict=True), color="0.5", linestyle=":", label="floor")
         axis.set(xscale="log", yscale="log", title=shape, xlabel="experts in the pool")
@@ -364,26 +370,27 @@ def draw(runs: list[Run], path: Path) -> bool:
         axis.grid(axis="y", color="0.92")
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g×"))
     axes[0][0].set_ylabel("time over the plain layer")
-    axes[0][-1].legend(frameon=False, loc="upper left")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4
+    )
     device = mine[0].head["device"]
     figure.suptitle(f"{tokens} tokens, rank 16, two experts a token, {device}", fontsize=11)
-    figure.tight_layout()
     figure.savefig(path, dpi=140)
     plt.close(figure)
     return True
 
 
 def _drawable(row: Row) -> bool:
-    return "us" in row and not row.get("note") and row["rank"] == 16 and row["mode"] == "eager"
+    return "us" in row and not row.get("note") and row["rank"] == 16
 
 
-STYLES: dict[str, dict[str, Any]] = {
-    "arrow": {"color": "#b3432b", "marker": "^"},
-    "r-three": {"color": "#d98b2b", "marker": "s"},
-    "mttl": {"color": "#7a5ba8", "marker": "v"},
-    "phatgoose/torch": {"color": "#6fa8c9", "marker": "o", "linestyle": "--"},
-    "phatgoose": {"color": "#1f5f8b", "marker": "o", "linewidth": 2.2},
-    "lora": {"color": "#4c8c4a", "marker": "x"},
+STYLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("arrow", "eager"): {"color": "#b3432b", "marker": "^"},
+    ("r-three", "eager"): {"color": "#d98b2b", "marker": "s"},
+    ("mttl", "eager"): {"color": "#7a5ba8", "marker": "v"},
+    ("phatgoose", "eager"): {"color": "#1f5f8b", "marker": "o", "linewidth": 2.2},
+    ("phatgoose", "graph"): {"color": "#6fa8c9", "marker": "o", "linestyle": "--"},
+    ("lora", "eager"): {"color": "#4c8c4a", "marker": "x"},
 }
 
 

@@ -78,10 +78,13 @@ def down_sorted(
             continue
         order, counts = sort_pairs(mine)
         plan.append((order, counts))
-        pairs = x.index_select(0, order // chosen).to(a.dtype)
-        low = pairs.new_zeros(len(order), a.shape[2])
-        for slot, here in _segments(counts):
-            torch.mm(pairs[here], a[part, slot].T, out=low[here])
+        low = a.new_zeros(len(order), a.shape[2])
+        for segments in _batched(_segments(counts), tokens):
+            first, last = segments[0][1].start, segments[-1][1].stop
+            pairs = x.index_select(0, order[first:last] // chosen).to(a.dtype)
+            for slot, here in segments:
+                there = slice(here.start - first, here.stop - first)
+                torch.mm(pairs[there], a[part, slot].T, out=low[here])
         torch.mul(low, shares.flatten()[order].unsqueeze(-1), out=z[part])
     return z, plan
 
@@ -106,7 +109,8 @@ def up_sorted(
         first, last = segments[0][1].start, segments[-1][1].stop
         y = b.new_empty(last - first, b.shape[1])
         for slot, here in segments:
-            torch.mm(low[here], b[slot].T, out=y[here.start - first : here.stop - first])
+            there = slice(here.start - first, here.stop - first)
+            torch.mm(low[here], b[slot].T, out=y[there])
         delta.index_add_(0, tokens[first:last], y.float())
     if not exact:
         output.add_(delta)
