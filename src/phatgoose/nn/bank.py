@@ -42,6 +42,7 @@ class Bank(nn.Module):
         self.members: list[int] = []  # the pool's index of each slot's expert
         self.ranks: list[int] = []  # the longest of each slot's expert
         self.routed: Any = None  # an input on its way through the parts; see site.Routed
+        self.sites: set[int] = set()  # the parts whose layers are routed
         self.parts = len(out_features)
         shapes: list[tuple[str, tuple[int, ...], torch.dtype]] = [
             ("signatures", (self.parts, 0, in_features), torch.float32),

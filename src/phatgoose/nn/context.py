@@ -66,7 +66,7 @@ class ContextKeeper:
                 stream = "encoder"
             elif self._cross_states is not None and _same(x, self._cross_states):
                 stream = "cross"
-        context = self._streams[stream]
+        context = None if _is_captured() else self._streams[stream]
         if context is not None and context.batch * context.length != x.shape[:-1].numel():
             context = None
         return stream, context

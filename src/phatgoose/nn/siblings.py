@@ -13,7 +13,7 @@ SIBLINGS = (
     ("w1", "w3"),
 )
 # In these, queries come from the decoder, keys and values from the encoder.
-CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
+CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}
 
 
 def group_siblings(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -26,7 +26,7 @@ def group_siblings(names: Iterable[str]) -> list[tuple[str, ...]]:
         parent, _, last = name.rpartition(".")
         number = next((i for i, known in enumerate(SIBLINGS) if last in known), -1)
         queries = number >= 0 and last == SIBLINGS[number][0]
-        alone = number < 0 or (queries and parent.endswith(CROSS_ATTENTION))
+        alone = number < 0 or (queries and not CROSS_ATTENTION.isdisjoint(parent.split(".")))
         groups.setdefault((name if alone else parent, number), []).append(name)
     order = {last: place for known in SIBLINGS for place, last in enumerate(known)}
     return [

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts import Expert
@@ -64,7 +65,7 @@ class Routed:
         self.x = x  # as the first of the layers was given it
         self.version = _version(x)
         self.first = parts.start
-        self.waiting = set(parts)  # those that have not been served yet
+        self.waiting: set[int] = set()  # the other parts that are to be served
         self.experts = experts
         self.weights = weights
         self.down = down  # z, counts, members; None: gradients are wanted
@@ -86,7 +87,8 @@ class Site:
 
     Before the layer runs, its input is routed and projected down; after it, what comes of that is
     added to the layer's output in place. The first layer of a bank does so for all that read the
-    same input. Where gradients are wanted, one differentiable operator after the layer does it all.
+    same input; inside torch.compile a write to the input between two of them goes unnoticed. Where
+    gradients are wanted, one differentiable operator after the layer does it all.
     """
 
     def __init__(
@@ -103,23 +105,36 @@ class Site:
             layer.register_forward_hook(self._after),
         )
         layer.add_module(BANK, bank)  # so that the bank follows model.to(...)
+        bank.sites.add(part)
 
     def close(self) -> None:
         """Leave the layer as it was found."""
         for handle in self._handles:
             handle.remove()
         del self.layer._modules[BANK]
+        self.bank.sites.discard(self.part)
+        self.bank.routed = None
 
     def _before(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._is_base():
             return
         x, known = inputs[0], self.bank.routed
-        if known is None or self.part not in known.waiting or not known.matches(x):
-            # Where the layers of a bank turn out not to share their input, each routes its own.
-            shared = known is None or not known.waiting
-            parts = range(self.bank.parts) if shared else range(self.part, self.part + 1)
-            known = self._route_beside(x, parts) if _may_run_beside(x) else self._route(x, parts)
-        known.waiting.discard(self.part)
+        expected = known is not None and self.part in known.waiting
+        if expected:
+            known.waiting.discard(self.part)
+            if not known.waiting:
+                self.bank.routed = None
+            fits = known.matches(x) and (known.down is None or not self._learns(x))
+            self._routed = known if fits else self._route_alone(x)
+            return
+        # The first of its bank. Writing to an inference tensor leaves no mark, so what was made of
+        # one is not kept for the others.
+        if not torch.compiler.is_compiling() and x.is_inference():
+            self._routed = self._route_alone(x)
+            return
+        parts = range(self.bank.parts)
+        known = self._route_beside(x, parts) if _may_run_beside(x) else self._route(x, parts)
+        known.waiting = self.bank.sites - {self.part}
         self.bank.routed = known if known.waiting else None
         self._routed = known
 
@@ -128,6 +143,8 @@ class Site:
         if routed is None:
             return output
         routed.join()
+        if not routed.matches(inputs[0]):  # another hook gave the layer another input
+            routed = self._route_alone(inputs[0])
         place = self.part - routed.first
         if self.state.trace is not None:
             self._record(inputs[0], routed, place)
@@ -139,13 +156,16 @@ class Site:
                 x, self.bank.a[self.part], b, *mine, self.bank.backend
             )
             return output + delta.view(output.shape).to(output.dtype)
-        if len(self.layer._forward_hooks) > 1:  # somebody else may have kept it as it is
+        if len(self.layer._forward_hooks) > 1 or _global_forward_hooks:  # who may have kept it
             output = output.clone()
         output = output.contiguous()
         flat = output.view(-1, output.shape[-1])
         z, *plan = routed.down
         torch.ops.phatgoose.routed_up_(flat, b, z, routed.experts, *plan, place, self.bank.backend)
         return output
+
+    def _route_alone(self, x: Tensor) -> Routed:
+        return self._route(x, range(self.part, self.part + 1))
 
     def _route_beside(self, x: Tensor, parts: range) -> Routed:
         """Route on a stream of its own, so that in a CUDA graph the layer need not wait for it.
@@ -168,7 +188,7 @@ class Site:
         gates, opened, a = bank.view(parts)
         slots = opened.shape[1]
         prior = self.state.prior(stream, context)
-        learns = torch.is_grad_enabled() and self._wants_gradients(x)
+        learns = self._learns(x)
         with _without_autocast(x.device.type):
             if self.state.router.standardises and prior is None and not learns:
                 experts, weights, *down = torch.ops.phatgoose.gated_down(
@@ -212,7 +232,10 @@ class Site:
         """Whether this forward uses no expert at all, and nobody watches."""
         return self.state.bare and self.state.trace is None
 
-    def _wants_gradients(self, x: Tensor) -> bool:
+    def _learns(self, x: Tensor) -> bool:
+        """Whether gradients are wanted of anything here."""
+        if not torch.is_grad_enabled():
+            return False
         bank = self.bank
         tensors = (x, bank.signatures, bank.a, bank.b(self.part))
         return any(v.requires_grad for v in (*tensors, *self.layer.parameters(recurse=False)))

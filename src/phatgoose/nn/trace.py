@@ -47,7 +47,8 @@ class Trace:
         if context is None:
             raise RoutingError(
                 f"{module}: sees {routing.experts.shape[0]} tokens that cannot be matched with the "
-                "model's input, so it cannot be recorded. Call the model itself, not a part of it."
+                "model's input, so it cannot be recorded. Call the model itself, not a part of it, "
+                "and neither compiled nor captured in a CUDA graph."
             )
         self.streams[module] = stream
         self._seen[module].append((context, routing))

@@ -39,7 +39,8 @@ def gated_down(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Scores, choice and down-projection; see `library.gated_down`."""
-    x = x.contiguous()
+    x, signatures, a = x.contiguous(), signatures.contiguous(), a.contiguous()
+    sums, open_slots = sums.contiguous(), open_slots.contiguous()
     tokens, features = x.shape
     parts, slots = a.shape[:2]
     columns, stride = parts * slots, signatures.shape[0]
@@ -102,7 +103,7 @@ def routed_down(
     x: Tensor, a: Tensor, experts: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Down-projection of a routing chosen elsewhere; see `library.routed_down`."""
-    x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
+    x, a, experts, weights = (v.contiguous() for v in (x, a, experts, weights))
     tokens, parts, chosen = experts.shape
     slots = a.shape[1]
     if tokens <= FEW_TOKENS:
@@ -157,6 +158,7 @@ def routed_up(
     part: int,
 ) -> None:
     """Add the chosen experts' outputs to `output` in place; see `library.routed_up_`."""
+    b, experts = b.contiguous(), experts.contiguous()
     splits, tokens, parts, chosen, rank = z.shape
     slots, outputs, _ = b.shape
     if not tokens:

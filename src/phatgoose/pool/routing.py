@@ -1,6 +1,7 @@
 """Making a transformers model route, in place, and undoing it."""
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
@@ -183,6 +184,7 @@ class RoutedModel:
     def close(self) -> None:
         """Take every hook and bank off the model."""
         self.pool.unfollow(self)
+        _forget_compiled()
         for site in self.sites.values():
             site.close()
         self.state.keeper.close()
@@ -246,6 +248,7 @@ class RoutedModel:
         adapted = {name for expert in self.state.experts for name in expert.modules}
         for name in set(self.sites) - adapted:
             self.sites.pop(name).close()
+            _forget_compiled()
 
     def _check_not_recorded(self) -> None:
         if self.state.trace is not None:
@@ -283,6 +286,8 @@ class RoutedModel:
     def _make_sites(self, names: Iterable[str]) -> None:
         """Make the sites that are not there yet; layers that read one input share a bank."""
         new = set(names) - set(self.sites)
+        if new:
+            _forget_compiled()
         for group in group_siblings(name for name in self._layers if name in new):
             for together in self._alike(group):
                 layers = [self._layers[name] for name in together]
@@ -308,6 +313,12 @@ class RoutedModel:
 
     def _banks(self) -> list[Bank]:
         return list(dict.fromkeys(site.bank for site in self.sites.values()))
+
+
+def _forget_compiled() -> None:
+    """Have torch.compile look again: it does not notice hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _device(layer: nn.Module) -> torch.device:
