@@ -3,6 +3,7 @@
 #   make demo     watch default experts route a few prompts
 #   make test     the tests, on all cores
 #   make check    lint, format, types, import order
+#   make bench    what routing costs on this machine: out/benchmarks/performance.md, in minutes
 #   make clean    remove .venv and caches
 #
 # Another interpreter: make clean test PYTHON=python3.12
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -32,6 +33,16 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+RESULTS := out/benchmarks
+bench: $(READY)
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/check_backends.py --out $(RESULTS)/backends.json
+	$(BIN)/python benchmarks/bench_layer.py --out $(RESULTS)/layer.json
+	$(BIN)/python benchmarks/bench_generate.py --out $(RESULTS)/generate.json
+	$(BIN)/python benchmarks/bench_gates.py --out $(RESULTS)/gates.json
+	$(BIN)/python benchmarks/bench_memory.py --out $(RESULTS)/memory.json
+	$(BIN)/python benchmarks/report.py --results $(RESULTS) --out $(RESULTS)/performance.md
 
 format: $(READY)
 	$(BIN)/ruff check --fix
