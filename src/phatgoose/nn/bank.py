@@ -68,7 +68,8 @@ class Bank(nn.Module):
         return self.pieces[: 2 * self.signatures.shape[:2].numel()].view(2, *self.signatures.shape)
 
     def b(self, part: int) -> Float[Tensor, "C O R"]:
-        return self.get_buffer(f"b{part}")
+        b: Tensor = getattr(self, f"b{part}")
+        return b
 
     def view(self, parts: range) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """((signatures, sums), open, a) of these parts, as `phatgoose::gated_down` wants them.

@@ -16,7 +16,7 @@ from phatgoose.nn.bank import Bank
 from phatgoose.nn.context import ContextKeeper, Stream
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.trace import Trace
-from phatgoose.ops import choose_experts
+from phatgoose.ops import choose_experts, library
 from phatgoose.routers import Router
 from phatgoose.types import Routing, TokenContext
 
@@ -161,7 +161,7 @@ class Site:
         output = output.contiguous()
         flat = output.view(-1, output.shape[-1])
         z, *plan = routed.down
-        torch.ops.phatgoose.routed_up_(flat, b, z, routed.experts, *plan, place, self.bank.backend)
+        library.routed_up_(flat, b, z, routed.experts, *plan, place, self.bank.backend)
         return output
 
     def _route_alone(self, x: Tensor) -> Routed:
@@ -191,7 +191,7 @@ class Site:
         learns = self._learns(x)
         with _without_autocast(x.device.type):
             if self.state.router.standardises and prior is None and not learns:
-                experts, weights, *down = torch.ops.phatgoose.gated_down(
+                experts, weights, *down = library.gated_down(
                     flat.to(gates[0].dtype) if bank.backend == "triton" else flat,
                     *gates,
                     opened,
@@ -208,7 +208,7 @@ class Site:
             weights = torch.stack([routing.weights for routing in routings], dim=1)
             down = None
             if not learns:
-                down = torch.ops.phatgoose.routed_down(flat, a, experts, weights, bank.backend)
+                down = library.routed_down(flat, a, experts, weights, bank.backend)
             return Routed(x, parts, experts, weights, down)
 
     def _choose(
