@@ -30,6 +30,25 @@ CONSTANTS |= {"BLOCK_I": 64, "BLOCK_X": 64, "BLOCK_O": 64, "CHOOSE": True, "HAS_
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32")])
 def test_compiles(name, capability, dtype):
+    assert compiled(name, capability, dtype).asm["cubin"]
+
+
+@pytest.mark.parametrize("rank", [16, 128, 256])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_blocks_fit_the_shared_memory_of_small_gpus(dtype, rank):
+    """99 KiB are what a program may have on compute capability 8.6 and 8.9."""
+    launch = pytest.importorskip("phatgoose.ops.launch")
+    size = 4 if dtype == "fp32" else 2
+    for tokens, slots in ((1000, 100), (10000, 10)):
+        block_t, block_o, columns = launch._up_blocks(tokens, slots, rank, size)
+        sizes = {"BLOCK_R": rank, "BLOCK_T": block_t, "BLOCK_O": block_o, "COLUMNS": columns}
+        assert compiled("up_kernel", 80, dtype, **sizes).metadata.shared <= 99 << 10
+    block_i = launch._down_features(64, rank, size)
+    sizes = {"BLOCK_R": rank, "BLOCK_T": 64, "BLOCK_I": block_i}
+    assert compiled("down_kernel", 80, dtype, **sizes).metadata.shared <= 99 << 10
+
+
+def compiled(name, capability, dtype, **sizes):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -39,6 +58,7 @@ def test_compiles(name, capability, dtype):
     half = dtype != "fp32"
     constants = {
         **CONSTANTS,
+        **sizes,
         "PIECES": 2 if half else 1,
         "PRECISION": "tf32" if half else "tf32x3",
         "EVEN": half,
@@ -57,5 +77,6 @@ def test_compiles(name, capability, dtype):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings whose default a later Triton changes
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"]
+        return triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_stages": 4}
+        )

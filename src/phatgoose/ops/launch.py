@@ -13,6 +13,9 @@ PROGRAMS = 264  # about two a multiprocessor; more splits than this wins nothing
 CACHED_OUTPUT = 32 << 20
 CUBLAS_GIVES_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # of half-precision factors
 
+SHARED_MEMORY = 96 << 10  # bytes that a program may have on any GPU since Ampere
+DOWN_STAGES = 4
+
 Plan = tuple[Tensor, Tensor]  # counts and members of the groups; empty for few tokens
 
 
@@ -38,7 +41,7 @@ def gated_down(
     null_score: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores, choice and down-projection; see `library.gated_down`."""
+    """Scores, choice and down-projection; see `library._gated_down`."""
     x, signatures, a = x.contiguous(), signatures.contiguous(), a.contiguous()
     sums, open_slots = sums.contiguous(), open_slots.contiguous()
     tokens, features = x.shape
@@ -102,7 +105,7 @@ def gated_down(
 def routed_down(
     x: Tensor, a: Tensor, experts: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Down-projection of a routing chosen elsewhere; see `library.routed_down`."""
+    """Down-projection of a routing chosen elsewhere; see `library._routed_down`."""
     x, a, experts, weights = (v.contiguous() for v in (x, a, experts, weights))
     tokens, parts, chosen = experts.shape
     slots = a.shape[1]
@@ -157,7 +160,7 @@ def routed_up(
     members: Tensor,
     part: int,
 ) -> None:
-    """Add the chosen experts' outputs to `output` in place; see `library.routed_up_`."""
+    """Add the chosen experts' outputs to `output` in place; see `library._routed_up`."""
     b, experts = b.contiguous(), experts.contiguous()
     splits, tokens, parts, chosen, rank = z.shape
     slots, outputs, _ = b.shape
@@ -183,7 +186,9 @@ def routed_up(
             num_warps=4,
         )
         return
-    block_t, block_o, columns = _up_blocks(tokens, slots)
+    block_r = max(16, triton.next_power_of_2(rank))
+    block_t, block_o, columns = _up_blocks(tokens, slots, block_r, b.element_size())
+    atomic = _adds_in_cache(output)
     width = max(1, CACHED_OUTPUT // (tokens * output.element_size() * block_o * columns))
     width *= block_o * columns
     for first in range(0, outputs, width):
@@ -207,11 +212,11 @@ def routed_up(
                 rank,
                 first,
                 SK=parts * chosen,
-                ATOMIC=_adds_in_cache(output),
+                ATOMIC=atomic,
                 PRECISION=_precision(b),
                 BLOCK_T=block_t,
                 BLOCK_C=triton.next_power_of_2(slots),
-                BLOCK_R=max(16, triton.next_power_of_2(rank)),
+                BLOCK_R=block_r,
                 BLOCK_O=block_o,
                 COLUMNS=columns,
                 num_warps=4,
@@ -225,7 +230,7 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
     if tokens > FEW_TOKENS and x.is_cuda and x.dtype != torch.float32 and CUBLAS_GIVES_FP32:
         counts.zero_()
         return torch.mm(x, signatures.T, out_dtype=torch.float32).unsqueeze(0)
-    block_t, block_m, block_i, most_splits, warps, stages = _score_blocks(tokens, columns)
+    block_t, block_m, block_i, most_splits, warps, stages = _score_blocks(tokens, x.dtype)
     tiles = triton.cdiv(tokens, block_t) * triton.cdiv(columns, block_m)
     splits = max(1, min(PROGRAMS // max(tiles, 1), features // (2 * block_i), most_splits))
     split = triton.cdiv(triton.cdiv(features, splits), block_i) * block_i
@@ -255,16 +260,22 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
     return partial
 
 
-def _score_blocks(tokens: int, columns: int) -> tuple[int, int, int, int, int, int]:
+def _score_blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
     """Block sizes of tokens, columns and features; most splits; warps and stages."""
     if tokens <= FEW_TOKENS:
         return 16 if tokens <= 16 else 32, 32, 128, 32, 4, 1
-    return 128, 128, 64, 4, 8, 3
+    return (64, 64, 32, 4, 4, 3) if dtype == torch.float32 else (128, 128, 64, 4, 8, 3)
 
 
-def _up_blocks(tokens: int, slots: int) -> tuple[int, int, int]:
+def _up_blocks(tokens: int, slots: int, block_r: int, size: int) -> tuple[int, int, int]:
     """Tokens and outputs of a block, and blocks of outputs a program walks through."""
-    return (32, 128, 2) if tokens < 64 * slots else (64, 64, 4)
+    block_t, block_o, columns = (32, 128, 2) if tokens < 64 * slots else (64, 64, 4)
+    while 3 * (block_t + block_o) * block_r * size > SHARED_MEMORY and block_t + block_o > 32:
+        if block_o > 16:
+            block_o //= 2
+        else:
+            block_t //= 2
+    return block_t, block_o, columns
 
 
 def _most_blocks(tokens: int, slots: int, block: int) -> int:
@@ -279,7 +290,7 @@ def _down(x: Tensor, a: Tensor, weights: Tensor, counts: Tensor, members: Tensor
     z = x.new_empty(1, tokens, parts, chosen, rank, dtype=torch.float32)
     block_t = 32 if tokens * chosen < 64 * slots else 64
     block_r = max(16, triton.next_power_of_2(rank))
-    block_i = 128 if block_r <= 32 else 64
+    block_i = _down_features(block_t, block_r, a.element_size())
     down(
         (_most_blocks(tokens * chosen, slots, block_t), parts, 1),
         x,
@@ -301,7 +312,7 @@ def _down(x: Tensor, a: Tensor, weights: Tensor, counts: Tensor, members: Tensor
         BLOCK_R=block_r,
         BLOCK_I=block_i,
         num_warps=4,
-        num_stages=4,
+        num_stages=DOWN_STAGES,
     )
     return z
 
@@ -346,6 +357,14 @@ def _few_down(
             num_warps=4,
         )
     return z
+
+
+def _down_features(block_t: int, block_r: int, size: int) -> int:
+    """Features of a block: as many as let all stages fit the shared memory of small GPUs."""
+    block = 128
+    while block > 16 and (block_t + block_r) * block * size * DOWN_STAGES > SHARED_MEMORY:
+        block //= 2
+    return block
 
 
 def few_splits(features: int, rank: int) -> tuple[int, int]:
