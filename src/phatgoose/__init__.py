@@ -11,9 +11,10 @@ from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
     from phatgoose.experts import Expert, Gates, load_expert, verify_expert
-    from phatgoose.pool import ExpertPool, record, restrict, route, unroute
+    from phatgoose.pool import ExpertPool, assign, record, restrict, route, unroute
     from phatgoose.routers import Router
     from phatgoose.train import (
+        derive_signatures,
         train_adapter,
         train_adapters_together,
         train_gates,
@@ -32,6 +33,8 @@ _WHERE = {
     "Router": "routers",
     "Routing": "types",
     "TokenContext": "types",
+    "assign": "pool",
+    "derive_signatures": "train",
     "load_expert": "experts",
     "record": "pool",
     "restrict": "pool",
@@ -53,6 +56,8 @@ __all__ = [
     "Routing",
     "TokenContext",
     "__version__",
+    "assign",
+    "derive_signatures",
     "load_expert",
     "record",
     "restrict",

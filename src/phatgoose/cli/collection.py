@@ -13,11 +13,13 @@ from phatgoose import default
 from phatgoose.cli.sources import expert_sources
 from phatgoose.cli.training import adapter_settings, check_options, encode_examples
 from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
-from phatgoose.experts import GateRecord
+from phatgoose.experts import GateRecord, load_expert
 from phatgoose.experts.lora import read_config
+from phatgoose.experts.signatures import KINDS
 from phatgoose.models import load_base
 from phatgoose.tasks import Example, load_examples, task_folders
-from phatgoose.train import gate_experts, train_experts
+from phatgoose.train import derive_signatures, gate_experts, train_experts
+from phatgoose.train.derive import draw
 
 
 def train(arguments: Namespace) -> None:
@@ -65,6 +67,46 @@ def gate(arguments: Namespace) -> None:
         together=arguments.together,
     )
     _print(arguments, folders, made)
+
+
+def derive(arguments: Namespace) -> None:
+    """Measure signatures of expert folders, and write them into the folders."""
+    for option, least in (("examples", 1), ("max_length", 2), ("batch_size", 1)):
+        if getattr(arguments, option) < least:
+            raise ConfigError(f"--{option} must be at least {least}.".replace("_", "-"))
+    folders = _by_name(map(_local, expert_sources(arguments.adapters)))
+    experts = {name: load_expert(folder, name=name) for name, folder in folders.items()}
+    tasks = _by_name(task_folders(arguments.tasks, "train")) if arguments.tasks else {}
+    missing = [name for name in folders if name not in tasks]
+    if arguments.tasks and missing:
+        raise TaskFormatError(
+            f"{folders[missing[0]]}: no task is named {missing[0]}. Name adapter and task alike."
+        )
+    examples = {
+        name: draw(load_examples(tasks[name]), arguments.examples, arguments.seed)
+        for name in folders
+        if tasks
+    }
+    model, tokenizer = load_base(arguments.base or _common_base(folders), device=arguments.device)
+    made = derive_signatures(
+        model,
+        tokenizer,
+        list(experts.values()),
+        _encode(arguments, examples, model, tokenizer),
+        kinds=tuple(KINDS) if tasks else ("arrow",),
+        examples=arguments.examples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    files = {
+        name: [str(signatures.save(folders[name])) for signatures in of_expert.values()]
+        for name, of_expert in made.items()
+    }
+    if arguments.json:
+        print(json.dumps(files))
+        return
+    for name, written in files.items():
+        print(f"{folders[name]}: " + ", ".join(Path(path).name for path in written))
 
 
 def _load(arguments: Namespace, base: str | Path) -> tuple[Any, Any]:

@@ -236,6 +236,32 @@ def _add_experts(commands: Commands) -> None:
     _collection_options(gate)
     _gate_options(gate)
 
+    derive = _command(
+        verbs,
+        "derive",
+        "collection:derive",
+        "measure what routers without gates need of experts, on some of their data",
+    )
+    derive.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="FOLDER",
+        help="expert folders, named like their tasks, or folders of them",
+    )
+    derive.add_argument("--base", help="base model (the one the adapters' configs name)")
+    derive.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="folders that hold train.jsonl, or folders of such; without, only arrow is derived",
+    )
+    derive.add_argument("--examples", type=int, default=256, help="of each task")
+    derive.add_argument("--max-length", type=int, default=1024, help="longest example, in tokens")
+    derive.add_argument("--batch-size", type=int, default=16)
+    derive.add_argument("--seed", type=int, default=0, help="of which examples are drawn")
+    _device_options(derive)
+    _json_option(derive)
+
     released = _command(
         verbs, "import", "experts:import_released", "turn the authors' best.pt into expert folders"
     )

@@ -1,7 +1,7 @@
 """One expert: a LoRA adapter, and its gates where it has them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from phatgoose.errors import IncompatibleExpertError
@@ -9,6 +9,7 @@ from phatgoose.experts.base import BaseIdentity
 from phatgoose.experts.gates import Gates
 from phatgoose.experts.hub import locate
 from phatgoose.experts.lora import LoraModule, adapter_hash, read_adapter
+from phatgoose.experts.signatures import Signatures, load_signatures
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,14 @@ class Expert:
     gates: Gates | None
     base_name: str | None  # what the adapter's own config says it was trained on
     folder: Path | None = None
+    signatures: Mapping[str, Signatures] = field(default_factory=dict)  # by kind
 
     @property
     def base(self) -> BaseIdentity | None:
-        """The base its gates were trained on; None without gates."""
-        return self.gates.record.base if self.gates else None
+        """The base its gates or signatures were made on; None without any."""
+        if self.gates:
+            return self.gates.record.base
+        return next((signatures.base for signatures in self.signatures.values()), None)
 
 
 def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Expert:
@@ -58,4 +62,5 @@ def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Exper
         gates=gates,
         base_name=config.get("base_model_name_or_path"),
         folder=folder,
+        signatures=load_signatures(folder, modules),
     )

@@ -22,7 +22,7 @@ class Bank(nn.Module):
     the plain model. The b's carry each expert's scale.
     """
 
-    signatures: Float[Tensor, "S C I"]  # fp32, whatever the model is cast to
+    signatures: Float[Tensor, "S C W"]  # fp32, whatever the model is cast to
     pieces: Float[Tensor, "M I"]  # the signatures for tensor cores, and padding; or they themselves
     sums: Float[Tensor, "S C"]  # of each signature, fp32
     a: Float[Tensor, "S C R I"]  # shorter ranks are padded with zeros
@@ -37,6 +37,7 @@ class Bank(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         backend: Backend = "auto",
+        standardises: bool = True,
     ) -> None:
         super().__init__()
         self.members: list[int] = []  # the pool's index of each slot's expert
@@ -45,7 +46,7 @@ class Bank(nn.Module):
         self.sites: set[int] = set()  # the parts whose layers are routed
         self.parts = len(out_features)
         shapes: list[tuple[str, tuple[int, ...], torch.dtype]] = [
-            ("signatures", (self.parts, 0, in_features), torch.float32),
+            ("signatures", (self.parts, 0, in_features if standardises else 0), torch.float32),
             ("sums", (self.parts, 0), torch.float32),
             ("a", (self.parts, 0, 0, in_features), dtype),
             ("present", (self.parts, 0), torch.bool),
@@ -58,6 +59,7 @@ class Bank(nn.Module):
         self.register_buffer("pieces", None, persistent=False)
         self._allowed: frozenset[int] | None = None
         self._asked: Backend = backend
+        self._standardises = standardises  # see Router; W = I then
         self._split()
 
     def __len__(self) -> int:
@@ -100,9 +102,12 @@ class Bank(nn.Module):
     def capacity(self) -> int:
         return self.a.shape[1]
 
-    def reserve(self, capacity: int, rank: int) -> None:
-        """Make room for `capacity` experts of up to `rank`; what is there stays."""
+    def reserve(self, capacity: int, rank: int, width: int = 0) -> None:
+        """Make room for experts of up to `rank`, signatures of up to `width`; what is stays."""
         room = self.capacity
+        if width > self.signatures.shape[2]:
+            self.signatures = _grown(self.signatures, (self.parts, room, width))
+            self._split()
         # Growing copies the whole bank, so a bank that grows again takes room for more.
         capacity = room if capacity <= room else max(capacity, 2 * room)
         rank = max(rank, self.a.shape[2])
@@ -123,11 +128,11 @@ class Bank(nn.Module):
         """Put an expert, the pool's number `member`, into the next slot: signature and LoRA."""
         slot = len(self.members)
         rank = max(lora.rank for _, lora in parts.values())
-        self.reserve(slot + 1, rank)
+        self.reserve(slot + 1, rank, max(len(signature) for signature, _ in parts.values()))
         self.members.append(member)
         self.ranks.append(rank)
         for part, (signature, lora) in parts.items():
-            self.signatures[part, slot] = signature
+            self.signatures[part, slot].zero_()[: len(signature)] = signature
             self.a[part, slot].zero_()[: lora.rank] = lora.a
             self.b(part)[slot].zero_()[:, : lora.rank] = lora.b.float() * lora.scale
             self.present[part, slot] = True
@@ -182,7 +187,8 @@ class Bank(nn.Module):
         self._views: dict[range, tuple[tuple[Tensor, Tensor], Tensor, Tensor]] = {}
         self.backend = choose_backend(self._asked, self.a.device.type, self.a.dtype)
         self.pieces = self.signatures
-        if self.backend == "triton" and self.a.dtype in (torch.bfloat16, torch.float16):
+        halved = self.backend == "triton" and self.a.dtype in (torch.bfloat16, torch.float16)
+        if halved and self._standardises:
             rows = 2 * self.signatures.shape[:2].numel()
             rows += -rows % 64  # cuBLAS is several times as slow where it is no multiple of this
             self.pieces = self.a.new_zeros(rows, self.signatures.shape[2])

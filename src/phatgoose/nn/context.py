@@ -94,6 +94,8 @@ class ContextKeeper:
         self._undo += [pre.remove, post.remove]
 
     def _listen_to_generate(self) -> None:
+        name = "prepare_inputs_for_generation"
+        before = self._model.__dict__.get(name)  # of another keeper
         original = self._model.prepare_inputs_for_generation
         flagged = "is_first_iteration" in inspect.signature(original).parameters  # transformers 5
 
@@ -105,7 +107,13 @@ class ContextKeeper:
             return original(input_ids, *args, **kwargs)
 
         self._model.prepare_inputs_for_generation = prepare  # type: ignore[assignment]
-        self._undo.append(lambda: self._model.__dict__.pop("prepare_inputs_for_generation"))
+
+        def undo() -> None:
+            self._model.__dict__.pop(name)
+            if before is not None:
+                self._model.__dict__[name] = before
+
+        self._undo.append(undo)
 
     def _enter_encoder(self, arguments: dict[str, Any]) -> None:
         shape = _shape(arguments)

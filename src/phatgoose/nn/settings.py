@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from phatgoose.errors import ConfigError
 from phatgoose.ops import BACKENDS, Backend
@@ -13,15 +13,17 @@ from phatgoose.ops.choose import Scale
 class RoutingSettings:
     """The knobs of routing. Defaults are the published ones (arXiv:2402.05859, section 3.2)."""
 
-    top_k: int = 2
+    top_k: int | Literal["all"] = 2
     temperature: float = 1.0  # divides the kept scores before their softmax
     scale: Scale = "softmax"  # "unit": every kept expert at weight 1, as its adapter was trained
     null_score: float | None = None  # score of "no expert"; None leaves it out, as published
     backend: Backend = "auto"  # what computes a routed layer; see ops.choose_backend
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {self.top_k}.")
+        if self.top_k != "all" and not (isinstance(self.top_k, int) and self.top_k >= 1):
+            raise ConfigError(
+                f'top_k must be at least 1, got {self.top_k!r} ("all" keeps every expert).'
+            )
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature must be above 0 and finite, got {self.temperature}.")
         if self.scale not in get_args(Scale):
@@ -30,3 +32,7 @@ class RoutingSettings:
             raise ConfigError(f"backend must be one of {BACKENDS}, got {self.backend!r}.")
         if self.null_score is not None and not math.isfinite(self.null_score):
             raise ConfigError(f"null_score must be finite, got {self.null_score}.")
+
+    def kept(self, candidates: int) -> int:
+        """How many experts a token keeps of so many candidates, at most."""
+        return candidates if self.top_k == "all" else self.top_k

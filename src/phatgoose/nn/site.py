@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
@@ -32,6 +32,7 @@ class RoutingState:
     allowed: frozenset[str] | None = None  # the experts a forward may use, by name; None: all
     bare: bool = False  # no expert is allowed
     trace: Trace | None = None
+    assigned: tuple[int, ...] | None = None  # the one expert of each row (-1: none); see assign
     _priors: dict[Stream, tuple[TokenContext, Tensor | None]] = field(
         default_factory=dict, repr=False
     )
@@ -184,8 +185,15 @@ class Site:
         """Choose experts for the tokens of x at these parts, and project x down where it can be."""
         bank, settings = self.bank, self.state.settings
         flat = x.reshape(-1, x.shape[-1])
-        stream, context = self.state.keeper.find(self.name, x)
         gates, opened, a = bank.view(parts)
+        if self.state.assigned is not None:
+            experts, weights = self._assigned(x, opened)
+            if self._learns(x):
+                return Routed(x, parts, experts, weights, None)
+            with _without_autocast(x.device.type):
+                down = library.routed_down(flat, a, experts, weights, bank.backend)
+            return Routed(x, parts, experts, weights, down)
+        stream, context = self.state.keeper.find(self.name, x)
         slots = opened.shape[1]
         prior = self.state.prior(stream, context)
         learns = self._learns(x)
@@ -196,7 +204,7 @@ class Site:
                     *gates,
                     opened,
                     a,
-                    settings.top_k,
+                    settings.kept(slots),
                     settings.temperature,
                     settings.scale == "unit",
                     settings.null_score,
@@ -211,6 +219,27 @@ class Site:
                 down = library.routed_down(flat, a, experts, weights, bank.backend)
             return Routed(x, parts, experts, weights, down)
 
+    def _assigned(
+        self, x: Tensor, opened: Bool[Tensor, "S C"]
+    ) -> tuple[Int[Tensor, "T S 1"], Float[Tensor, "T S 1"]]:
+        """Each row's own expert at weight 1, where it adapts the layer."""
+        assert self.state.assigned is not None
+        rows, given = x.shape[0] if x.dim() > 2 else 0, len(self.state.assigned)
+        _, context = self.state.keeper.find(self.name, x)
+        rows = rows if context is None else context.batch
+        if rows == 0 or rows % given:
+            raise RoutingError(
+                f"assign: {given} experts for {rows or 'an unknown number of'} sequences at "
+                f"{self.name}. Name one for every row of the batch."
+            )
+        places = {member: slot for slot, member in enumerate(self.bank.members)}
+        slots = torch.tensor([places.get(member, -1) for member in self.state.assigned])
+        slots = slots.repeat_interleave(rows // given)  # beams of a sequence follow one another
+        slots = slots.repeat_interleave(x.shape[:-1].numel() // rows).to(x.device)
+        present = opened[:, slots.clamp_min(0)].T & (slots >= 0).unsqueeze(1)  # [T S]
+        experts = torch.where(present, slots.unsqueeze(1), -1).unsqueeze(-1)
+        return experts, present.unsqueeze(-1).float()
+
     def _choose(
         self, x: Float[Tensor, "T I"], part: int, slots: int, prior: Tensor | None
     ) -> Routing:
@@ -222,7 +251,7 @@ class Site:
             scores = scores + nn.functional.pad(prior[:, places], (0, slots - len(bank)))
         return choose_experts(
             scores.masked_fill(~bank.open[part, :slots], -torch.inf),
-            settings.top_k,
+            settings.kept(slots),
             temperature=settings.temperature,
             scale=settings.scale,
             null_score=settings.null_score,

@@ -1,6 +1,6 @@
 """Pools of experts, and models routed by them."""
 
 from phatgoose.pool.pool import ExpertPool
-from phatgoose.pool.routing import record, restrict, route, unroute
+from phatgoose.pool.routing import assign, record, restrict, route, unroute
 
-__all__ = ["ExpertPool", "record", "restrict", "route", "unroute"]
+__all__ = ["ExpertPool", "assign", "record", "restrict", "route", "unroute"]

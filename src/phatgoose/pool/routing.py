@@ -2,8 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,10 @@ def route(
     model: nn.Module,
     pool: ExpertPool,
     router: str | Router = "phatgoose",
-    top_k: int = 2,
+    top_k: int | Literal["all"] | None = None,
     *,
-    temperature: float = 1.0,
-    scale: Scale = "softmax",
+    temperature: float | None = None,
+    scale: Scale | None = None,
     null_score: float | None = None,
     backend: Backend = "auto",
     capacity: int | None = None,
@@ -53,10 +53,12 @@ def route(
     Args:
         model: the experts' base model; not a PeftModel.
         router: a router's name, or a Router.
-        top_k: experts per token and layer (published: 2). A layer with fewer candidates uses those.
-        temperature: divides the kept scores before their softmax (published: 1).
+        top_k: experts per token and layer, or "all". A layer with fewer candidates uses those.
+        temperature: divides the kept scores before their softmax.
         scale: "softmax" weighs the kept experts as published; "unit" gives each weight 1, so
             top_k=1 uses the best one as strongly as its adapter was trained.
+            These three are what the router's own paper has unless given: top_k=2, temperature=1
+            and scale="softmax" for PHATGOOSE, see `Router.defaults` for others.
         null_score: the score of an extra candidate that adds nothing (None: no such candidate).
         backend: what computes a routed layer: "triton" (kernels for NVIDIA GPUs), "torch" (any
             device), "reference" (the definition, slow), or "auto", which picks one of the first
@@ -71,10 +73,10 @@ def route(
         MissingGateError: the router needs gates an expert does not have.
         ConfigError: a setting is out of range, or no router has that name.
     """
+    router = make_router(router)
+    given = {"top_k": top_k, "temperature": temperature, "scale": scale}
     settings = RoutingSettings(
-        top_k=top_k,
-        temperature=temperature,
-        scale=scale,
+        **{**router.defaults, **{key: value for key, value in given.items() if value is not None}},
         null_score=null_score,
         backend=backend,
     )
@@ -91,13 +93,13 @@ def route(
         )
     if not len(pool):
         raise RoutingError("route: the pool is empty. Add an expert first.")
-    if top_k > len(pool):
+    if settings.kept(len(pool)) > len(pool):
         raise RoutingError(
-            f"route: top_k is {top_k}, the pool has {len(pool)} experts. Choose top_k of at most "
-            f"{len(pool)}, or add experts."
+            f"route: top_k is {settings.top_k}, the pool has {len(pool)} experts. Choose top_k of "
+            f"at most {len(pool)}, or add experts."
         )
     room = (capacity or 0, max_rank or 0)
-    routed = RoutedModel(model, pool, make_router(router), settings, room)
+    routed = RoutedModel(model, pool, router, settings, room)
     model.__dict__[ATTRIBUTE] = routed
     return model
 
@@ -115,7 +117,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
     routed = _routed(model)
     if routed.state.trace is not None:
         raise RoutingError("record: this model is being recorded already.")
-    trace = Trace(names=routed.pool.names, top_k=routed.state.settings.top_k)
+    trace = Trace(names=routed.pool.names, top_k=routed.state.settings.kept(len(routed.pool)))
     routed.state.trace = trace
     try:
         yield trace
@@ -140,6 +142,35 @@ def restrict(model: nn.Module, experts: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         routed.allow(before)
+
+
+@contextlib.contextmanager
+def assign(model: nn.Module, experts: Sequence[str | None]) -> Iterator[None]:
+    """Have row i of every forward inside the block use the expert `experts[i]` alone, at weight 1.
+
+    None stands for the bare base. The router is not asked: it is one ordinary LoRA for each row,
+    so sequences for different experts share a batch. With beams or several returned sequences,
+    each row's expert serves all that come of it.
+
+    Raises ConfigError for a name that is not in the pool, or where no name is given;
+    RoutingError, in a forward, where the number of rows is no multiple of the number of names.
+    """
+    routed = _routed(model)
+    if isinstance(experts, str) or not len(experts):
+        raise ConfigError(f"assign wants a list with a name for every row, got {experts!r}.")
+    for name in dict.fromkeys(name for name in experts if name is not None):
+        routed.pool.index(name)
+        if routed.state.allowed is not None and name not in routed.state.allowed:
+            raise ConfigError(
+                f"assign: {name} is not among the experts this block is restricted to."
+            )
+    before = routed.state.assigned
+    index = {name: place for place, name in enumerate(routed.pool.names)}
+    routed.assign(tuple(-1 if name is None else index[name] for name in experts))
+    try:
+        yield
+    finally:
+        routed.assign(before)
 
 
 def _routed(model: nn.Module) -> "RoutedModel":
@@ -173,6 +204,9 @@ class RoutedModel:
         try:
             for expert in pool:
                 self._check(expert)
+            router.prepare(model, pool.experts)
+            for expert in pool:
+                self._sign(expert)
             self._reserve(pool)
             for expert in pool:
                 self.add(expert)
@@ -199,6 +233,9 @@ class RoutedModel:
         """Check an expert and make room for it: whatever can fail, before anything changes."""
         self._check_not_recorded()
         self._check(expert)
+        with self._as_base():
+            self.state.router.prepare(self.model, [expert])
+        self._sign(expert)
         self._reserve([expert])
 
     def cancel_add(self, expert: Expert) -> None:
@@ -226,9 +263,24 @@ class RoutedModel:
         for bank in self._banks():
             bank.allow(indices)
 
+    @contextlib.contextmanager
+    def _as_base(self) -> Iterator[None]:
+        """Let forwards inside the block be the bare base's."""
+        before, self.state.bare = self.state.bare, True
+        try:
+            yield
+        finally:
+            self.state.bare = before
+
+    def assign(self, experts: tuple[int, ...] | None) -> None:
+        """Have each row use one expert of the pool; None lets the router choose again."""
+        self.state.assigned = experts
+        for bank in self._banks():
+            bank.routed = None
+
     def prepare_remove(self, name: str) -> None:
         self._check_not_recorded()
-        if len(self.pool) - 1 < self.state.settings.top_k:
+        if len(self.pool) - 1 < self.state.settings.kept(1):
             raise RoutingError(
                 f"{name}: removing it would leave {len(self.pool) - 1} experts, a routed model "
                 f"uses top_k={self.state.settings.top_k}. Add another first, or unroute the model."
@@ -251,11 +303,12 @@ class RoutedModel:
             _forget_compiled()
 
     def _check_not_recorded(self) -> None:
-        if self.state.trace is not None:
-            raise RoutingError(
-                "the pool cannot change while a model it routes is being recorded: the trace's "
-                "indices would change their meaning. Leave the record block first."
-            )
+        for held, block in ((self.state.trace, "record"), (self.state.assigned, "assign")):
+            if held is not None:
+                raise RoutingError(
+                    f"the pool cannot change inside a {block} block of a model it routes: indices "
+                    "there would change their meaning. Leave the block first."
+                )
 
     def _check(self, expert: Expert) -> None:
         difference = expert.base and expert.base.difference(self._identity)
@@ -265,6 +318,9 @@ class RoutedModel:
             )
         for problem in check_modules(expert, self.model):
             raise IncompatibleExpertError(problem)
+
+    def _sign(self, expert: Expert) -> None:
+        """Have the router make the expert's signatures, which may fail."""
         signature = self.state.router.signature
         self._ready[expert.name] = {name: signature(expert, name) for name in expert.modules}
 
@@ -272,16 +328,19 @@ class RoutedModel:
         """Size every bank for these experts on top of those it has, in one go."""
         experts = list(experts)
         self._make_sites(name for expert in experts for name in expert.modules)
-        needed: dict[Bank, list[int]] = {}
+        needed: dict[Bank, list[tuple[int, int]]] = {}
         for expert in experts:
-            ranks: dict[Bank, int] = {}
+            sizes: dict[Bank, tuple[int, int]] = {}
             for name, lora in expert.modules.items():
-                bank = self.sites[name].bank
-                ranks[bank] = max(lora.rank, ranks.get(bank, 0))
-            for bank, rank in ranks.items():
-                needed.setdefault(bank, []).append(rank)
+                bank, width = self.sites[name].bank, len(self._ready[expert.name][name])
+                rank, widest = sizes.get(bank, (0, 0))
+                sizes[bank] = (max(rank, lora.rank), max(widest, width))
+            for bank, size in sizes.items():
+                needed.setdefault(bank, []).append(size)
         for bank, every in needed.items():
-            bank.reserve(max(len(bank) + len(every), self.room[0]), max(*every, self.room[1]))
+            ranks, widths = zip(*every, strict=True)
+            capacity = max(len(bank) + len(every), self.room[0])
+            bank.reserve(capacity, max(*ranks, self.room[1]), max(widths))
 
     def _make_sites(self, names: Iterable[str]) -> None:
         """Make the sites that are not there yet; layers that read one input share a bank."""
@@ -298,6 +357,7 @@ class RoutedModel:
                     device=_device(layers[0]),
                     dtype=_dtype(layers[0], self.model),
                     backend=self.state.settings.backend,
+                    standardises=self.state.router.standardises,
                 )
                 for part, (name, layer) in enumerate(zip(together, layers, strict=True)):
                     self.sites[name] = Site(name, layer, bank, part, self.state)

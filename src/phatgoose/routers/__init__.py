@@ -1,6 +1,30 @@
 """Routers: what each keeps per expert and site, and how it scores a token."""
 
-from phatgoose.routers.base import Router, make_router
+from phatgoose.routers.arrow import ArrowRouter
+from phatgoose.routers.average import AverageActivationRouter
+from phatgoose.routers.base import Modifier, Router, make_router
+from phatgoose.routers.evidence import EvidenceRouter
+from phatgoose.routers.lag import LagRouter
+from phatgoose.routers.mixed import MixedRouter
 from phatgoose.routers.phatgoose import PhatgooseRouter
+from phatgoose.routers.seqr import SeqrRouter
+from phatgoose.routers.spectr import SpectrNormRouter, SpectrRouter
+from phatgoose.routers.uniform import UniformRouter
+from phatgoose.routers.zscore import ZScoreRouter
 
-__all__ = ["PhatgooseRouter", "Router", "make_router"]
+__all__ = [
+    "ArrowRouter",
+    "AverageActivationRouter",
+    "EvidenceRouter",
+    "LagRouter",
+    "MixedRouter",
+    "Modifier",
+    "PhatgooseRouter",
+    "Router",
+    "SeqrRouter",
+    "SpectrNormRouter",
+    "SpectrRouter",
+    "UniformRouter",
+    "ZScoreRouter",
+    "make_router",
+]

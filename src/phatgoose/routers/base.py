@@ -1,10 +1,11 @@
 """What a router is."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Expert
@@ -20,24 +21,32 @@ class Router(ABC):
     name: ClassVar[str]
     # Whether `score` is s · standardised x / sqrt(I), which kernels compute and choose in one go.
     standardises: ClassVar[bool] = False
+    # Its paper's own settings, by the names of RoutingSettings, where they are not PHATGOOSE's.
+    defaults: ClassVar[Mapping[str, Any]] = {}
     _known: ClassVar[dict[str, type["Router"]]] = {}
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
             Router._known[cls.name] = cls
 
+    def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
+        """Called with the bare model, and the experts about to join, before their signatures."""
+        return
+
     @abstractmethod
-    def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
+    def signature(self, expert: Expert, module: str) -> Float[Tensor, " W"]:
         """What is kept of `expert` at `module`, in fp32, ready to score with.
 
-        Raises MissingGateError where the expert lacks what the router needs.
+        Mostly one vector of the module's input, W = I; a router that keeps more flattens it. A site
+        pads shorter ones with zeros at the end. Raises MissingGateError where the expert lacks
+        what the router needs.
         """
 
     @abstractmethod
     def score(
-        self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E I"]
+        self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E W"]
     ) -> Float[Tensor, "T E"]:
-        """Score every token against every expert of the site, in fp32."""
+        """Score every token against every expert of the site, in fp32; -inf: no candidate."""
 
     def prior(self, context: TokenContext, experts: list[Expert]) -> Float[Tensor, "T E"] | None:
         """Scores from the context alone, added to those of every module; None means no prior.
@@ -50,11 +59,44 @@ class Router(ABC):
         return None
 
 
+class Modifier(Router):
+    """A router that changes what another one says; by name "ROUTER+MODIFIER"."""
+
+    def __init__(self, inner: Router | None = None) -> None:
+        self.inner = inner
+        if inner is not None:
+            self.defaults = inner.defaults  # type: ignore[misc]
+
+    def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
+        if self.inner is not None:
+            self.inner.prepare(model, experts)
+
+    def prior(self, context: TokenContext, experts: list[Expert]) -> Float[Tensor, "T E"] | None:
+        return None if self.inner is None else self.inner.prior(context, experts)
+
+
 def make_router(router: "str | Router") -> Router:
-    """A router by name, or the one given. Raises ConfigError for an unknown name."""
+    """A router by name, or the one given: "phatgoose", or "phatgoose+evidence" with a modifier.
+
+    Raises ConfigError for an unknown name.
+    """
     if isinstance(router, Router):
         return router
-    if router not in Router._known:
+    name, *modifiers = router.split("+")
+    made = _find(name)()
+    for modifier in modifiers:
+        kind = _find(modifier)
+        if not issubclass(kind, Modifier):
+            known = ", ".join(
+                n for n, k in sorted(Router._known.items()) if issubclass(k, Modifier)
+            )
+            raise ConfigError(f"router: {modifier!r} modifies no other. Choose from: {known}.")
+        made = kind(made)
+    return made
+
+
+def _find(name: str) -> type[Router]:
+    if name not in Router._known:
         known = ", ".join(sorted(Router._known))
-        raise ConfigError(f"router: no router is called {router!r}. Choose from: {known}.")
-    return Router._known[router]()
+        raise ConfigError(f"router: no router is called {name!r}. Choose from: {known}.")
+    return Router._known[name]

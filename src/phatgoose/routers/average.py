@@ -1,0 +1,39 @@
+"""Average Activation."""
+
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from phatgoose.errors import MissingGateError
+from phatgoose.experts import Expert
+from phatgoose.ops import EPS, gate_scores
+from phatgoose.routers.base import Router
+
+
+@final
+class AverageActivationRouter(Router):
+    """PHATGOOSE with a mean in place of the gate: v̂·û / sqrt(I).
+
+    v is the mean over an expert's examples of the mean over each one's tokens of the module's
+    input, with the expert applied. Needs one forward over some data of the expert's and no
+    training. arXiv:2402.05859, section 4 (Average Activation).
+    """
+
+    name = "average_activation"
+    standardises = True
+
+    def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
+        if "average_activation" not in expert.signatures:
+            raise MissingGateError(
+                f"{expert.name}: has no average activation. Measure it: phatgoose experts derive "
+                f"{expert.folder or 'FOLDER'} --tasks TASKS"
+            )
+        mean = expert.signatures["average_activation"].vectors[module]
+        return F.layer_norm(mean, mean.shape, eps=EPS)
+
+    def score(
+        self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E I"]
+    ) -> Float[Tensor, "T E"]:
+        return gate_scores(x, signatures)

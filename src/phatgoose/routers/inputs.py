@@ -1,0 +1,108 @@
+"""What a base's linear modules read, found by running it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from phatgoose.errors import ConfigError
+from phatgoose.experts.base import linear_modules
+
+ROWS, LENGTH = 64, 64  # of text that a base writes itself
+
+
+def first_linear(model: nn.Module) -> str:
+    """Name of the linear module a forward comes to first."""
+    name, _ = _first_input(model, torch.zeros(1, 1, dtype=torch.long))
+    return name
+
+
+def token_inputs(model: nn.Module, tokens: int) -> Float[Tensor, "V I"]:
+    """What the first linear module reads for each token id below `tokens`, at position 0, fp32."""
+    ids = torch.arange(tokens).unsqueeze(1)
+    return torch.cat([_first_input(model, part)[1] for part in ids.split(4096)]).float().cpu()
+
+
+def written_by(model: Any, *, rows: int = ROWS, length: int = LENGTH) -> Int[Tensor, "B L"]:
+    """Text as the base itself would write it, sampled with a seed of its own: generic background.
+
+    The state of torch's random generators stays as it was.
+    """
+    end = getattr(model.generation_config, "eos_token_id", None)
+    begin = getattr(model.generation_config, "bos_token_id", None)
+    first = begin if begin is not None else end[0] if isinstance(end, list) else end or 0
+    start = torch.full((rows, 1), first, device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(0)
+        written = model.generate(
+            input_ids=start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=first,
+        )
+    return written[:, 1:].cpu()
+
+
+def read_by(
+    model: nn.Module,
+    ids: Int[Tensor, "B L"],
+    modules: Sequence[str],
+    seen: Callable[[str, Tensor], None],
+) -> None:
+    """Run the model over text and call `seen(module, input)` for each of its modules named.
+
+    An encoder-decoder reads the text as its encoder's and as its decoder's.
+    """
+    device = next(model.parameters()).device
+    extra = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    with watching(model, modules, seen), torch.no_grad():
+        for part in ids.to(device).split(8):
+            model(input_ids=part, **({"decoder_input_ids": part} if extra else {}))
+
+
+class _Reached(Exception):
+    """The first linear module has been reached; the rest of the forward is not wanted."""
+
+
+def _first_input(model: nn.Module, ids: Int[Tensor, "B 1"]) -> tuple[str, Float[Tensor, "B I"]]:
+    found: list[tuple[str, Tensor]] = []
+
+    def stop(name: str, x: Tensor) -> None:
+        found.append((name, x.detach().reshape(len(ids), -1)))
+        raise _Reached
+
+    device = next(model.parameters()).device
+    names = list(linear_modules(model))
+    with watching(model, names, stop), torch.no_grad():
+        try:
+            model(input_ids=ids.to(device))
+        except _Reached:
+            return found[0]
+    raise ConfigError("the model has no linear module that a forward reaches.")
+
+
+@contextmanager
+def watching(
+    model: nn.Module, modules: Sequence[str], seen: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call `seen(name, input)` for each of these modules, before it runs."""
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen(name, inputs[0])
+        )
+        for name in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
