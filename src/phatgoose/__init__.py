@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
-    from phatgoose.experts import Expert, Gates, load_expert, verify_expert
-    from phatgoose.pool import ExpertPool, record, restrict, route, unroute
+    from phatgoose.experts import Expert, Gates, load_expert, save_expert, verify_expert
+    from phatgoose.pool import (
+        ExpertPool,
+        merge_experts,
+        record,
+        restrict,
+        route,
+        subtract_general,
+        unroute,
+    )
     from phatgoose.routers import Router
     from phatgoose.train import (
         train_adapter,
@@ -33,9 +41,12 @@ _WHERE = {
     "Routing": "types",
     "TokenContext": "types",
     "load_expert": "experts",
+    "merge_experts": "pool",
     "record": "pool",
     "restrict": "pool",
     "route": "pool",
+    "save_expert": "experts",
+    "subtract_general": "pool",
     "train_adapter": "train",
     "train_adapters_together": "train",
     "train_gates": "train",
@@ -54,9 +65,12 @@ __all__ = [
     "TokenContext",
     "__version__",
     "load_expert",
+    "merge_experts",
     "record",
     "restrict",
     "route",
+    "save_expert",
+    "subtract_general",
     "train_adapter",
     "train_adapters_together",
     "train_gates",
