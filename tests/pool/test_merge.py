@@ -193,6 +193,17 @@ def test_equals_peft_on_the_base(model_and_pool, saved_experts, family, method):
         assert_near(product(merged.modules[name]), delta, BOUND.output)
 
 
+def test_rslora_merges_as_the_plain_lora_of_its_scale(tmp_path):
+    """PEFT's own merge of rsLoRA comes out sqrt(rank) times as large."""
+    model, targets = make_model("llama"), [("q_proj",)] * 2
+    rslora = save_experts(tmp_path / "rs", model, targets, rank=4, alpha=4, use_rslora=True)
+    plain = save_experts(tmp_path / "plain", model, targets, rank=4, alpha=8)
+    weights = [0.5, 0.25]
+    merged = merge_experts(ExpertPool.load(rslora), method="linear", weights=weights)
+    for name, delta in by_peft(model, plain, "linear", weights).items():
+        assert_near(product(merged.modules[name]), delta, BOUND.output)
+
+
 @pytest.mark.parametrize("method", [method for method in PEFT_METHODS if "dare" in method])
 def test_dare_equals_peft_of_that_seed(tmp_path, method):
     """At one module: PEFT draws for one after the other, in the order the base has them."""
@@ -298,9 +309,7 @@ def test_what_cannot_be_merged(model_and_pool, saved_experts):
         merge_experts([*pool, foreign])
     e0 = replace(pool.experts[0], gates=None)
     wide = {n: LoraModule(x.a[:, :-1], x.b, x.scale) for n, x in e0.modules.items()}
-    with pytest.raises(
-        IncompatibleExpertError, match="wide: .*down_proj maps 30 to 24"
-    ):
+    with pytest.raises(IncompatibleExpertError, match="wide: .*down_proj maps 30 to 24"):
         merge_experts([e0, replace(e0, name="wide", modules=wide)])
 
 

@@ -35,8 +35,8 @@ def merge_experts(
             factors A and B apart, each times sqrt(w_e · scale_e), so ranks must be equal, and the
             product of the sums has cross terms. With "_svd" behind the last four names they combine
             the products, as published for whole weights; that takes any ranks, and memory [O, I]
-            for every expert. PEFT's dare_ties takes means over what DARE kept and scaled up, so it
-            comes out about 1/density too large.
+            for every expert. PEFT's dare_ties takes means over what DARE kept and scaled up, so its
+            result grows as density falls.
         rank: of the merged expert at a module, at most; for "average" (the sum of the ranks unless
             given) and for methods with "_svd" (the largest rank unless given).
         weights: one for each expert. Unless given, such that E copies of an expert, none of its

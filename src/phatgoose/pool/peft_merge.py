@@ -115,7 +115,8 @@ def _peft_model(experts: Sequence[Expert]) -> Any:
     base = _stand_in({name: lora for e in experts for name, lora in e.modules.items()})
     model: Any = None
     for index, expert in enumerate(experts):
-        # An expert's name may hold dots, which PEFT's containers do not take.
+        # An expert's name may hold dots, which PEFT's containers do not take. The config is that of
+        # a plain LoRA of the same scale: of rsLoRA, PEFT counts sqrt(rank) into the sum once more.
         name, config = f"expert_{index}", peft_config(expert)
         if model is None:
             model = PeftModel(base, config, name, low_cpu_mem_usage=True)
