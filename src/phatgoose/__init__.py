@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
-    from phatgoose.experts import Expert, Gates, load_expert, verify_expert
-    from phatgoose.pool import ExpertPool, assign, record, restrict, route, unroute
+    from phatgoose.experts import Expert, Gates, load_expert, save_expert, verify_expert
+    from phatgoose.pool import (
+        ExpertPool,
+        assign,
+        merge_experts,
+        record,
+        restrict,
+        route,
+        subtract_general,
+        unroute,
+    )
     from phatgoose.routers import Router
     from phatgoose.train import (
         derive_signatures,
@@ -36,9 +45,12 @@ _WHERE = {
     "assign": "pool",
     "derive_signatures": "train",
     "load_expert": "experts",
+    "merge_experts": "pool",
     "record": "pool",
     "restrict": "pool",
     "route": "pool",
+    "save_expert": "experts",
+    "subtract_general": "pool",
     "train_adapter": "train",
     "train_adapters_together": "train",
     "train_gates": "train",
@@ -59,9 +71,12 @@ __all__ = [
     "assign",
     "derive_signatures",
     "load_expert",
+    "merge_experts",
     "record",
     "restrict",
     "route",
+    "save_expert",
+    "subtract_general",
     "train_adapter",
     "train_adapters_together",
     "train_gates",

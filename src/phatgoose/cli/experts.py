@@ -1,7 +1,8 @@
-"""experts list, verify, import, push, pull."""
+"""experts list, verify, merge, import, push, pull."""
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,46 @@ def verify(arguments: Namespace) -> int:
             for problem in problems:
                 print(f"  - {' '.join(problem.split())}")
     return 3 if any(found.values()) else 0
+
+
+def merge(arguments: Namespace) -> None:
+    """Merge experts into one adapter folder."""
+    from phatgoose.errors import IncompatibleExpertError
+    from phatgoose.experts.save import check_new, save_expert
+    from phatgoose.experts.verify import check_modules
+    from phatgoose.models import load_base
+    from phatgoose.pool import ExpertPool, merge_experts
+
+    out = Path(arguments.out)
+    check_new(out)  # before the work, not after it
+    pool = ExpertPool.load(expert_sources(arguments.experts))
+    task_type = None
+    if arguments.base:
+        base, _ = load_base(arguments.base, device="cpu")
+        for problem in (problem for expert in pool for problem in check_modules(expert, base)):
+            raise IncompatibleExpertError(problem)
+        task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    merged = merge_experts(
+        pool,
+        method=arguments.method,
+        rank=arguments.rank,
+        weights=arguments.weights,
+        density=arguments.density,
+        seed=arguments.seed,
+        name=out.name,
+    )
+    if arguments.base:
+        merged = replace(merged, base_name=arguments.base)
+    card = f"# {out.name}\n\nMerged ({arguments.method}) from: {', '.join(pool.names)}.\n"
+    save_expert(merged, out, task_type=task_type, card=card)
+    if arguments.json:
+        print(json.dumps({**_row(replace(merged, folder=out)), "merged": pool.names}))
+    else:
+        rank = max(lora.rank for lora in merged.modules.values())
+        print(
+            f"{out}: {arguments.method} of {len(pool)} experts, rank {rank}, "
+            f"{len(merged.modules)} modules, no gates"
+        )
 
 
 def import_released(arguments: Namespace) -> None:

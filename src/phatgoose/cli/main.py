@@ -201,7 +201,7 @@ def _collection_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_experts(commands: Commands) -> None:
     experts = commands.add_parser(
-        "experts", help="list, verify, train, gate, import, push or pull experts"
+        "experts", help="list, verify, train, gate, merge, import, push or pull experts"
     )
     verbs = experts.add_subparsers(title="verbs", metavar="VERB", required=True)
 
@@ -261,6 +261,26 @@ def _add_experts(commands: Commands) -> None:
     derive.add_argument("--seed", type=int, default=0, help="of which examples are drawn")
     _device_options(derive)
     _json_option(derive)
+
+    merge = _command(verbs, "merge", "experts:merge", "make one adapter out of several")
+    merge.add_argument("experts", nargs="+", metavar="EXPERT", help="expert folders or Hub ids")
+    merge.add_argument("--out", required=True, help="folder of the merged adapter")
+    merge.add_argument(
+        "--method",
+        default="average",
+        help="average (of the products B A), or PEFT's linear, ties, dare_linear, dare_ties or "
+        "magnitude_prune, the last four also with _svd behind",
+    )
+    merge.add_argument(
+        "--rank",
+        type=int,
+        help="of the merged adapter (average: the sum of the ranks; _svd: the largest)",
+    )
+    merge.add_argument("--weights", nargs="+", type=float, help="one for each expert (all alike)")
+    merge.add_argument("--density", type=float, help="share of entries that pruning keeps (0.2)")
+    merge.add_argument("--seed", type=int, default=0, help="of dare")
+    merge.add_argument("--base", help="check names and sizes against this base model, and name it")
+    _json_option(merge)
 
     released = _command(
         verbs, "import", "experts:import_released", "turn the authors' best.pt into expert folders"

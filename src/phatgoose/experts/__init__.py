@@ -4,6 +4,7 @@ from phatgoose.experts.base import BaseIdentity, identify_base, linear_modules
 from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.gates import GateRecord, Gates
 from phatgoose.experts.lora import LoraModule, adapter_hash
+from phatgoose.experts.save import save_expert
 from phatgoose.experts.verify import verify_expert
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "identify_base",
     "linear_modules",
     "load_expert",
+    "save_expert",
     "verify_expert",
 ]

@@ -161,6 +161,12 @@ def write_adapter(
     write_json(folder / CONFIG_FILE, plain)
 
 
+def lora_of(layer: Any, adapter: str) -> LoraModule:
+    """What a PEFT LoRA layer has of one adapter; shares the layer's memory on the CPU."""
+    a, b = (half[adapter].weight.detach().cpu() for half in (layer.lora_A, layer.lora_B))
+    return LoraModule(a, b, float(layer.scaling[adapter]))
+
+
 def split_modules(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], who: str
 ) -> dict[str, LoraModule]:

@@ -33,9 +33,9 @@ from phatgoose.errors import (
 from phatgoose.experts.base import BaseIdentity, identify_base, is_hub_name
 from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.gates import GateRecord, Gates, gates_hash
-from phatgoose.experts.lora import LoraModule, adapter_hash, write_adapter
+from phatgoose.experts.lora import LoraModule, adapter_hash
+from phatgoose.experts.save import save_expert
 from phatgoose.experts.verify import check_modules
-from phatgoose.files import new_folder, write_bytes
 
 _P3 = """
     Agnews Amazonpolarity Cosmosqa Samsum Quartz Ropes Wikibio Paws Wikiqa Socialiqa Qasc Quail
@@ -139,7 +139,7 @@ def import_released(
         if os.path.lexists(folder):
             _check_same(folder, expert, str(checkpoint))
         else:
-            _write(folder, expert)
+            save_expert(expert, folder, task_type="SEQ_2_SEQ_LM", card=_card(expert))
         folders.append(folder)
     return folders
 
@@ -336,29 +336,6 @@ def _difference(found: Expert, wanted: Expert) -> str | None:
     if gates_hash(found.gates.vectors) != gates_hash(wanted.gates.vectors):
         return "its gates differ"
     return found.gates.record.base.difference(wanted.gates.record.base)
-
-
-def _write(folder: Path, expert: Expert) -> None:
-    """Write an expert folder so that it is there complete or not at all."""
-    assert expert.gates is not None
-    with new_folder(folder) as partial:
-        write_adapter(partial, _peft_config(expert), expert.modules)
-        write_bytes(partial / "README.md", _card(expert).encode())
-        expert.gates.write(partial)
-
-
-def _peft_config(expert: Expert) -> dict[str, Any]:
-    """What PEFT itself would write as adapter_config.json."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="SEQ_2_SEQ_LM",
-        r=next(iter(expert.modules.values())).rank,
-        lora_alpha=1,
-        target_modules=sorted(expert.modules),
-        base_model_name_or_path=expert.base_name,
-        inference_mode=True,
-    ).to_dict()
 
 
 def _card(expert: Expert) -> str:

@@ -1,6 +1,18 @@
-"""Pools of experts, and models routed by them."""
+"""Pools of experts, models routed by them, and experts made out of several."""
 
+from phatgoose.pool.merge import MERGE_METHODS, merge_experts
 from phatgoose.pool.pool import ExpertPool
 from phatgoose.pool.routing import assign, record, restrict, route, unroute
+from phatgoose.pool.subtract import subtract_general
 
-__all__ = ["ExpertPool", "assign", "record", "restrict", "route", "unroute"]
+__all__ = [
+    "MERGE_METHODS",
+    "ExpertPool",
+    "assign",
+    "merge_experts",
+    "record",
+    "restrict",
+    "route",
+    "subtract_general",
+    "unroute",
+]

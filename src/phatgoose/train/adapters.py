@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from phatgoose.errors import ConfigError
 from phatgoose.experts import LoraModule
 from phatgoose.experts.base import base_name
-from phatgoose.experts.lora import write_adapter
+from phatgoose.experts.lora import lora_of, write_adapter
 from phatgoose.files import new_folder
 from phatgoose.tasks import Encoded, collate
 from phatgoose.train.adapter import MAX_GRAD_NORM, AdapterTraining
@@ -187,7 +187,7 @@ def _initial(model: Any, settings: AdapterTraining) -> tuple[Modules, dict[str, 
             for path, layer in peft_model.named_modules()
             if isinstance(layer, LoraLayer)
         }
-        modules = {site: _module(layer) for site, layer in layers.items()}
+        modules = {site: lora_of(layer, "default") for site, layer in layers.items()}
         config = {**peft_model.peft_config["default"].to_dict(), "inference_mode": True}
     finally:
         peft_model.unload()
@@ -196,11 +196,6 @@ def _initial(model: Any, settings: AdapterTraining) -> tuple[Modules, dict[str, 
         for parameter in trainable:
             parameter.requires_grad_(True)
     return modules, config
-
-
-def _module(layer: Any) -> LoraModule:
-    a, b = (half["default"].weight.detach().cpu() for half in (layer.lora_A, layer.lora_B))
-    return LoraModule(a, b, float(layer.scaling["default"]))
 
 
 def _batches(

@@ -1,0 +1,78 @@
+"""Writing an expert as the PEFT LoRA folder that it is."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import ConfigError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.lora import write_adapter
+from phatgoose.files import new_folder, write_bytes
+
+
+def save_expert(
+    expert: Expert, folder: str | Path, *, task_type: str | None = None, card: str | None = None
+) -> Path:
+    """Write an expert, its gates too where it has them, into a new folder; return the folder.
+
+    The folder is there complete or not at all. PEFT loads it as any other LoRA; ranks and scales
+    that differ by module are in its rank_pattern and alpha_pattern. `task_type` is PEFT's
+    ("CAUSAL_LM", "SEQ_2_SEQ_LM"), `card` the text of README.md.
+
+    Raises ConfigError where there is something in `folder` already.
+    """
+    folder = Path(folder)
+    check_new(folder)
+    with new_folder(folder) as partial:
+        write_adapter(partial, peft_config(expert, task_type).to_dict(), expert.modules)
+        if card is not None:
+            write_bytes(partial / "README.md", card.encode())
+        if expert.gates is not None:
+            expert.gates.write(partial)
+    return folder
+
+
+def check_new(folder: Path) -> None:
+    """Raise ConfigError unless `folder` is yet to be made, or empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder}: is no empty folder. Give a new folder, or empty this one.")
+
+
+def peft_config(expert: Expert, task_type: str | None = None) -> Any:
+    """The LoraConfig that PEFT itself would have for this adapter."""
+    from peft import LoraConfig
+
+    ranks = {name: lora.rank for name, lora in expert.modules.items()}
+    alphas = {name: _alpha(lora.scale, lora.rank) for name, lora in expert.modules.items()}
+    rank, alpha = _most_common(ranks), _most_common(alphas)
+    return LoraConfig(
+        task_type=task_type,
+        r=int(rank),
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with floats as well
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
+        target_modules=sorted(expert.modules),
+        base_model_name_or_path=expert.base_name,
+        inference_mode=True,
+    )
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The alpha whose alpha / rank is `scale`: a whole number where one is."""
+    whole = round(scale * rank)
+    return whole if whole / rank == scale else scale * rank
+
+
+def _most_common(values: Mapping[str, float]) -> float:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, Any]:
+    """The values that are not the default, by a pattern that matches one module alone.
+
+    PEFT reads a pattern as a regular expression for the end of a module's name, unless it begins
+    with "^".
+    """
+    return {f"^{re.escape(name)}": v for name, v in sorted(values.items()) if v != default}

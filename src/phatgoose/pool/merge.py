@@ -1,0 +1,118 @@
+"""Static merges: one adapter out of a whole pool."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from phatgoose.errors import ConfigError, IncompatibleExpertError
+from phatgoose.experts import Expert, LoraModule
+from phatgoose.experts.combine import weighted_sum
+from phatgoose.pool.peft_merge import METHODS as PEFT_METHODS
+from phatgoose.pool.peft_merge import merge_with_peft
+from phatgoose.pool.pool import ExpertPool
+
+MERGE_METHODS = ("average", *PEFT_METHODS)
+
+
+def merge_experts(
+    experts: Iterable[Expert],
+    *,
+    method: str = "average",
+    rank: int | None = None,
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    name: str = "merged",
+) -> Expert:
+    """One expert, without gates, made of all experts of a pool; they themselves stay as they are.
+
+    Args:
+        experts: a pool, or experts that would make one.
+        method: "average" adds Σ w_e · scale_e · B_e A_e at every module, where an expert that does
+            not adapt the module counts as zero. It is exact (PEFT's "cat") with the sum of the
+            ranks, or the best approximation of a given `rank` (PEFT's "svd").
+            Any other is PEFT's `add_weighted_adapter` of that name. "linear", "magnitude_prune",
+            "ties" (arXiv:2306.01708), "dare_linear" and "dare_ties" (arXiv:2311.03099) combine the
+            factors A and B apart, each times sqrt(w_e · scale_e), so ranks must be equal, and the
+            product of the sums has cross terms. With "_svd" behind the last four names they combine
+            the products, as published for whole weights; that takes any ranks, and memory [O, I]
+            for every expert. PEFT's dare_ties takes means over what DARE kept and scaled up, so its
+            result grows as density falls.
+        rank: of the merged expert at a module, at most; for "average" (the sum of the ranks unless
+            given) and for methods with "_svd" (the largest rank unless given).
+        weights: one for each expert. Unless given, such that E copies of an expert, none of its
+            entries dropped, make that expert again: 1 for TIES, which takes means itself, 1/E for
+            "average" and sums of products, 1/E² for sums of factors.
+        density: the share of entries that all methods but "average" and "linear" keep; 0.2 unless
+            given, as published for TIES.
+        seed: of DARE's random choice.
+        name: of the merged expert.
+
+    Raises:
+        ConfigError: a setting is out of range or not one of the method's, no experts, a name
+            taken twice, or a pool that PEFT's method does not accept.
+        IncompatibleExpertError: experts of different bases.
+    """
+    pool = experts if isinstance(experts, ExpertPool) else ExpertPool(experts)
+    if not len(pool):
+        raise ConfigError("merge: the pool is empty. Give at least one expert.")
+    if method not in MERGE_METHODS:
+        known = ", ".join(MERGE_METHODS)
+        raise ConfigError(f"merge: no method is called {method!r}. Choose from: {known}.")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"merge: rank must be at least 1, got {rank}.")
+    weights = _check_weights(weights, pool, method)
+    sites = gather(pool.experts)
+    modules: dict[str, LoraModule]
+    if method == "average":
+        if density is not None:
+            raise ConfigError("merge: average keeps every entry. Leave density out.")
+        modules = {
+            site: weighted_sum([(weights[e], lora) for e, lora in loras.items()], rank=rank)
+            for site, loras in sites.items()
+        }
+    else:
+        modules = merge_with_peft(
+            pool.experts, method, weights, rank=rank, density=density, seed=seed
+        )
+    return Expert(name, modules, gates=None, base_name=common_base(pool))
+
+
+def gather(experts: Sequence[Expert]) -> dict[str, dict[int, LoraModule]]:
+    """The LoRAs of every module that any expert adapts, by the expert's place.
+
+    Raises IncompatibleExpertError where two disagree about a module's size.
+    """
+    sites: dict[str, dict[int, LoraModule]] = {}
+    for index, expert in enumerate(experts):
+        for name, lora in expert.modules.items():
+            others = sites.setdefault(name, {})
+            first = next(iter(others), index)
+            other = experts[first].modules[name]
+            sizes = [(each.in_features, each.out_features) for each in (lora, other)]
+            if sizes[0] != sizes[1]:
+                raise IncompatibleExpertError(
+                    f"{expert.name}: its LoRA of {name} maps {sizes[0][0]} to {sizes[0][1]} "
+                    f"features, that of {experts[first].name} {sizes[1][0]} to {sizes[1][1]}. "
+                    "They belong to different bases; merge experts of one base."
+                )
+            others[index] = lora
+    return dict(sorted(sites.items()))
+
+
+def common_base(experts: Iterable[Expert]) -> str | None:
+    """The base that the first expert to name one names."""
+    return next((expert.base_name for expert in experts if expert.base_name), None)
+
+
+def _check_weights(weights: Sequence[float] | None, pool: ExpertPool, method: str) -> list[float]:
+    if weights is None:
+        if "ties" in method:
+            return [1.0] * len(pool)
+        products = method == "average" or method.endswith("_svd")
+        return [len(pool) ** (-1.0 if products else -2.0)] * len(pool)
+    if len(weights) != len(pool) or not all(map(math.isfinite, weights)):
+        raise ConfigError(
+            f"merge: weights are {list(weights)}, {len(pool)} finite numbers are wanted, one for "
+            "each expert."
+        )
+    return [float(weight) for weight in weights]
