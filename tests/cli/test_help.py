@@ -22,6 +22,7 @@ COMMANDS = [
     "experts verify",
     "experts train",
     "experts gate",
+    "experts derive",
     "experts merge",
     "experts import",
     "experts push",

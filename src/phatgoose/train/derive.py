@@ -16,7 +16,7 @@ from phatgoose.nn import ContextKeeper
 from phatgoose.pool import ExpertPool, assign, route, unroute
 from phatgoose.routers.inputs import first_linear, token_inputs, watching
 from phatgoose.routers.spectral import right_singular
-from phatgoose.tasks import Encoded, collate
+from phatgoose.tasks import IGNORED, Encoded, collate
 
 Row = TypeVar("Row")
 
@@ -130,6 +130,8 @@ def _mean_inputs(
         with watching(model, list(expert.modules), add), torch.no_grad():
             for start in range(0, len(rows), batch_size):
                 batch = collate(rows[start : start + batch_size], pad=pad, seq2seq=seq2seq)
+                if seq2seq:  # the labels' padding is not the model's to see otherwise
+                    batch["decoder_attention_mask"] = batch["labels"] != IGNORED
                 batch = {name: value.to(model.device) for name, value in batch.items()}
                 model(**batch, **({} if seq2seq else {"use_cache": False}))
     finally:

@@ -1,0 +1,159 @@
+"""Evidence over the context: its table from the formula, and the same however a text is read."""
+
+import pytest
+import torch
+
+from phatgoose import ExpertPool, record, route, unroute
+from phatgoose.errors import ConfigError, MissingGateError
+from phatgoose.experts import adapter_hash, identify_base
+from phatgoose.experts.signatures import Signatures
+from phatgoose.routers import EvidenceRouter, PhatgooseRouter, make_router
+from phatgoose.routers.evidence import SHRINK
+from tests.models import VOCABULARY, make_batch, make_model, take_row
+from tests.tolerances import assert_near
+
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def with_prompts(model, pool, first=FIRST):
+    """The pool with a mean prompt for each expert."""
+    width = model.get_submodule(first).weight.shape[-1]
+    experts = []
+    for number, expert in enumerate(pool):
+        random = torch.Generator().manual_seed(number)
+        mean = 0.3 * torch.randn(width, generator=random)
+        found = Signatures(
+            "prompt_mean", {first: mean}, identify_base(model), adapter_hash(expert.modules)
+        )
+        experts.append(
+            type(expert)(
+                expert.name, expert.modules, expert.gates, None, signatures={"prompt_mean": found}
+            )
+        )
+    return ExpertPool(experts)
+
+
+@pytest.fixture
+def prompted(model_and_pool):
+    model, pool = model_and_pool("llama", 4)
+    return model, with_prompts(model, pool)
+
+
+def test_the_table_is_the_log_likelihood_ratio(prompted):
+    model, pool = prompted
+    background = torch.randint(1, VOCABULARY, (8, 40))
+    router = EvidenceRouter(background=background)
+    router.prepare(model, pool.experts)
+    norm = model.model.layers[0].input_layernorm
+    x = norm(model.get_input_embeddings().weight).detach().double()
+    text = x[background.flatten()]
+    mean, covariance = text.mean(0), torch.cov(text.T, correction=0)
+    covariance += SHRINK * covariance.diagonal().mean() * torch.eye(len(mean))
+    text_like = torch.distributions.MultivariateNormal(mean, covariance)
+    for expert in pool:
+        at = expert.signatures["prompt_mean"].vectors[FIRST].double()
+        prompt_like = torch.distributions.MultivariateNormal(at, covariance)
+        wanted = prompt_like.log_prob(x) - text_like.log_prob(x)
+        assert_near(router._worth[expert.name], wanted, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["evidence", "phatgoose+evidence"])
+def test_alone_is_batched_and_prefill_is_decode(name, prompted):
+    model, pool = prompted
+    route(model, pool, name)
+    batch = make_batch(model, [6, 9, 4])
+    with record(model) as together:
+        logits = model(**batch).logits
+    alone = take_row(batch, 1)
+    with record(model) as single:
+        wanted = model(**alone).logits
+    assert_near(logits[1], wanted[0], 1e-5)
+    rows = together.tokens["decoder"].sequence == 1
+    for module in single.experts:
+        assert torch.equal(together.experts[module][rows], single.experts[module])
+    cache, parts = None, []
+    for token in range(9):
+        output = model(
+            input_ids=alone["input_ids"][:, token : token + 1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        parts.append(output.logits)
+    assert_near(torch.cat(parts, 1), wanted, 1e-5)
+    unroute(model)
+
+
+def test_the_prior_is_the_mean_over_the_context_and_the_same_everywhere(prompted):
+    model, pool = prompted
+    router = EvidenceRouter(strength=3.0)
+    route(model, pool, router)
+    batch = make_batch(model, [5])
+    with record(model) as trace:
+        model(**batch)
+    worth = torch.stack([router._worth[name] for name in pool.names], dim=1)
+    seen = worth[batch["input_ids"][0]].cumsum(0) / torch.arange(1, 6).unsqueeze(1)
+    assert trace.experts[FIRST][:, 0].tolist() == seen.argmax(1).tolist()
+    assert (trace.weights[FIRST] == 1).all()
+
+
+def test_it_is_added_to_another_router_s_scores(prompted):
+    model, pool = prompted
+    batch = make_batch(model, [7])
+    route(model, pool)
+    with record(model) as plain:
+        wanted = model(**batch).logits
+    unroute(model)
+    route(model, pool, EvidenceRouter(PhatgooseRouter(), strength=0.0))
+    with record(model) as none:
+        assert_near(model(**batch).logits, wanted, 1e-5)
+    assert torch.equal(plain.experts[FIRST], none.experts[FIRST])
+    unroute(model)
+    route(model, pool, EvidenceRouter(PhatgooseRouter(), strength=1e4), top_k=1)
+    with record(model) as strong:
+        model(**batch)
+    unroute(model)
+    route(model, pool, "evidence")
+    with record(model) as alone:
+        model(**batch)
+    assert torch.equal(strong.experts[FIRST], alone.experts[FIRST])
+
+
+def test_an_expert_joins_a_live_model(prompted):
+    model, pool = prompted
+    late = pool["e3"]
+    pool.remove("e3")
+    route(model, pool, "phatgoose+evidence")
+    pool.add(late)
+    batch = make_batch(model, [5])
+    found = model(**batch).logits
+    unroute(model)
+    route(model, pool, "phatgoose+evidence")
+    assert_near(model(**batch).logits, found, 1e-5)
+
+
+def test_what_it_needs_is_said(model_and_pool):
+    model, pool = model_and_pool("llama", 3)
+    with pytest.raises(MissingGateError, match=r"e0: has no mean prompt.*experts derive"):
+        route(model, pool, "evidence")
+    assert not model._forward_pre_hooks  # nothing is left behind
+    seq2seq, pool = model_and_pool("t5", 3)
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        route(seq2seq, pool, "phatgoose+evidence")
+
+
+def test_embeddings_cannot_be_looked_up(prompted):
+    model, pool = prompted
+    route(model, pool, make_router("evidence"))
+    with pytest.raises(ConfigError, match="tokens' ids"):
+        model(inputs_embeds=torch.randn(1, 3, 24))
+
+
+def test_gpt2_s_table_has_the_first_position():
+    from phatgoose.routers.inputs import first_linear, token_inputs
+
+    model = make_model("gpt2")
+    assert first_linear(model) == "transformer.h.0.attn.c_attn"
+    weights = model.transformer
+    wanted = weights.h[0].ln_1(weights.wte.weight + weights.wpe.weight[0])
+    assert_near(token_inputs(model, VOCABULARY), wanted.detach(), 1e-6)
