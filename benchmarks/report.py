@@ -314,7 +314,7 @@ def memory_section(runs: list[Run]) -> Iterator[str]:
             (
                 [key[0], str(key[1]), str(key[2] or "-"), str(key[3] or "-")]
                 + [size(row[k]) for k in ("model", "layer", "layer_floor", "stored")]
-                for key, row in rows.items()
+                for key, row in sorted(rows.items(), key=lambda item: item[0][1])
             ),
         )
         yield f"Floor {mine[0].head['floor']}.\n"
