@@ -139,11 +139,18 @@ def measure(
         ids = torch.randint(2, MODEL["vocab_size"], (SEQUENCES, length), device=device)
         inputs.append((ids, torch.randn(ids.numel(), MODEL["d_model"], device=device)))
 
+    def forget() -> None:
+        """A routed model keeps the encoder's last output; let that be one of a single token."""
+        one = inputs[0][0][:1, :1]
+        with phatgoose.restrict(model, []):
+            model(input_ids=one, decoder_input_ids=one, use_cache=False)
+
     def add(kind: str, pool: int, k: int, stored: int) -> None:
         for ids, x in inputs:
             forward = partial(model, input_ids=ids, decoder_input_ids=ids, use_cache=False)
             row = {"kind": kind, "experts": pool, "top_k": k, "tokens": len(x)}
-            row |= {"model": peak(forward, device), "layer": peak(partial(layer, x), device)}
+            row["model"] = peak(forward, device, forget if kind == "routed" else None)
+            row["layer"] = peak(partial(layer, x), device)
             floor = len(x) * 4 * (pool + k * RANK + MODEL["d_ff"])
             results.add({**row, "stored": stored, "layer_floor": floor})
 
