@@ -79,7 +79,7 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def source(runs: Iterable[Run]) -> str:
-    """Which commands gave a table, where, and with what."""
+    """Which commands gave a table, where, and with what, and what is to be said of them."""
     lines = []
     for run in runs:
         head = run.head
@@ -96,6 +96,8 @@ def source(runs: Iterable[Run]) -> str:
                 f"products at {rates['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s, copies at "
                 f"{rates['copy_bytes_per_s'] / 1e12:.3g} TB/s"
             )
+        if "note" in head:  # written by hand
+            parts.append(head["note"])
         lines.append("- " + "; ".join(parts))
     return "\n".join(lines) + "\n"
 
