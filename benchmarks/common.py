@@ -274,17 +274,26 @@ def capture(run: Run) -> Run:
 # ---------------------------------------------------------------- memory
 
 
-def peak(run: Run, device: str) -> int:
-    """Bytes held at the highest point of `run`, above what was there when it began."""
+def peak(run: Run, device: str, forget: Run | None = None) -> int:
+    """Bytes held at the highest point of `run`, above what was there when it began.
+
+    `forget` is run before, to let go of what is kept from one run to the next.
+
+    As they were asked for: what a GPU's allocator hands out, up to 1 MiB more at a time, depends on
+    what it handed out before.
+    """
+    if device == "cuda":
+        run()  # libraries allocate their workspaces at first use
+    if forget is not None:
+        forget()
     if device != "cuda":
         return _cpu_peak(run)
-    run()  # libraries allocate their workspaces at first use
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
 def _cpu_peak(run: Run) -> int:

@@ -79,7 +79,7 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def source(runs: Iterable[Run]) -> str:
-    """Which commands gave a table, where, and with what."""
+    """Which commands gave a table, where, and with what, and what is to be said of them."""
     lines = []
     for run in runs:
         head = run.head
@@ -96,6 +96,8 @@ def source(runs: Iterable[Run]) -> str:
                 f"products at {rates['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s, copies at "
                 f"{rates['copy_bytes_per_s'] / 1e12:.3g} TB/s"
             )
+        if "note" in head:  # written by hand
+            parts.append(head["note"])
         lines.append("- " + "; ".join(parts))
     return "\n".join(lines) + "\n"
 
@@ -314,7 +316,7 @@ def memory_section(runs: list[Run]) -> Iterator[str]:
             (
                 [key[0], str(key[1]), str(key[2] or "-"), str(key[3] or "-")]
                 + [size(row[k]) for k in ("model", "layer", "layer_floor", "stored")]
-                for key, row in rows.items()
+                for key, row in sorted(rows.items(), key=lambda item: item[0][1])
             ),
         )
         yield f"Floor {mine[0].head['floor']}.\n"

@@ -104,6 +104,28 @@ def test_a_decoding_step_can_be_repeated(script):
         torch.testing.assert_close(step.run(base), first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("choosing", "given", "wrong"),  # how far off while experts are chosen, and while they are not
+    [(0, 0, False), (0.2, 0, False), (0.2, 0.2, True), (0, 0.1, True), (0.7, 0, True)],
+)
+def test_near_ties_are_not_called_wrong(script, choosing, given, wrong):
+    torch, generate = importlib.import_module("torch"), script("bench_generate")
+    with torch.no_grad():
+        base = generate.make_base("tiny", "cpu", torch.float32, 32)
+        factors = generate.make_factors(base, 5, 3)
+        contender = generate.make_contender("phatgoose", 5, base, factors, "cpu")
+        held, off = generate.Held(generate.Decode(base, 3, 10), contender.model), [given, choosing]
+
+        def run():
+            held()
+            held.logits *= 1 + off.pop()
+
+        found = generate.compared(contender, held, run)
+    assert found["differs_from_eager"] == pytest.approx(choosing, abs=1e-6)
+    assert found["differs_without_choice"] == pytest.approx(given, abs=1e-6)
+    assert (found.get("note") == "wrong") is wrong
+
+
 def test_gates(run):
     rows = run("bench_gates", "--experts 4 --fewer 2 --steps 3 --length 8")["rows"]
     assert [(row["kind"], row["experts"]) for row in rows] == [
@@ -118,6 +140,14 @@ def test_memory(run):
     assert found["dense_difference"] < 1e-5
     rows = {(r["kind"], r["experts"], r["top_k"], r["tokens"]): r for r in found["rows"]}
     assert rows["dense", 5, 2, 2048]["layer"] > rows["routed", 5, 2, 2048]["layer"]
+    assert {k for kind, pool, k, _ in rows if (kind, pool) == ("routed", 5)} == {1, 2, 4}
+    assert found["ratios"]["layer: top_k 4 / 1"] > 1
+
+
+def test_memory_when_the_time_is_up(run):
+    found = run("bench_memory", "--pools 2 --budget 0")
+    assert [row["kind"] for row in found["rows"]] == ["plain", "plain"]
+    assert "ratios" not in found
 
 
 def test_report(run, script, tmp_path):
