@@ -1,17 +1,23 @@
 """Batches for evaluation: of similar lengths, padded on the side that suits."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from phatgoose.errors import ConfigError
+from phatgoose.pool import assign
 from phatgoose.tasks import Encoded, encode
 
+# Bars on stderr or none, or a function that is told how many examples more are answered.
+Progress = bool | Callable[[int], object]
+# The one expert that answers each example, None being the bare base; see `phatgoose.assign`.
+Experts = Sequence[str | None]
 UNLIMITED = 1 << 20  # tokenizers without a limit name an enormous one
 
 
@@ -66,6 +72,11 @@ def forward(model: Any, **inputs: Any) -> Any:
     return model(**moved, return_dict=True)
 
 
+def using(model: Any, experts: Experts | None) -> AbstractContextManager[None]:
+    """Row i of the forwards inside by `experts[i]`; None leaves the model as it is."""
+    return nullcontext() if experts is None else assign(model, experts)
+
+
 def is_seq2seq(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder)
 
@@ -118,3 +129,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def counting(progress: Progress, total: int, what: str) -> Iterator[Callable[[int], object]]:
+    """What to call with the number of examples just answered."""
+    if callable(progress):
+        yield progress
+        return
+    with tqdm(total=total, desc=what, unit="example", disable=not progress, leave=None) as bar:
+        yield bar.update
