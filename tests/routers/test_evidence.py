@@ -7,9 +7,14 @@ from phatgoose import ExpertPool, record, route, unroute
 from phatgoose.errors import ConfigError, MissingGateError
 from phatgoose.experts import adapter_hash, identify_base
 from phatgoose.experts.signatures import Signatures
-from phatgoose.routers import EvidenceRouter, PhatgooseRouter, make_router
+from phatgoose.routers import (
+    AdapterEvidenceRouter,
+    EvidenceRouter,
+    PhatgooseRouter,
+    make_router,
+)
 from phatgoose.routers.evidence import SHRINK
-from tests.models import VOCABULARY, make_batch, make_model, take_row
+from tests.models import VOCABULARY, make_batch, make_model, save_experts, take_row
 from tests.tolerances import assert_near
 
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -54,10 +59,38 @@ def test_the_table_is_the_log_likelihood_ratio(prompted):
         at = expert.signatures["prompt_mean"].vectors[FIRST].double()
         prompt_like = torch.distributions.MultivariateNormal(at, covariance)
         wanted = prompt_like.log_prob(x) - text_like.log_prob(x)
-        assert_near(router._worth[expert.name], wanted, 1e-4)
+        assert_near(router.worth[expert.name], wanted, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["evidence", "phatgoose+evidence"])
+def test_an_adapter_s_own_space_is_evidence_without_data(prompted):
+    model, pool = prompted
+    background = torch.randint(1, VOCABULARY, (8, 40))
+    router = AdapterEvidenceRouter(background=background)
+    router.prepare(model, pool.experts)
+    norm = model.model.layers[0].input_layernorm
+    x = norm(model.get_input_embeddings().weight).detach().double()
+    text = x[background.flatten()]
+    covariance = torch.cov(text.T, correction=0)
+    covariance += SHRINK * covariance.diagonal().mean() * torch.eye(len(covariance))
+    values, axes = torch.linalg.eigh(covariance)
+    white = (x - text.mean(0)) @ axes @ (values**-0.5).diag() @ axes.T
+    for expert in pool:
+        rows = [lora.a for name, lora in expert.modules.items() if name in router.readers]
+        basis = torch.linalg.qr(torch.cat(rows).double().T).Q
+        lengths = (white @ basis).norm(dim=1)
+        seen = lengths[background.flatten()]
+        wanted = (lengths - seen.mean()) / seen.std(correction=0)
+        assert_near(router.worth[expert.name], wanted, 1e-4)
+
+
+def test_an_adapter_that_reads_no_embeddings_is_refused(tmp_path):
+    model = make_model("llama")
+    pool = ExpertPool.load(save_experts(tmp_path, model, [("down_proj",), ("q_proj",)]))
+    with pytest.raises(MissingGateError, match=r"e0: adapts none of.*q_proj"):
+        route(model, pool, "adapter_evidence")
+
+
+@pytest.mark.parametrize("name", ["evidence", "phatgoose+evidence", "arrow+adapter_evidence"])
 def test_alone_is_batched_and_prefill_is_decode(name, prompted):
     model, pool = prompted
     route(model, pool, name)
@@ -91,7 +124,7 @@ def test_the_prior_is_the_mean_over_the_context_and_the_same_everywhere(prompted
     batch = make_batch(model, [5])
     with record(model) as trace:
         model(**batch)
-    worth = torch.stack([router._worth[name] for name in pool.names], dim=1)
+    worth = torch.stack([router.worth[name] for name in pool.names], dim=1)
     seen = worth[batch["input_ids"][0]].cumsum(0) / torch.arange(1, 6).unsqueeze(1)
     assert trace.experts[FIRST][:, 0].tolist() == seen.argmax(1).tolist()
     assert (trace.weights[FIRST] == 1).all()
@@ -150,10 +183,12 @@ def test_embeddings_cannot_be_looked_up(prompted):
 
 
 def test_gpt2_s_table_has_the_first_position():
-    from phatgoose.routers.inputs import first_linear, token_inputs
+    from phatgoose.routers.inputs import first_readers, token_inputs
 
     model = make_model("gpt2")
-    assert first_linear(model) == "transformer.h.0.attn.c_attn"
+    assert first_readers(model) == ["transformer.h.0.attn.c_attn"]
+    readers = ["q_proj", "k_proj", "v_proj"]
+    assert first_readers(make_model("llama")) == [f"model.layers.0.self_attn.{n}" for n in readers]
     weights = model.transformer
     wanted = weights.h[0].ln_1(weights.wte.weight + weights.wpe.weight[0])
     assert_near(token_inputs(model, VOCABULARY), wanted.detach(), 1e-6)

@@ -3,7 +3,7 @@
 from phatgoose.routers.arrow import ArrowRouter
 from phatgoose.routers.average import AverageActivationRouter
 from phatgoose.routers.base import Modifier, Router, make_router, router_names
-from phatgoose.routers.evidence import EvidenceRouter
+from phatgoose.routers.evidence import AdapterEvidenceRouter, EvidenceRouter
 from phatgoose.routers.lag import LagRouter
 from phatgoose.routers.mixed import MixedRouter
 from phatgoose.routers.phatgoose import PhatgooseRouter
@@ -13,6 +13,7 @@ from phatgoose.routers.uniform import UniformRouter
 from phatgoose.routers.zscore import ZScoreRouter
 
 __all__ = [
+    "AdapterEvidenceRouter",
     "ArrowRouter",
     "AverageActivationRouter",
     "EvidenceRouter",

@@ -23,6 +23,8 @@ class ArrowRouter(Router):
     defaults = {"top_k": 3}
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
+        if "arrow" in expert.signatures:  # as `phatgoose experts derive` kept it
+            return expert.signatures["arrow"].vectors[module]
         return right_singular(expert.modules[module])[1][0].float()
 
     def score(

@@ -1,7 +1,18 @@
-"""Evidence gathered over the context."""
+"""Evidence gathered over the context: what it has read so far tells which expert is right.
 
+A token at a time rarely does: where an answer starts, the token is the same whatever the task. So
+each token id has a worth for each expert, a table [vocabulary, experts] made from what the base's
+first linear module reads, which depends on the id alone (position 0 is taken where the base adds
+positions to its embeddings). The prior of a token is `strength` times the mean worth of the real
+tokens up to it, the same at every module. There is no state beside the ids in the KV cache.
+
+Ours, not the paper's. For decoder-only models.
+"""
+
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -10,47 +21,66 @@ from torch import Tensor
 from phatgoose.errors import ConfigError, MissingGateError
 from phatgoose.experts import Expert
 from phatgoose.routers.base import Modifier, Router
-from phatgoose.routers.inputs import first_linear, token_inputs, written_by
+from phatgoose.routers.inputs import first_readers, token_inputs, written_by
+from phatgoose.routers.spectral import right_singular
 from phatgoose.types import TokenContext
 
 SHRINK = 0.05  # of the mean variance, added to the background's covariance
 
 
-class EvidenceRouter(Modifier):
-    """How much the context so far reads like an expert's prompts, rather than like any text.
+@dataclass(frozen=True)
+class Background:
+    """Generic text, as the base's first linear module reads it; fp64."""
 
-    x is what the base's first linear module reads, which depends on the token's id alone (position
-    0 is taken where the base adds positions to its embeddings). With m, Σ its mean and covariance
-    over background text and m_z its mean over the expert's prompts, a token is worth
-    w·(x - m) - w·(m_z - m) / 2 with w = (Σ + λI)⁻¹ (m_z - m): the log-likelihood ratio of two
-    Gaussians with one covariance. That is a table [vocabulary, experts]. The prior of a token is
-    `strength` times the mean over the real tokens up to it, the same at every module; so there is
-    no state beside the KV cache. Ours, not the paper's.
+    share: Float[Tensor, " V"]  # of each token id in it
+    mean: Float[Tensor, " I"]
+    variances: Float[Tensor, " I"]  # along the axes of Σ + λI
+    axes: Float[Tensor, "I I"]  # columns
 
-    Alone, each token takes its best expert at weight 1. As "ROUTER+evidence" it is added to that
-    router's scores, whose settings stay.
+    @classmethod
+    def measure(cls, inputs: Float[Tensor, "V I"], ids: Int[Tensor, "B L"]) -> "Background":
+        share = torch.bincount(ids.flatten().cpu(), minlength=len(inputs)).double()
+        share /= share.sum()
+        used = share.nonzero().squeeze(1)
+        mean = share[used] @ inputs[used].double()
+        centred = inputs[used].double() - mean
+        covariance = (centred * share[used].unsqueeze(1)).T @ centred
+        covariance.diagonal().add_(SHRINK * covariance.diagonal().mean())
+        return cls(share, mean, *torch.linalg.eigh(covariance))
 
-    Needs of each expert its mean prompt (`phatgoose experts derive`), and of the collector nothing:
-    background text, unless given as token ids, is sampled from the base. For decoder-only models.
+    def power(self, exponent: float) -> Float[Tensor, "I I"]:
+        """(Σ + λI) to a power."""
+        return (self.axes * self.variances**exponent) @ self.axes.T
+
+
+class ContextEvidence(Modifier):
+    """A prior for every token; subclasses say what a token is worth for an expert.
+
+    Alone, each token takes its best expert at weight 1. As "ROUTER+NAME" it is added to that
+    router's scores, whose settings stay. Background text, unless given as token ids, is sampled
+    from the base.
     """
 
-    name = "evidence"
     defaults = {"top_k": 1, "scale": "unit"}
 
     def __init__(
         self,
         inner: Router | None = None,
         *,
-        strength: float = 1.0,
+        strength: float = 4.0,
         background: Int[Tensor, "B L"] | None = None,
     ) -> None:
         super().__init__(inner)
         self.strength = strength
-        self._background = background
-        self._module = ""
-        self._known_text: tuple[Tensor, Tensor] | None = None  # its mean, and (Σ + λI)⁻¹; fp64
-        self._worth: dict[str, Float[Tensor, " V"]] = {}  # of every token, by expert
+        self.readers: list[str] = []  # the base's linear modules that read the first input
+        self.background: Background | None = None
+        self.worth: dict[str, Float[Tensor, " V"]] = {}  # of every token id, by expert
+        self._ids = background
         self._table: tuple[tuple[str, ...], Tensor] = ((), torch.empty(0))
+
+    @abstractmethod
+    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
+        """What each token id is worth for one expert, given what the first module reads for it."""
 
     def prepare(self, model: Any, experts: Sequence[Expert]) -> None:
         super().prepare(model, experts)
@@ -60,16 +90,12 @@ class EvidenceRouter(Modifier):
                 "prompt. Use another router."
             )
         inputs = token_inputs(model, model.get_input_embeddings().weight.shape[0])
-        if self._known_text is None:
-            self._module = first_linear(model)
-            ids = written_by(model) if self._background is None else self._background
-            self._known_text = _measure(inputs, ids)
-        mean, precision = self._known_text
+        if self.background is None:
+            self.readers = first_readers(model)
+            ids = written_by(model) if self._ids is None else self._ids
+            self.background = Background.measure(inputs, ids)
         for expert in experts:
-            shift = self._mean_prompt(expert) - mean
-            direction = precision @ shift
-            offset = direction @ (mean + shift / 2)
-            self._worth[expert.name] = inputs @ direction.float() - offset.float()
+            self.worth[expert.name] = self.weigh(expert, inputs)
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " W"]:
         return torch.zeros(1) if self.inner is None else self.inner.signature(expert, module)
@@ -86,33 +112,71 @@ class EvidenceRouter(Modifier):
             raise ConfigError(f"{self.name}: was given embeddings, and needs the tokens' ids.")
         names = tuple(expert.name for expert in experts)
         if self._table[0] != names or self._table[1].device != context.ids.device:
-            stacked = torch.stack([self._worth[name] for name in names], dim=1)
+            stacked = torch.stack([self.worth[name] for name in names], dim=1)
             self._table = (names, stacked.to(context.ids.device))
         real = context.real.unsqueeze(-1)
         # fp64, so that prefill and decode agree whatever order a device sums in.
         sums = (self._table[1][context.ids] * real).double().cumsum(1)
         means = sums / real.long().cumsum(1).clamp_min(1)
-        return self.strength * means[:, -context.length :].float().flatten(0, 1)
+        prior = self.strength * means[:, -context.length :].float().flatten(0, 1)
+        more = super().prior(context, experts)  # of another evidence inside
+        return prior if more is None else prior + more
 
-    def _mean_prompt(self, expert: Expert) -> Float[Tensor, " I"]:
+
+@final
+class EvidenceRouter(ContextEvidence):
+    """How much the context reads like an expert's prompts, rather than like any text.
+
+    With m, Σ the mean and covariance of what background text makes the first module read, and m_z
+    the mean over the expert's prompts, an input x is worth w·(x - m) - w·(m_z - m) / 2 with
+    w = (Σ + λI)⁻¹ (m_z - m): the log-likelihood ratio of two Gaussians with one covariance.
+    Needs of each expert its mean prompt, one vector (`phatgoose experts derive`).
+    """
+
+    name = "evidence"
+
+    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
         found = expert.signatures.get("prompt_mean")
-        if found is None or self._module not in found.vectors:
+        vectors = found.vectors if found else {}
+        at = next((vectors[name] for name in self.readers if name in vectors), None)
+        if at is None:
             raise MissingGateError(
-                f"{expert.name}: has no mean prompt at {self._module}. Measure it: phatgoose "
-                f"experts derive {expert.folder or 'FOLDER'} --tasks TASKS"
+                f"{expert.name}: has no mean prompt at {self.readers[0]}. Measure it: phatgoose "
+                f"experts derive {expert.folder or 'FOLDER'} --tasks TASKS. Or use the "
+                "adapter_evidence router, which needs none."
             )
-        return found.vectors[self._module].double()
+        assert self.background is not None
+        shift = at.double() - self.background.mean
+        direction = self.background.power(-1) @ shift
+        offset = direction @ (self.background.mean + shift / 2)
+        return inputs @ direction.float() - offset.float()
 
 
-def _measure(
-    inputs: Float[Tensor, "V I"], ids: Int[Tensor, "B L"]
-) -> tuple[Float[Tensor, " I"], Float[Tensor, "I I"]]:
-    """The mean of a text's inputs, and the inverse of their covariance, shrunk."""
-    share = torch.bincount(ids.flatten().cpu(), minlength=len(inputs)).double()
-    used = share.nonzero().squeeze(1)
-    share, inputs = share[used] / share.sum(), inputs[used].double()
-    mean = share @ inputs
-    centred = inputs - mean
-    covariance = (centred * share.unsqueeze(1)).T @ centred
-    covariance.diagonal().add_(SHRINK * covariance.diagonal().mean())
-    return mean, torch.linalg.inv(covariance)
+@final
+class AdapterEvidenceRouter(ContextEvidence):
+    """How much the context lies in an adapter's own input space: takes neither data nor training.
+
+    With Q an orthonormal basis of the row spaces of the adapter's A at all modules that read the
+    first input, an input x is worth z(‖Qᵀ (Σ + λI)^-½ (x - m)‖), z the standard score over
+    background text. An adapter learns to read the directions in which its prompts differ from
+    other text.
+    """
+
+    name = "adapter_evidence"
+
+    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
+        found = [expert.modules[name] for name in self.readers if name in expert.modules]
+        if not found:
+            raise MissingGateError(
+                f"{expert.name}: adapts none of the modules that read the embeddings "
+                f"({', '.join(self.readers)}), so its weights do not tell which tokens it is for."
+            )
+        assert self.background is not None
+        spaces = torch.cat([right_singular(lora)[1] for lora in found])
+        values, basis = torch.linalg.svd(spaces, full_matrices=False)[1:]
+        basis = basis[values > 1e-9 * values.max()]
+        projection = (basis @ self.background.power(-0.5)).float()
+        lengths = ((inputs - self.background.mean.float()) @ projection.T).norm(dim=1).double()
+        mean = self.background.share @ lengths
+        deviation = (self.background.share @ (lengths - mean) ** 2).sqrt()
+        return ((lengths - mean) / deviation.clamp_min(1e-9)).float()

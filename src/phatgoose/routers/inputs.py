@@ -1,7 +1,7 @@
 """What a base's linear modules read, found by running it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from phatgoose.experts.base import linear_modules
 ROWS, LENGTH = 64, 64  # of text that a base writes itself
 
 
-def first_linear(model: nn.Module) -> str:
-    """Name of the linear module a forward comes to first."""
-    name, _ = _first_input(model, torch.zeros(1, 1, dtype=torch.long))
-    return name
+def first_readers(model: nn.Module) -> list[str]:
+    """Names of the linear modules that read what the first of a forward reads, in its order."""
+    return _first_input(model, torch.zeros(1, 1, dtype=torch.long))[0]
 
 
 def token_inputs(model: nn.Module, tokens: int) -> Float[Tensor, "V I"]:
@@ -70,24 +69,29 @@ def read_by(
 
 
 class _Reached(Exception):
-    """The first linear module has been reached; the rest of the forward is not wanted."""
+    """What the first linear modules read is known; the rest of the forward is not wanted."""
 
 
-def _first_input(model: nn.Module, ids: Int[Tensor, "B 1"]) -> tuple[str, Float[Tensor, "B I"]]:
-    found: list[tuple[str, Tensor]] = []
+def _first_input(
+    model: nn.Module, ids: Int[Tensor, "B 1"]
+) -> tuple[list[str], Float[Tensor, "B I"]]:
+    """What the first linear module reads, and the names of all that read this very tensor."""
+    names: list[str] = []
+    inputs: list[Tensor] = []
 
-    def stop(name: str, x: Tensor) -> None:
-        found.append((name, x.detach().reshape(len(ids), -1)))
-        raise _Reached
+    def look(name: str, x: Tensor) -> None:
+        if inputs and x is not inputs[0]:
+            raise _Reached
+        names.append(name)
+        inputs.append(x)
 
     device = next(model.parameters()).device
-    names = list(linear_modules(model))
-    with watching(model, names, stop), torch.no_grad():
-        try:
+    with watching(model, list(linear_modules(model)), look), torch.no_grad():
+        with suppress(_Reached):
             model(input_ids=ids.to(device))
-        except _Reached:
-            return found[0]
-    raise ConfigError("the model has no linear module that a forward reaches.")
+    if not inputs:
+        raise ConfigError("the model has no linear module that a forward reaches.")
+    return names, inputs[0].reshape(len(ids), -1)
 
 
 @contextmanager

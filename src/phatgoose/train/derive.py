@@ -14,7 +14,7 @@ from phatgoose.experts import Expert, adapter_hash, identify_base
 from phatgoose.experts.signatures import KINDS, Signatures
 from phatgoose.nn import ContextKeeper
 from phatgoose.pool import ExpertPool, assign, route, unroute
-from phatgoose.routers.inputs import first_linear, token_inputs, watching
+from phatgoose.routers.inputs import first_readers, token_inputs, watching
 from phatgoose.routers.spectral import right_singular
 from phatgoose.tasks import IGNORED, Encoded, collate
 
@@ -97,7 +97,7 @@ def _arrow(lora: Any) -> Float[Tensor, " I"]:
 def _prompt_means(
     model: Any, experts: Sequence[Expert], drawn: Mapping[str, list[Encoded]]
 ) -> Iterator[dict[str, Tensor]]:
-    module = first_linear(model)
+    module = first_readers(model)[0]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     inputs = token_inputs(model, vocabulary)
     for expert in experts:
