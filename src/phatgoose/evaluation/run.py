@@ -77,60 +77,106 @@ def run_evaluation(
     Raises ConfigError for two methods of one name, no tasks, or where not one method could answer;
     the reasons are in the message. Out of memory is a ConfigError too, and what is finished stays.
     """
-    settings = settings or RunSettings()
-    names = [method.name for method in methods]
-    if len(set(names)) < len(names) or not names:
-        raise ConfigError(f"methods: wanted different names, got {', '.join(names) or 'none'}.")
-    asked = [task for task in tasks if task.unanswerable is None]
-    if not asked:
-        why = "; ".join(f"{t.name}: {t.unanswerable}" for t in tasks) or "none given"
-        raise ConfigError(f"tasks: none can be asked ({why}).")
-    sizes = settings.sizes(model.device.type)
-    bench = Bench(model, tokenizer, pool, settings.share_prompts, sizes["tokens"], sizes["rows"])
-    identity = _identify(model, tokenizer, pool)
-    common = {
-        "phatgoose": phatgoose.__version__,
-        "base": identity["base"]["weights"],
-        "device": model.device.type,
-        "share_prompts": settings.share_prompts,
-    }
-    stream = [Item(task, place) for task in asked for place in range(len(task.examples))]
-    random.Random(settings.seed).shuffle(stream)
-    run = _Run(
-        bench,
-        stream,
-        out=Path(out),
-        common=common,
-        size=sizes["part"],
-        progress=settings.progress,
+    evaluation = Evaluation(
+        model, tokenizer, pool, methods=methods, tasks=tasks, out=out, settings=settings
     )
-    run.answer(methods)
-    failed = {name: run.failed[name] for name in names if name in run.failed}
-    if len(failed) == len(methods):
-        why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        raise ConfigError(f"methods: none could answer ({why}).")
-    reasons = _reasons(tasks, methods, failed)
-    results = {
-        "settings": {
-            "seed": settings.seed,
-            "limit": settings.limit,
-            "share_prompts": settings.share_prompts,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            **sizes,
-        },
-        "versions": _versions(model),
-        **identity,
-        "tasks": {task.name: _describe(task) for task in tasks},
-        "methods": {name: run.described[name] for name in names if name in run.described},
-        "failed": failed,
-        "left_out": dict(left_out or {}),
-        **summarise(tasks, names, run.scores(), reasons, seed=settings.seed),
-        "answers": [part.path.relative_to(out).as_posix() for part in run.parts],
-    }
-    write_json(Path(out) / "results.json", results)
-    write_bytes(Path(out) / "table.md", table(results).encode())
-    draw(results, Path(out))
-    return results
+    evaluation.answer()
+    return evaluation.finish(left_out)
+
+
+class Evaluation:
+    """`run_evaluation` in its parts, so that several processes can share one folder.
+
+    Each makes the same evaluation and does other `jobs()`; then one of them calls `answer()`, which
+    finds the answers in the folder, and `finish()`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        pool: ExpertPool,
+        *,
+        methods: Sequence[Method],
+        tasks: Sequence[EvalTask],
+        out: Path,
+        settings: RunSettings | None = None,
+    ) -> None:
+        settings = settings or RunSettings()
+        names = [method.name for method in methods]
+        if len(set(names)) < len(names) or not names:
+            raise ConfigError(f"methods: wanted different names, got {', '.join(names) or 'none'}.")
+        asked = [task for task in tasks if task.unanswerable is None]
+        if not asked:
+            why = "; ".join(f"{t.name}: {t.unanswerable}" for t in tasks) or "none given"
+            raise ConfigError(f"tasks: none can be asked ({why}).")
+        self.methods, self.tasks, self.out, self.settings = methods, tasks, Path(out), settings
+        self.model = model
+        self.sizes = settings.sizes(model.device.type)
+        rest = settings.share_prompts, self.sizes["tokens"], self.sizes["rows"]
+        bench = Bench(model, tokenizer, pool, *rest)
+        self.identity = _identify(model, tokenizer, pool)
+        stream = [Item(task, place) for task in asked for place in range(len(task.examples))]
+        random.Random(settings.seed).shuffle(stream)
+        self._run = _Run(
+            bench,
+            stream,
+            out=self.out,
+            common={
+                "phatgoose": phatgoose.__version__,
+                "base": self.identity["base"]["weights"],
+                "device": model.device.type,
+                "share_prompts": settings.share_prompts,
+            },
+            size=self.sizes["part"],
+            progress=settings.progress,
+        )
+
+    def jobs(self) -> dict[str, int]:
+        """What can be answered independently of each other: names, and their numbers of examples.
+
+        A method that chooses by the scores of single experts is one job for each of these.
+        """
+        return {name: len(items) for name, (_, items) in self._run.jobs(self.methods).items()}
+
+    def do(self, job: str) -> None:
+        """Answer one of `jobs()`, into the folder."""
+        self._run.do(*self._run.jobs(self.methods)[job])
+
+    def answer(self) -> None:
+        """Answer by every method what is not in the folder yet."""
+        self._run.answer(self.methods)
+
+    def finish(self, left_out: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Write results.json, table.md and the pictures; return the results."""
+        run, tasks = self._run, self.tasks
+        names = [method.name for method in self.methods]
+        failed = {name: run.failed[name] for name in names if name in run.failed}
+        if len(failed) == len(names):
+            why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+            raise ConfigError(f"methods: none could answer ({why}).")
+        reasons = _reasons(tasks, self.methods, failed)
+        results = {
+            "settings": {
+                "seed": self.settings.seed,
+                "limit": self.settings.limit,
+                "share_prompts": self.settings.share_prompts,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                **self.sizes,
+            },
+            "versions": _versions(self.model),
+            **self.identity,
+            "tasks": {task.name: _describe(task) for task in tasks},
+            "methods": {name: run.described[name] for name in names if name in run.described},
+            "failed": failed,
+            "left_out": dict(left_out or {}),
+            **summarise(tasks, names, run.scores(), reasons, seed=self.settings.seed),
+            "answers": [part.path.relative_to(self.out).as_posix() for part in run.parts],
+        }
+        write_json(self.out / "results.json", results)
+        write_bytes(self.out / "table.md", table(results).encode())
+        draw(results, self.out)
+        return results
 
 
 class _Run:
@@ -156,12 +202,7 @@ class _Run:
     def answer(self, methods: Sequence[Method]) -> None:
         """Answer all; those that need other methods' scores last."""
         afterwards = [method for method in methods if isinstance(method, Afterwards)]
-        # Two that choose by the same examples share their singles.
-        probes = {
-            (single.name, method.probe): (single, self._probe(method))
-            for method in afterwards
-            for single in method.singles(self.bench)
-        }
+        probes = self._probes(methods)
         total = sum(len(self._items(method)) for method in methods)
         total += sum(len(items) for _, items in probes.values())
         with tqdm(total=total, unit="example", disable=not self.progress) as bar:
@@ -179,6 +220,29 @@ class _Run:
                 self._settle(method, singles, bar)
             bar.set_description("eval")
         self.rows = {m.name: self.rows[m.name] for m in methods if m.name in self.rows}
+
+    def jobs(self, methods: Sequence[Method]) -> dict[str, tuple[Method, list[Item]]]:
+        """What can be answered without the scores of others."""
+        found = {m.name: (m, self._items(m)) for m in methods if not isinstance(m, Afterwards)}
+        for (name, probe), job in self._probes(methods).items():
+            found[f"{name} on {probe or 'all'}"] = job
+        return found
+
+    def do(self, method: Method, items: Sequence[Item]) -> None:
+        """Answer one job, into the folder; a method that cannot serve its pool leaves nothing."""
+        with tqdm(total=len(items), unit="example", disable=not self.progress) as bar:
+            self._answer(method, items, bar)
+
+    def _probes(
+        self, methods: Sequence[Method]
+    ) -> dict[tuple[str, int | None], tuple[Method, list[Item]]]:
+        """Single experts on the examples they are chosen by; two that choose alike share them."""
+        return {
+            (single.name, method.probe): (single, self._probe(method))
+            for method in methods
+            if isinstance(method, Afterwards)
+            for single in method.singles(self.bench)
+        }
 
     def scores(self) -> dict[str, dict[str, list[float]]]:
         """By task and method, in the task's order."""
