@@ -86,9 +86,9 @@ def _first_input(
         inputs.append(x)
 
     device = next(model.parameters()).device
-    with watching(model, list(linear_modules(model)), look), torch.no_grad():
-        with suppress(_Reached):
-            model(input_ids=ids.to(device))
+    watched = watching(model, list(linear_modules(model)), look)
+    with torch.no_grad(), suppress(_Reached), watched:
+        model(input_ids=ids.to(device))
     if not inputs:
         raise ConfigError("the model has no linear module that a forward reaches.")
     return names, inputs[0].reshape(len(ids), -1)
