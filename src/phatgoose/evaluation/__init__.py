@@ -18,7 +18,7 @@ from phatgoose.evaluation.methods import (
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.evaluation.registry import Inputs, make_methods, method_names
 from phatgoose.evaluation.report import table
-from phatgoose.evaluation.run import RunSettings, run_evaluation
+from phatgoose.evaluation.run import Evaluation, RunSettings, run_evaluation
 from phatgoose.evaluation.scoring import rank_choices, score_choices
 from phatgoose.evaluation.statistics import Interval, mean_interval, resampled_means
 
@@ -28,6 +28,7 @@ __all__ = [
     "Base",
     "BestIndividual",
     "EvalTask",
+    "Evaluation",
     "Inputs",
     "Interval",
     "Method",

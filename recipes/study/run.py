@@ -1,0 +1,243 @@
+"""The study: every method on two pools, over all tasks; resumable, on all GPUs there are.
+
+    python recipes/study/run.py --data DATA --text TEXT --out out/study
+
+DATA holds tasks/NAME/{train,validation,test}.jsonl, heldout/NAME/test.jsonl and INDEX.json; TEXT
+holds .txt or .txt.xz files to pretrain the larger base on. `--step` does one step alone:
+
+    base, experts, rest   build the larger pool, then what both pools need beside gates
+    choose                variants of the recipe, on the experts' validation sets and every other
+                          held-out task
+    report                all methods, on the experts' test sets and all held-out tasks
+    write                 docs/study.md and its figures
+
+`--seconds` bounds choose and report; what was not reached is left out of their tables, and is done
+by the next call.
+"""
+
+import argparse
+import functools
+import json
+import os
+import queue
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as processes
+from build import GATE_STEPS, build_base, build_experts, build_rest
+from jobs import devices
+from settings import METHODS, sub_pools, variants, with_gates_of
+
+from phatgoose import default
+from phatgoose.errors import PhatgooseError
+from phatgoose.evaluation import Evaluation, Inputs, RunSettings, make_methods, read_tasks
+from phatgoose.evaluation.methods import Afterwards, Method
+from phatgoose.files import write_json
+from phatgoose.models import load_base
+from phatgoose.pool import ExpertPool
+from phatgoose.pool.retrieval import build_index
+from phatgoose.tasks import read_examples, split_file
+
+STEPS = ("base", "experts", "rest", "choose", "report", "write")
+POOLS = ("default", "large")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of tasks, heldout and INDEX.json")
+    add("--text", type=Path, help="folder of text for the larger base")
+    add("--out", type=Path, default=Path("out/study"))
+    add("--step", choices=STEPS, nargs="+", default=STEPS)
+    add("--pools", choices=POOLS, nargs="+", default=POOLS)
+    add("--minutes", type=float, default=7, help="of pretraining")
+    add("--steps", type=int, default=600, help="of each expert's adapter")
+    add("--multitask-steps", type=int, default=2000)
+    add("--batch", type=int, default=32, help="examples of an expert in a step")
+    add("--each", type=int, default=4, help="processes on each device")
+    add("--limit", type=int, default=100, help="examples a task in report")
+    add("--choose-limit", type=int, default=50, help="examples a task in choose")
+    add("--probe", type=int, default=30, help="examples a task that oracles choose by")
+    add("--seconds", type=float, default=float("inf"), help="for choose or report of a pool")
+    add("--tokens", type=int, help="tokens per batch of ranking")
+    add("--rows", type=int, help="prompts per batch of generation")
+    add("--docs", type=Path, default=Path("docs"), help="where study.md goes")
+    args = parser.parse_args(argv)
+    args.data, args.out = args.data.resolve(), args.out.resolve()
+    return args
+
+
+def folders_of(args: argparse.Namespace, pool: str) -> tuple[Path, list[Path]]:
+    """The pool's base and its experts."""
+    base = default.BASE if pool == "default" else args.out / "large" / "base"
+    experts = args.out / pool / "experts"
+    return base, sorted(path for path in experts.iterdir() if path.is_dir())
+
+
+def make_evaluation(
+    args: argparse.Namespace, pool: str, phase: str, device: str | None, names: Sequence[str] | None
+) -> Evaluation:
+    """The evaluation of a phase, of these methods alone if named; the same in every process."""
+    base, folders = folders_of(args, pool)
+    model, tokenizer = load_base(base, device=device)
+    experts = ExpertPool.load(folders)
+    report = phase == "report"
+    limit = args.limit if report else args.choose_limit
+    out = args.out / pool / phase
+    sources = task_sources(args, experts.names, phase)
+    tasks = read_tasks(sources, experts.names, model, tokenizer, limit=limit)
+    if report:
+        inputs = Inputs(
+            experts,
+            index=functools.partial(make_index, args, experts.names, model, tokenizer, out),
+            multitask=args.out / pool / "multitask",
+            probe=args.probe,
+        )
+        methods, _ = make_methods(METHODS, inputs)
+    else:
+        methods = [*variants(experts), *sub_pools(experts)]
+        if pool == "default":
+            for steps in GATE_STEPS:
+                gated = sorted((args.out / pool / f"gates-{steps}").glob("[!.]*/"))
+                methods.append(with_gates_of(gated, str(steps)))
+    methods = [method for method in methods if names is None or method.name in names]
+    settings = RunSettings(limit=limit, tokens=args.tokens, rows=args.rows, progress=False)
+    return Evaluation(
+        model, tokenizer, experts, methods=methods, tasks=tasks, out=out, settings=settings
+    )
+
+
+def task_sources(args: argparse.Namespace, experts: Sequence[str], phase: str) -> list[Path]:
+    """The task folders of a phase.
+
+    To choose: the experts' validation sets, and the held-out tasks of even place by name.
+    """
+    heldout = sorted((args.data / "heldout").iterdir())
+    if phase == "report":
+        return [*(args.data / "tasks" / name for name in experts), *heldout]
+    validation = args.out / "validation"
+    for name in experts:
+        path = split_file(args.data / "tasks" / name, "validation")
+        assert path is not None
+        link = validation / "tasks" / name / path.name.replace("validation", "test")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(path)
+    index = json.loads((args.data / "INDEX.json").read_text())
+    write_json(validation / "INDEX.json", index)
+    return [*(validation / "tasks" / name for name in experts), *heldout[::2]]
+
+
+def make_index(
+    args: argparse.Namespace, names: Sequence[str], model: Any, tokenizer: Any, out: Path
+) -> Any:
+    """The experts' training prompts, for retrieval."""
+    paths = {name: split_file(args.data / "tasks" / name, "train") for name in names}
+    examples = {name: read_examples(path, limit=4000) for name, path in paths.items() if path}
+    return build_index(examples, model, tokenizer, cache=out)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def work(
+    args: argparse.Namespace, pool: str, phase: str, device: str, todo: Any, done: Any
+) -> None:
+    """Do jobs of an evaluation until there are none."""
+    torch.set_num_threads(2)
+    evaluation = make_evaluation(args, pool, phase, device, None)
+    while True:
+        try:
+            job = todo.get(timeout=1)
+        except queue.Empty:
+            return
+        started = time.monotonic()
+        try:
+            evaluation.do(job)
+        except PhatgooseError as error:
+            print(f"{pool} {phase}: {job}: {error}", file=sys.stderr)
+            continue
+        done.put((job, time.monotonic() - started))
+
+
+def answer(args: argparse.Namespace, pool: str, phase: str) -> None:
+    """Answer a phase in several processes, then write its results."""
+    started = time.monotonic()
+    context = processes.get_context("spawn")
+    todo, done = context.Queue(), context.Queue()
+    on = [f"cuda:{index}" if index else "cpu" for index in devices()]
+    workers = [
+        context.Process(target=work, args=(args, pool, phase, device, todo, done))
+        for _ in range(args.each)
+        for device in on
+    ]
+    evaluation = make_evaluation(args, pool, phase, on[0], None)
+    jobs = evaluation.jobs()
+    for job in jobs:
+        todo.put(job)
+    for worker in workers:
+        worker.start()
+    finished: set[str] = set()
+    while any(worker.is_alive() for worker in workers):
+        if time.monotonic() - started > args.seconds:
+            break
+        try:
+            job, seconds = done.get(timeout=0.5)
+        except queue.Empty:
+            continue
+        finished.add(job)
+        rate = jobs[job] / max(seconds, 1e-3)
+        now = time.monotonic() - started
+        print(
+            f"{now:.0f} s: {pool} {phase}: {job} in {seconds:.0f} s, {rate:.0f} examples/s, "
+            f"{len(finished)}/{len(jobs)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    for worker in workers:
+        worker.kill()
+    while not done.empty():
+        finished.add(done.get()[0])
+    reached = [m.name for m in evaluation.methods if needs(m, jobs) <= finished]
+    late = {
+        m.name: "not reached in the time given" for m in evaluation.methods if m.name not in reached
+    }
+    evaluation.methods = [m for m in evaluation.methods if m.name in reached]
+    if reached:
+        evaluation.answer()
+        evaluation.finish(late)
+
+
+def needs(method: Method, jobs: dict[str, int]) -> set[str]:
+    """The jobs without which a method has no score."""
+    if not isinstance(method, Afterwards):
+        return {method.name}
+    suffix = f" on {method.probe or 'all'}"
+    return {job for job in jobs if job.startswith("single:") and job.endswith(suffix)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "large" in args.pools and "base" in args.step:
+        build_base(args)
+    if "large" in args.pools and "experts" in args.step:
+        build_experts(args)
+    if "rest" in args.step:
+        build_rest(args, args.pools)
+    for phase in ("choose", "report"):
+        for pool in args.pools if phase in args.step else ():
+            answer(args, pool, phase)
+    if "write" in args.step:
+        from write import write
+
+        write(args.out, args.docs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
