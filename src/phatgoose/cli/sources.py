@@ -1,9 +1,10 @@
 """Where the experts and examples named on the command line are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from phatgoose import default
+from phatgoose.errors import ConfigError
 from phatgoose.experts.lora import CONFIG_FILE
 
 
@@ -22,3 +23,14 @@ def expert_sources(given: Sequence[str] | None) -> list[str | Path]:
         else:
             sources.append(source)
     return sources
+
+
+def by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    """Folders by their names; ConfigError where two have the same."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name in named:
+            raise ConfigError(f"{folder}: has the name of {named[name]}. Rename one of them.")
+        named[name] = folder
+    return named
