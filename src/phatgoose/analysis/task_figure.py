@@ -138,7 +138,7 @@ def _by_module(
     widths = [max(len(panel), 2) for panel in panels]
     if wide > sum(widths):  # cells of all bands are of one size
         widths.append(wide - sum(widths))
-    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     axes = axes[: len(panels)]
@@ -153,12 +153,12 @@ def _by_module(
         if analysis.places[panel[0]].stack == 2:
             layers = [""]
         axis.set_xticks(centres(layers)[::step], layers[::step], fontsize=7.5, parse_math=False)
-        axis.tick_params(left=False)
+        axis.set_yticks([])  # shared ones would be laid out for each panel
+        axis.invert_yaxis()
     size = 8.5 if len(rows) <= 24 else 7.5
     axes[0].set_yticks(
         centres(rows), [cut(names[i]) for i in rows], fontsize=size, parse_math=False
     )
-    axes[0].invert_yaxis()
     if analysis.oracle is not None:
         oracle = rows.index(analysis.experts.index(analysis.oracle))
         for axis, panel in zip(axes, panels, strict=True):
