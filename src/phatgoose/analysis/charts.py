@@ -58,8 +58,9 @@ def layer_ticks(axis: "Axes", layers: Sequence[str], most: int = 24) -> None:
     """Layers along x, centred on whole numbers; some of their names where there are many."""
     step = -(-len(layers) // most)
     at = range(0, len(layers), step)
-    upright = max(map(len, layers)) > 3
-    style = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if upright else {}
+    style: dict[str, Any] = {}
+    if max(map(len, layers)) > 3:
+        style = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(list(at), [cut(layers[i], 14) for i in at], parse_math=False, **style)
     axis.set_xlim(-0.4, len(layers) - 0.6)
 

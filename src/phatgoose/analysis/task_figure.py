@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -54,7 +54,7 @@ def draw_task(analysis: TaskAnalysis, path: str | Path) -> None:
     height = max(1.6, len(rows) * (0.2 if len(rows) <= 24 else 0.135)) + 0.75
     figure = Figure((_WIDTH, 0.9 + height * len(bands) + 3.0), layout="constrained")
     figure.suptitle(_headline(analysis), fontsize=13, fontweight="bold", parse_math=False)
-    parts = figure.subfigures(len(bands) + 1, 1, height_ratios=[height] * len(bands) + [3.0])
+    parts: Any = figure.subfigures(len(bands) + 1, 1, height_ratios=[height] * len(bands) + [3.0])
     part = analysis.by_module()
     largest = 100 * float(part[:, rows].max())
     wide = max(sum(max(len(panel), 2) for panel in panels) for panels in bands)
@@ -219,7 +219,7 @@ def _scale(axis: "Axes", analysis: TaskAnalysis) -> None:
             range(len(layers)), low.numpy(), high.numpy(), color=colour, alpha=0.18, lw=0
         )
         _line(axis, layers, mean[:, column], colour, mark, name)
-    axis.axhline(1, color=FAINT, ls=":", lw=1.2)
+    axis.axhline(1, color=FAINT, ls=":", lw=1.2, label="one adapter, as trained")
     plain(axis, "Effective scale of a module", x="layer (band: ± 1 s.d. of tokens)", y="weight")
     axis.set_ylim(0, max(1.1, 1.05 * float((mean + spread).max())))
     layer_ticks(axis, layers, 12)
