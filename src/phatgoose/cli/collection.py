@@ -74,9 +74,9 @@ def derive(arguments: Namespace) -> None:
     for option, least in (("examples", 1), ("max_length", 2), ("batch_size", 1)):
         if getattr(arguments, option) < least:
             raise ConfigError(f"--{option} must be at least {least}.".replace("_", "-"))
-    folders = _by_name(map(_local, expert_sources(arguments.adapters)))
+    folders = by_name(map(_local, expert_sources(arguments.adapters)))
     experts = {name: load_expert(folder, name=name) for name, folder in folders.items()}
-    tasks = _by_name(task_folders(arguments.tasks, "train")) if arguments.tasks else {}
+    tasks = by_name(task_folders(arguments.tasks, "train")) if arguments.tasks else {}
     missing = [name for name in folders if name not in tasks]
     if arguments.tasks and missing:
         raise TaskFormatError(
