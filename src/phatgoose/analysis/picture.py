@@ -16,6 +16,7 @@ from phatgoose.nn import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _WIDTH = 12.0  # inches
 _TOKENS = 80  # that fit side by side
@@ -52,6 +53,11 @@ def save_picture(
     _heat(next(axes), view, view.by_layer, heads=view.layers, title="Experts in each layer")
     for passage in first:
         _by_token(next(axes), view, passage)
+    write_figure(figure, path)
+
+
+def write_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure as PNG, atomically."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a script the font lacks shows as boxes

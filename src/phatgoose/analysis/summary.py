@@ -1,5 +1,6 @@
 """A trace in numbers."""
 
+import math
 from typing import Any
 
 import torch
@@ -56,15 +57,18 @@ def layers(trace: Trace) -> dict[str, list[str]]:
     """
     found: dict[tuple[int, int, str], list[str]] = {}
     for module in trace.experts:
-        parts = module.split(".")
-        depth = next((int(part) for part in parts if part.isdecimal()), None)
-        stack = next((part for part in ("encoder", "decoder") if part in parts), "")
-        if depth is None:
-            found.setdefault((2, 0, module), []).append(module)
-        else:
-            key = (int(stack == "decoder"), depth, f"{stack} {depth}".strip())
-            found.setdefault(key, []).append(module)
-    return {name: found[_, depth, name] for _, depth, name in sorted(found)}
+        found.setdefault(layer_of(module), []).append(module)
+    return {name: found[stack, depth, name] for stack, depth, name in sorted(found)}
+
+
+def layer_of(module: str) -> tuple[int, int, str]:
+    """A module's stack (0; 1 for a decoder beside an encoder; 2 for neither), depth and layer."""
+    parts = module.split(".")
+    depth = next((int(part) for part in parts if part.isdecimal()), None)
+    if depth is None:
+        return 2, 0, module
+    stack = next((part for part in ("encoder", "decoder") if part in parts), "")
+    return int(stack == "decoder"), depth, f"{stack} {depth}".strip()
 
 
 def layer_weights(trace: Trace) -> dict[str, Float[Tensor, " E+1"]]:
@@ -120,6 +124,11 @@ def shares(weights: Float[Tensor, "*B E"]) -> Float[Tensor, "*B E"]:
     return weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
+def entropy(distribution: Float[Tensor, "*B E"]) -> Float[Tensor, "*B"]:
+    """-Σ p log2 p of each row, in bits."""
+    return torch.special.entr(distribution).sum(-1).abs() / math.log(2)
+
+
 def _spread(trace: Trace, module: str) -> Float[Tensor, "N E+1"]:
     """The weights of one site with a column for every expert, and one for none."""
     experts, weights = trace.experts[module], trace.weights[module].double()
@@ -134,7 +143,7 @@ def _shares(trace: Trace, weights: Float[Tensor, " E+1"]) -> dict[str, Any]:
     return {
         "shares": {trace.names[i]: float(part[i]) for i in order},
         "no_expert": float(part[-1]),
-        "entropy": abs(float(-torch.special.xlogy(part, part).sum() / torch.log(torch.tensor(2)))),
+        "entropy": float(entropy(part)),
     }
 
 

@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from phatgoose import default
-from phatgoose.cli.sources import expert_sources
+from phatgoose.cli.sources import by_name, expert_sources
 from phatgoose.cli.training import adapter_settings, check_options, encode_examples
 from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
 from phatgoose.experts import GateRecord, load_expert
@@ -25,7 +25,7 @@ from phatgoose.train.derive import draw
 def train(arguments: Namespace) -> None:
     """Train an expert for each task folder."""
     gates, adapter = check_options(arguments), adapter_settings(arguments)
-    folders = _by_name(task_folders(arguments.tasks, "train"))
+    folders = by_name(task_folders(arguments.tasks, "train"))
     out = Path(arguments.out)
     examples = {name: load_examples(folder) for name, folder in folders.items()}
     model, tokenizer = _load(arguments, arguments.base or default.BASE)
@@ -45,9 +45,9 @@ def train(arguments: Namespace) -> None:
 def gate(arguments: Namespace) -> None:
     """Train the gates of many adapter folders, each on the task of its name."""
     gates = check_options(arguments)
-    folders = _by_name(map(_local, expert_sources(arguments.adapters)))
+    folders = by_name(map(_local, expert_sources(arguments.adapters)))
     base = arguments.base or _common_base(folders)
-    tasks = _by_name(task_folders(arguments.tasks, "train"))
+    tasks = by_name(task_folders(arguments.tasks, "train"))
     for name, folder in folders.items():
         if name not in tasks:
             raise TaskFormatError(
@@ -74,9 +74,9 @@ def derive(arguments: Namespace) -> None:
     for option, least in (("examples", 1), ("max_length", 2), ("batch_size", 1)):
         if getattr(arguments, option) < least:
             raise ConfigError(f"--{option} must be at least {least}.".replace("_", "-"))
-    folders = _by_name(map(_local, expert_sources(arguments.adapters)))
+    folders = by_name(map(_local, expert_sources(arguments.adapters)))
     experts = {name: load_expert(folder, name=name) for name, folder in folders.items()}
-    tasks = _by_name(task_folders(arguments.tasks, "train")) if arguments.tasks else {}
+    tasks = by_name(task_folders(arguments.tasks, "train")) if arguments.tasks else {}
     missing = [name for name in folders if name not in tasks]
     if arguments.tasks and missing:
         raise TaskFormatError(
@@ -121,17 +121,6 @@ def _encode(
     return {
         name: encode_examples(arguments, rows, model, tokenizer) for name, rows in examples.items()
     }
-
-
-def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
-    """Folders by their names; ConfigError where two have the same."""
-    named: dict[str, Path] = {}
-    for folder in folders:
-        name = folder.resolve().name
-        if name in named:
-            raise ConfigError(f"{folder}: has the name of {named[name]}. Rename one of them.")
-        named[name] = folder
-    return named
 
 
 def _local(source: str | Path) -> Path:

@@ -19,7 +19,7 @@ from phatgoose.tasks import SEPARATOR
 def demo(arguments: Namespace) -> None:
     """Answer one prompt of several skills, in one batch, with and without the pool."""
     rows = [json.loads(line) for line in default.DEMO.read_text(encoding="utf-8").splitlines()]
-    model, tokenizer, pool = _routed_model(arguments)
+    model, tokenizer, pool = routed_model(arguments)
     prompts = [row["inputs"] + SEPARATOR for row in rows]
     with phatgoose.restrict(model, []):
         base = generate_text(model, tokenizer, prompts, max_new_tokens=48)
@@ -55,7 +55,7 @@ def demo(arguments: Namespace) -> None:
 
 def generate(arguments: Namespace) -> None:
     """Answer prompts with the routed pool."""
-    model, tokenizer, _ = _routed_model(arguments)
+    model, tokenizer, _ = routed_model(arguments)
     prompts = _prompts(arguments, arguments.prompt)
     answers = generate_text(model, tokenizer, prompts, max_new_tokens=arguments.max_new_tokens)
     if arguments.json:
@@ -67,7 +67,7 @@ def generate(arguments: Namespace) -> None:
 
 def trace(arguments: Namespace) -> None:
     """Answer one prompt, print which experts each token used, and draw it."""
-    model, tokenizer, _ = _routed_model(arguments)
+    model, tokenizer, _ = routed_model(arguments)
     prompts = _prompts(arguments, [arguments.prompt])
     with phatgoose.record(model) as trace:
         (answer,) = generate_text(
@@ -84,7 +84,8 @@ def trace(arguments: Namespace) -> None:
     print("\nPictures: " + ", ".join(pictures))
 
 
-def _routed_model(arguments: Namespace) -> tuple[Any, Any, ExpertPool]:
+def routed_model(arguments: Namespace) -> tuple[Any, Any, ExpertPool]:
+    """The base that routes among the experts as the options say, its tokenizer, and the pool."""
     pool = ExpertPool.load(expert_sources(arguments.experts))
     model, tokenizer = load_base(arguments.base or default.BASE, device=arguments.device)
     phatgoose.route(

@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_inference(commands)
     _add_evaluation(commands)
+    _add_analysis(commands)
     _add_training(commands)
     _add_experts(commands)
     return parser
@@ -101,6 +102,36 @@ def _add_inference(commands: Commands) -> None:
         "--out", default="phatgoose-trace", help="folder for trace.html and trace.png"
     )
     _generation_options(trace)
+
+
+def _add_analysis(commands: Commands) -> None:
+    analyze = _command(
+        commands,
+        "analyze",
+        "analysis:analyze",
+        "draw where the tokens of tasks go, and whether they find their expert",
+    )
+    analyze.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="folders that hold test.jsonl, or folders of such folders",
+    )
+    analyze.add_argument("--limit", type=int, default=50, help="examples of each task")
+    analyze.add_argument("--seed", type=int, default=0, help="of which examples")
+    analyze.add_argument(
+        "--oracle",
+        nargs="+",
+        default=[],
+        metavar="ORACLE",
+        help="the right expert: TASK=EXPERT; and for tasks with no expert of their name the best "
+        "single ones in an evaluation's results.json, or one EXPERT for all",
+    )
+    analyze.add_argument(
+        "--out", default="phatgoose-analysis", help="folder for the pictures and analysis.json"
+    )
+    _routing_options(analyze)
 
 
 def _generation_options(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,20 @@
 """Where the experts and examples named on the command line are."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
+from phatgoose.errors import ConfigError
 from phatgoose.experts.sources import expert_sources
 
-__all__ = ["expert_sources"]
+__all__ = ["by_name", "expert_sources"]
+
+
+def by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    """Folders by their names; ConfigError where two have the same."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name in named:
+            raise ConfigError(f"{folder}: has the name of {named[name]}. Rename one of them.")
+        named[name] = folder
+    return named

@@ -15,14 +15,14 @@ from phatgoose.evaluation.batches import (
     is_seq2seq,
     longest_input,
     pad_id,
-    padded,
+    teacher_forced,
     token_batches,
 )
 from phatgoose.evaluation.scoring import MAX_TOKENS
 from phatgoose.nn import Trace
 from phatgoose.nn.context import Stream
 from phatgoose.pool import record
-from phatgoose.tasks import IGNORED, Encoded, Example
+from phatgoose.tasks import Encoded, Example
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,11 @@ def own_share(
     for batch in token_batches(lengths, max_tokens_per_batch):
         chosen = [rows[index] for index in batch]
         with evaluating(model), record(model) as trace:
-            forward(model, **_inputs(model, chosen, pad_id(tokenizer)))
+            forward(model, **teacher_forced(model, chosen, pad_id(tokenizer)))
         for name, share in _shares(trace, chosen, expert, seq2seq=seq2seq):
             sums[name][0] += float(share.sum())
             sums[name][1] += share.numel()
     return OwnShare(**{name: total / max(count, 1) for name, (total, count) in sums.items()})
-
-
-def _inputs(model: Any, rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
-    if not is_seq2seq(model):
-        ids, mask = padded([row.prompt + row.target[:-1] for row in rows], pad, "right")
-        return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1, "use_cache": False}
-    ids, mask = padded([row.prompt for row in rows], pad, "right")
-    targets, target_mask = padded([row.target for row in rows], IGNORED, "right")
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(targets),
-        "decoder_attention_mask": target_mask,
-        "use_cache": False,
-    }
 
 
 def _shares(

@@ -1,0 +1,114 @@
+"""analyze: where the tokens of whole tasks go, and whether they find their expert."""
+
+import json
+import random
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phatgoose import analysis
+from phatgoose.cli.inference import routed_model
+from phatgoose.cli.sources import by_name
+from phatgoose.errors import ConfigError
+from phatgoose.tasks import Example, load_examples, task_folders
+
+
+def analyze(arguments: Namespace) -> None:
+    """Route each task's test examples, write numbers and pictures, print a line for each task."""
+    if arguments.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {arguments.limit}.")
+    folders = by_name(task_folders(arguments.tasks))
+    tasks = {name: _sample(folder, name, arguments) for name, folder in folders.items()}
+    named, else_named = _oracles(arguments.oracle, tasks)
+    model, tokenizer, pool = routed_model(arguments)
+    own = {task: task for task in tasks if task in pool.names}
+    oracle = {**else_named, **own, **named}
+    found = analysis.analyse_tasks(model, tokenizer, tasks, oracle=oracle, progress=True)
+    keys = ("base", "router", "top_k", "temperature", "scale", "null_score", "limit", "seed")
+    settings = {key: getattr(arguments, key) for key in keys}
+    out = Path(arguments.out)
+    files = analysis.save_analyses(found, tokenizer, out, settings=settings, progress=True)
+    rows = {name: _row(result) for name, result in found.items()}
+    if arguments.json:
+        print(json.dumps({"tasks": rows, "files": list(map(str, files))}, ensure_ascii=False))
+        return
+    _print(rows)
+    print(f"\nAll tasks: {files[1]}, {files[2]}. Each task: {out / 'tasks'}. Numbers: {files[0]}")
+
+
+def _sample(folder: Path, name: str, arguments: Namespace) -> list[Example]:
+    """A seeded subset of a task's test split, in its order."""
+    everything = load_examples(folder, "test")
+    count = min(arguments.limit, len(everything))
+    lines = random.Random(f"{arguments.seed} {name}").sample(range(len(everything)), count)
+    return [everything[line] for line in sorted(lines)]
+
+
+def _oracles(
+    values: Sequence[str], tasks: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Oracles by task: those named for one task, and those for tasks without an expert."""
+    named: dict[str, str] = {}
+    else_named: dict[str, str] = {}
+    for value in values:
+        task, sign, expert = value.partition("=")
+        if value.endswith(".json"):
+            else_named.update({t: e for t, e in _read_oracles(Path(value)).items() if t in tasks})
+        elif not sign:
+            else_named.update(dict.fromkeys(tasks, value))
+        elif task not in tasks:
+            raise ConfigError(
+                f"--oracle {value}: no task is named {task}. There are {', '.join(tasks)}."
+            )
+        else:
+            named[task] = expert
+    return named, else_named
+
+
+def _read_oracles(path: Path) -> dict[str, str]:
+    """The best single expert of each task, by an evaluation's results."""
+    try:
+        oracle = json.loads(path.read_text(encoding="utf-8"))["oracle"]
+        if not all(isinstance(expert, str) for expert in oracle.values()):
+            raise TypeError("its oracle names no experts")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: no results of an evaluation with its best experts ({error!r}). Wanted "
+            '{"oracle": {TASK: EXPERT, ...}}, or name them: --oracle TASK=EXPERT.'
+        ) from None
+    return oracle
+
+
+def _row(result: analysis.TaskAnalysis) -> dict[str, Any]:
+    """The gist of a task's analysis."""
+    numbers = analysis.describe(result)
+    most = max(range(len(result.experts)), key=lambda i: numbers["shares"][i])
+    keys = ("examples", "tokens", "oracle", "oracle_share", "oracle_rank")
+    return {
+        **{key: numbers[key] for key in keys},
+        "most_used": result.experts[most],
+        "most_used_share": numbers["shares"][most],
+        "entropy": sum(layer["entropy"] for layer in numbers["layers"]) / len(numbers["layers"]),
+        "experts_per_token": {stream: result.distinct_mean(stream) for stream in result.distinct},
+    }
+
+
+def _print(rows: Mapping[str, dict[str, Any]]) -> None:
+    lines = [("task", "most used", "Oracle", "share", "rank", "bits", "experts/token")]
+    for name, row in rows.items():
+        share = row["oracle_share"]
+        lines.append(
+            (
+                name,
+                f"{row['most_used']} {row['most_used_share']:.1%}",
+                row["oracle"] or "-",
+                "-" if share is None else f"{share:.1%}",
+                str(row["oracle_rank"] or "-"),
+                f"{row['entropy']:.2f}",
+                ", ".join(f"{mean:.1f}" for mean in row["experts_per_token"].values()),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
