@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=phatgoose.__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_inference(commands)
+    _add_evaluation(commands)
     _add_training(commands)
     _add_experts(commands)
     return parser
@@ -135,6 +136,48 @@ def _device_options(parser: argparse.ArgumentParser) -> None:
 
 def _json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_evaluation(commands: Commands) -> None:
+    evaluate = _command(
+        commands, "eval", "evaluation:evaluate", "score methods on tasks: table, pictures, answers"
+    )
+    add = evaluate.add_argument
+    add("--base", help="base model: folder or Hub id (the one in the package)")
+    add("--experts", nargs="+", metavar="EXPERT", help="folders or Hub ids (those in the package)")
+    add(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="folders that hold test.jsonl, folders of such folders, or t0ho, bbh, bbl",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        default=["base,own,phatgoose"],
+        metavar="METHOD",
+        help="router names, base, own, single:NAME, retrieval, best_individual, oracle, "
+        "multitask, ..., or all; also with commas",
+    )
+    add("--limit", type=int, metavar="N", help="test examples per task (all)")
+    add("--seed", type=int, default=0, help="of the subsets and the stream's order")
+    add("--out", required=True, help="folder of the results; a run goes on with what it holds")
+    add("--train-tasks", metavar="DIR", help="NAME/train.jsonl of the experts, for retrieval")
+    add("--encoder", default="base", help="of retrieval: base, or a sentence-transformers model")
+    add("--multitask", metavar="FOLDER", help="a LoRA trained on all experts' data")
+    add("--oracle-limit", type=int, metavar="N", help="examples per task to choose by (all)")
+    add("--tokens", type=int, help="tokens per batch of ranking (131072, cpu 8192)")
+    add("--rows", type=int, help="prompts per batch of generation (1024, cpu 64)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16, cpu float32)")
+    add(
+        "--share-prompts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read a prompt once for all its choices: same up to rounding, and faster",
+    )
+    _device_options(evaluate)
+    _json_option(evaluate)
 
 
 def _add_training(commands: Commands) -> None:

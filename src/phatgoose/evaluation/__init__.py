@@ -1,25 +1,57 @@
 """Answering examples with a model, routed or not, and scoring the answers."""
 
+from phatgoose.evaluation.collection import EvalTask, read_tasks
 from phatgoose.evaluation.diagnosis import OwnShare, own_share
 from phatgoose.evaluation.evaluate import Answer, evaluate, grade, predict
 from phatgoose.evaluation.generation import generate_answers, generate_text
+from phatgoose.evaluation.methods import (
+    Base,
+    BestIndividual,
+    Method,
+    Oracle,
+    Own,
+    Retrieval,
+    Routed,
+    Single,
+    Static,
+)
 from phatgoose.evaluation.metrics import METRICS
+from phatgoose.evaluation.registry import Inputs, make_methods, method_names
+from phatgoose.evaluation.report import table
+from phatgoose.evaluation.run import RunSettings, run_evaluation
 from phatgoose.evaluation.scoring import rank_choices, score_choices
 from phatgoose.evaluation.statistics import Interval, mean_interval, resampled_means
 
 __all__ = [
     "METRICS",
     "Answer",
+    "Base",
+    "BestIndividual",
+    "EvalTask",
+    "Inputs",
     "Interval",
+    "Method",
+    "Oracle",
+    "Own",
     "OwnShare",
+    "Retrieval",
+    "Routed",
+    "RunSettings",
+    "Single",
+    "Static",
     "evaluate",
     "generate_answers",
     "generate_text",
     "grade",
+    "make_methods",
     "mean_interval",
+    "method_names",
     "own_share",
     "predict",
     "rank_choices",
+    "read_tasks",
     "resampled_means",
+    "run_evaluation",
     "score_choices",
+    "table",
 ]

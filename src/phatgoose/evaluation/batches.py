@@ -1,17 +1,20 @@
 """Batches for evaluation: of similar lengths, padded on the side that suits."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from phatgoose.errors import ConfigError
 from phatgoose.tasks import Encoded, encode
 
+# Bars on stderr or none, or a function that is told how many examples more are answered.
+Progress = bool | Callable[[int], object]
 UNLIMITED = 1 << 20  # tokenizers without a limit name an enormous one
 
 
@@ -118,3 +121,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def counting(progress: Progress, total: int, what: str) -> Iterator[Callable[[int], object]]:
+    """What to call with the number of examples just answered."""
+    if callable(progress):
+        yield progress
+        return
+    with tqdm(total=total, desc=what, unit="example", disable=not progress, leave=None) as bar:
+        yield bar.update

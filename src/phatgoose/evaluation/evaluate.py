@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phatgoose.errors import ConfigError
+from phatgoose.evaluation.batches import Progress
 from phatgoose.evaluation.generation import BATCH_SIZE, MAX_NEW_TOKENS, generate_answers
 from phatgoose.evaluation.metrics import accuracy, metric_by_name
 from phatgoose.evaluation.scoring import MAX_TOKENS, rank_choices
@@ -43,13 +44,14 @@ def predict(
     max_tokens_per_batch: int = MAX_TOKENS,
     batch_size: int = BATCH_SIZE,
     share_prompts: bool = False,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> list[str]:
     """The answer to each example: the likeliest of its choices, or generated where it has none.
 
     Examples of any tasks may be mixed. `max_tokens_per_batch` and `share_prompts` are for ranking
     (see `score_choices`), `max_new_tokens` and `batch_size` for generating (see
-    `generate_answers`). `progress` shows bars on stderr.
+    `generate_answers`). `progress` shows bars on stderr, or is told how many
+    examples more are answered.
     """
     ranked = [i for i, example in enumerate(examples) if example.choices is not None]
     written = [i for i, example in enumerate(examples) if example.choices is None]

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.batches import (
+    Progress,
+    counting,
     encode_within,
     evaluating,
     is_seq2seq,
@@ -27,7 +27,7 @@ def generate_answers(
     *,
     max_new_tokens: int | Sequence[int] = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> list[str]:
     """The greedy answer to each example, stripped; a batch holds prompts of similar lengths.
 
@@ -46,9 +46,7 @@ def generate_answers(
     # A batch goes on until its largest bound, so examples of one bound belong together.
     order = sorted(range(len(examples)), key=lambda i: (-bounds[i], -len(prompts[i])))
     answers = [""] * len(examples)
-    with tqdm(
-        total=len(order), desc="generate", unit="answer", disable=not progress, leave=None
-    ) as bar:
+    with counting(progress, len(order), "generate") as answered:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             rows = [prompts[index] for index in batch]
@@ -56,7 +54,7 @@ def generate_answers(
             for index, ids in zip(batch, new, strict=True):
                 text = tokenizer.decode(ids[: bounds[index]], skip_special_tokens=True)
                 answers[index] = text.strip()
-            bar.update(len(batch))
+            answered(len(batch))
     return answers
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.batches import (
+    Progress,
     Remembering,
+    counting,
     encode_within,
     evaluating,
     forward,
@@ -48,7 +49,7 @@ def rank_choices(
     *,
     max_tokens_per_batch: int = MAX_TOKENS,
     share_prompts: bool = False,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> list[str]:
     """The choice with the highest score of each example; ties go to the first.
 
@@ -75,7 +76,7 @@ def score_choices(
     *,
     max_tokens_per_batch: int = MAX_TOKENS,
     share_prompts: bool = False,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> list[list[float]]:
     """Each choice's score: sum of log p(token), end-of-sequence included, over their number.
 
@@ -101,10 +102,8 @@ def score_choices(
     groups = _groups(model, tokenizer, examples, share=share)
     score = _seq2seq_scores if seq2seq else _shared_scores if share else _causal_scores
     results = [[0.0] * len(example.choices or ()) for example in examples]
-    bar = tqdm(
-        total=sum(map(len, results)), desc="rank", unit="choice", disable=not progress, leave=None
-    )
-    with evaluating(model), bar:
+    left = list(map(len, results))
+    with evaluating(model), counting(progress, len(examples), "rank") as answered:
         for batch in token_batches(
             [group.longest for group in groups],
             max_tokens_per_batch,
@@ -115,7 +114,8 @@ def score_choices(
             values = score(model, chosen, pad_id(tokenizer)).tolist()
             for (row, column), value in zip(places, values, strict=True):
                 results[row][column] = value
-            bar.update(len(places))
+                left[row] -= 1
+            answered(sum(left[row] == 0 for row in {row for row, _ in places}))
     return results
 
 

@@ -2,7 +2,7 @@
 
 from phatgoose.routers.arrow import ArrowRouter
 from phatgoose.routers.average import AverageActivationRouter
-from phatgoose.routers.base import Modifier, Router, make_router
+from phatgoose.routers.base import Modifier, Router, make_router, router_names
 from phatgoose.routers.evidence import AdapterEvidenceRouter, EvidenceRouter
 from phatgoose.routers.lag import LagRouter
 from phatgoose.routers.mixed import MixedRouter
@@ -28,4 +28,5 @@ __all__ = [
     "UniformRouter",
     "ZScoreRouter",
     "make_router",
+    "router_names",
 ]

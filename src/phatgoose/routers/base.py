@@ -100,3 +100,8 @@ def _find(name: str) -> type[Router]:
         known = ", ".join(sorted(Router._known))
         raise ConfigError(f"router: no router is called {name!r}. Choose from: {known}.")
     return Router._known[name]
+
+
+def router_names() -> list[str]:
+    """The names that `make_router` knows, in the order of their definition."""
+    return list(Router._known)

@@ -1,0 +1,115 @@
+"""Answers kept as files, a part of the stream each, so that a run goes on where it stopped."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from phatgoose.evaluation.collection import Item
+from phatgoose.evaluation.evaluate import grade
+from phatgoose.evaluation.methods import Bench, Method
+from phatgoose.files import write_bytes
+
+Row = dict[str, Any]  # task, line, prediction, target, score
+Known = Mapping[tuple[str, int], Row]  # by task and line
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some examples to answer by one method, kept as one file."""
+
+    method: Method
+    items: Sequence[Item]
+    path: Path
+
+    def read(self) -> list[Row] | None:
+        """The rows of the file; None where it is missing, cut short or of other examples."""
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
+            of = [(row["task"], row["line"], row["target"]) for row in rows]
+            scored = all(0 <= row["score"] <= 1 and "prediction" in row for row in rows)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        wanted = [(i.task.name, i.task.lines[i.place], i.example.target) for i in self.items]
+        return rows if scored and of == wanted and lines[-1] == "" else None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_bytes(self.path, text.encode())
+
+
+def parts_of(
+    method: Method,
+    items: Sequence[Item],
+    *,
+    settings: Mapping[str, Any],
+    out: Path,
+    size: int,
+) -> list[Part]:
+    """Examples in parts of at most `size`.
+
+    A file's name has the hash of all its answers depend on: the settings (of the base too, and of
+    how it computes) and the examples. So nothing stale is ever taken for finished.
+    """
+    folder = out / "answers" / file_name(method.name)
+    parts = []
+    for number, start in enumerate(range(0, len(items), size)):
+        some = items[start : start + size]
+        asked = [
+            (i.task.name, i.task.metric, i.task.lines[i.place], i.task.max_new_tokens) for i in some
+        ]
+        key = digest([settings, asked, [asdict(i.example) for i in some]])
+        parts.append(Part(method, some, folder / f"part-{number:03}-{key[:12]}.jsonl"))
+    return parts
+
+
+def answer_parts(
+    bench: Bench, method: Method, parts: Sequence[Part], *, known: Known | None = None
+) -> Iterator[list[Row]]:
+    """The rows of each part: read where the file is whole, else computed and written.
+
+    `known` are rows that need not be computed. The model is set up for the method only if there is
+    something to compute.
+    """
+    found = {part.path: part.read() for part in parts}
+    if all(found.values()):
+        yield from (rows for part in parts if (rows := found[part.path]))
+        return
+    with method.ready(bench) as answer:
+        for part in parts:
+            rows = found[part.path]
+            if rows is None:
+                rows = _rows(part.items, answer, known or {})
+                part.write(rows)
+            yield rows
+
+
+def _rows(
+    items: Sequence[Item], answer: Callable[[Sequence[Item]], list[str]], known: Known
+) -> list[Row]:
+    rows = {k: known[place] for k, i in enumerate(items) if (place := place_of(i)) in known}
+    left = [k for k in range(len(items)) if k not in rows]
+    predictions = answer([items[k] for k in left]) if left else []
+    for k, prediction in zip(left, predictions, strict=True):
+        item = items[k]
+        (scored,) = grade([prediction], [item.example], item.task.metric)
+        task, line = place_of(item)
+        rows[k] = {"task": task, "line": line, **asdict(scored)}
+    return [rows[k] for k in range(len(items))]
+
+
+def place_of(item: Item) -> tuple[str, int]:
+    return item.task.name, item.task.lines[item.place]
+
+
+def file_name(name: str) -> str:
+    """A method's name as the name of a folder, on any system."""
+    return re.sub(r"[^\w.+=,-]+", "-", name)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

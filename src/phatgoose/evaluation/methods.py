@@ -1,0 +1,301 @@
+"""Ways to answer a stream of examples with a pool: routers, single experts, merges, references."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import phatgoose
+from phatgoose.errors import ConfigError
+from phatgoose.evaluation.batches import Progress
+from phatgoose.evaluation.collection import Item, Role
+from phatgoose.evaluation.evaluate import predict
+from phatgoose.experts import Expert, adapter_hash
+from phatgoose.experts.gates import gates_hash
+from phatgoose.pool import ExpertPool
+from phatgoose.pool.retrieval import ExampleIndex
+from phatgoose.routers import Router
+
+Answering = Callable[[Sequence[Item]], list[str]]
+BOTH: tuple[Role, ...] = ("own", "heldout")
+
+
+@dataclass
+class Bench:
+    """What every method works with: the plain model, its pool, and how to batch."""
+
+    model: Any
+    tokenizer: Any
+    pool: ExpertPool
+    share_prompts: bool = True
+    tokens: int = 8192  # a batch of ranking
+    rows: int = 64  # a batch of generation
+    progress: Progress = False
+
+    def answer(self, items: Sequence[Item]) -> list[str]:
+        """Answers by the model as it stands."""
+        return predict(
+            self.model,
+            self.tokenizer,
+            [item.example for item in items],
+            max_new_tokens=[item.task.max_new_tokens for item in items],
+            max_tokens_per_batch=self.tokens,
+            batch_size=self.rows,
+            share_prompts=self.share_prompts,
+            progress=self.progress,
+        )
+
+    def answer_by(self, items: Sequence[Item], experts: Sequence[str | None]) -> list[str]:
+        """Each example by one expert at weight 1, or by the bare base (None); the model routes."""
+        answers: dict[int, str] = {}
+        for expert in sorted(set(experts), key=str):
+            places = [place for place, name in enumerate(experts) if name == expert]
+            with phatgoose.restrict(self.model, [] if expert is None else [expert]):
+                answers |= zip(places, self.answer([items[p] for p in places]), strict=True)
+        return [answers[place] for place in range(len(items))]
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to answer a stream of examples.
+
+    `pool` is the pool it uses, the evaluation's unless given, so that pools of several sizes can
+    be compared over the same tasks.
+    """
+
+    name: str
+    roles: tuple[Role, ...] = field(default=BOTH, kw_only=True)  # of the tasks it is defined on
+    pool: ExpertPool | None = field(default=None, kw_only=True, compare=False)
+
+    @abstractmethod
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        """All that its answers depend on beside base and examples, as JSON values."""
+
+    @abstractmethod
+    def ready(self, bench: Bench) -> AbstractContextManager[Answering]:
+        """The model set up, and undone after; what it yields answers examples.
+
+        Raises PhatgooseError where the pool does not serve this method.
+        """
+
+    def experts(self, bench: Bench) -> ExpertPool:
+        return self.pool or bench.pool
+
+
+@dataclass(frozen=True)
+class Base(Method):
+    """The plain model."""
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {"kind": "base"}
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Answering]:
+        yield bench.answer
+
+
+@dataclass(frozen=True)
+class Routed(Method):
+    """The routed pool; `options` are those of `phatgoose.route`, the router's own unless given."""
+
+    router: str | Router = "phatgoose"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        router = self.router if isinstance(self.router, str) else repr(self.router)
+        return {
+            "kind": "router",
+            "router": router,
+            **self.options,
+            "experts": pool_hashes(self.experts(bench)),
+        }
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Answering]:
+        phatgoose.route(bench.model, self.experts(bench), self.router, **self.options)
+        try:
+            yield bench.answer
+        finally:
+            phatgoose.unroute(bench.model)
+
+
+class OneExpert(Method):
+    """Each example by one expert at weight 1: the plain adapter."""
+
+    @abstractmethod
+    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+        """The expert of each example; None is the bare base."""
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Answering]:
+        phatgoose.route(bench.model, self.experts(bench), _Unscored(), top_k=1)
+        try:
+            yield lambda items: bench.answer_by(items, self.choose(items, bench))
+        finally:
+            phatgoose.unroute(bench.model)
+
+
+@dataclass(frozen=True)
+class Own(OneExpert):
+    """Told the task, uses the expert of its name; defined on the experts' own tasks only."""
+
+    roles: tuple[Role, ...] = field(default=("own",), kw_only=True)
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {"kind": "own", "adapters": adapter_hashes(self.experts(bench))}
+
+    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+        return [item.task.name for item in items]
+
+
+@dataclass(frozen=True)
+class Single(OneExpert):
+    """One expert for everything."""
+
+    expert: str = ""
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        adapter = adapter_hash(self.experts(bench)[self.expert].modules)
+        return {"kind": "single", "expert": self.expert, "adapter": adapter}
+
+    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+        return [self.expert] * len(items)
+
+
+@dataclass(frozen=True)
+class PerTask(OneExpert):
+    """An expert for each task, chosen by what the singles scored."""
+
+    chosen: Mapping[str, str] = field(default_factory=dict)  # by task
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        used = {name: adapter_hash(self.experts(bench)[name].modules) for name in self.names}
+        return {"kind": "per task", "experts": dict(self.chosen), "adapters": used}
+
+    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+        return [self.chosen[item.task.name] for item in items]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(set(self.chosen.values()))
+
+
+@dataclass(frozen=True)
+class Retrieval(OneExpert):
+    """One expert per prompt: that of the nearest stored example (arXiv:2302.03202)."""
+
+    index: Callable[[], ExampleIndex] | None = None  # asked for when it is needed
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        index = self._index()
+        return {
+            "kind": "retrieval",
+            "index": index.key,
+            "encoder": index.encoder,
+            "adapters": adapter_hashes(self.experts(bench)),
+        }
+
+    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+        with phatgoose.restrict(bench.model, []):
+            prompts = [item.example.prompt for item in items]
+            return [*self._index().choose(prompts, bench.model, bench.tokenizer)]
+
+    def _index(self) -> ExampleIndex:
+        if self.index is None:
+            raise ConfigError(f"{self.name}: needs an index of the experts' training prompts.")
+        return self.index()
+
+
+@dataclass(frozen=True)
+class Static(Method):
+    """One adapter at weight 1, made of the pool or read from elsewhere, when it is needed."""
+
+    make: Callable[[ExpertPool], Expert] | None = None
+    made_with: Mapping[str, Any] = field(default_factory=dict)  # settings, hashes
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        adapters = adapter_hashes(self.experts(bench))
+        return {"kind": "static", **self.made_with, "adapters": adapters}
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Answering]:
+        assert self.make is not None
+        alone = ExpertPool([self.make(self.experts(bench))])
+        phatgoose.route(bench.model, alone, _Unscored(), top_k=1)
+        try:
+            yield lambda items: bench.answer_by(items, alone.names * len(items))
+        finally:
+            phatgoose.unroute(bench.model)
+
+
+@dataclass(frozen=True)
+class Afterwards(Method, ABC):
+    """An upper reference: chosen by the held-out scores of every single expert.
+
+    Singles answer `probe` examples a task (None: all); the choice then answers all of them, so its
+    score is the less biased upward the fewer of them it was chosen on.
+    """
+
+    roles: tuple[Role, ...] = field(default=("heldout",), kw_only=True)
+    probe: int | None = None
+
+    def singles(self, bench: Bench) -> list[Single]:
+        return [
+            Single(f"single:{name}", roles=self.roles, pool=self.pool, expert=name)
+            for name in self.experts(bench).names
+        ]
+
+    @abstractmethod
+    def settle(self, means: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+        """The expert of each task, given the mean score by task and expert."""
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {"probe": self.probe, "adapters": adapter_hashes(self.experts(bench))}
+
+    def ready(self, bench: Bench) -> AbstractContextManager[Answering]:
+        raise ConfigError(f"{self.name}: has to be settled by the scores of single experts first.")
+
+
+class BestIndividual(Afterwards):
+    """The one expert with the highest held-out average. arXiv:2402.05859, section 4."""
+
+    def settle(self, means: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+        totals: dict[str, float] = {}
+        for of_task in means.values():
+            for expert, mean in of_task.items():
+                totals[expert] = totals.get(expert, 0.0) + mean
+        best = max(totals, key=totals.__getitem__)  # the first of equals
+        return dict.fromkeys(means, best)
+
+
+class Oracle(Afterwards):
+    """The best expert of each held-out task. arXiv:2402.05859, section 4."""
+
+    def settle(self, means: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+        return {task: max(of_task, key=of_task.__getitem__) for task, of_task in means.items()}
+
+
+def adapter_hashes(pool: ExpertPool) -> dict[str, str]:
+    return {expert.name: adapter_hash(expert.modules) for expert in pool}
+
+
+def pool_hashes(pool: ExpertPool) -> dict[str, dict[str, str | None]]:
+    """What experts are, by content."""
+    return {
+        expert.name: {
+            "adapter": adapter_hash(expert.modules),
+            "gates": gates_hash(expert.gates.vectors) if expert.gates else None,
+        }
+        for expert in pool
+    }
+
+
+class _Unscored(Router):
+    """For models that are only used with one expert at a time: needs no gates."""
+
+    def signature(self, expert: Expert, module: str) -> Any:
+        return expert.modules[module].a.new_zeros(expert.modules[module].a.shape[-1]).float()
+
+    def score(self, x: Any, signatures: Any) -> Any:
+        return x.new_zeros(len(x), len(signatures)).float()

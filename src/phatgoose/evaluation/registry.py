@@ -1,0 +1,103 @@
+"""Methods by name, as the command line asks for them."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import ConfigError
+from phatgoose.evaluation.methods import (
+    Base,
+    BestIndividual,
+    Method,
+    Oracle,
+    Own,
+    Retrieval,
+    Routed,
+    Single,
+    Static,
+)
+from phatgoose.experts import Expert, adapter_hash, load_expert
+from phatgoose.pool import ExpertPool
+from phatgoose.pool.retrieval import ExampleIndex
+from phatgoose.routers import router_names
+
+SINGLE = "single:"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What methods can be made of beside the pool."""
+
+    pool: ExpertPool
+    index: Callable[[], ExampleIndex] | None = None  # of the experts' training prompts
+    multitask: Path | None = None  # an adapter trained on the union of the experts' data
+    probe: int | None = None  # examples a task that oracle and best_individual choose by
+
+
+def method_names() -> list[str]:
+    """All names but single:NAME, in the order of a table."""
+    return [*_MAKERS, *(name for name in router_names() if name not in _MAKERS)]
+
+
+def make_methods(names: Sequence[str], inputs: Inputs) -> tuple[list[Method], dict[str, str]]:
+    """Methods by name, and those that "all" had to leave out, with the reason.
+
+    Raises ConfigError for an unknown name, or a method that lacks an input and was asked for.
+    """
+    methods: dict[str, Method] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        for each in method_names() if name == "all" else [name]:
+            try:
+                methods[each] = _make(each, inputs)
+            except _LacksInput as error:
+                if name != "all":
+                    raise ConfigError(f"methods: {each} {error}.") from None
+                left_out[each] = str(error)
+    return list(methods.values()), {k: v for k, v in left_out.items() if k not in methods}
+
+
+class _LacksInput(Exception):
+    """What a method would need."""
+
+
+def _make(name: str, inputs: Inputs) -> Method:
+    if name.startswith(SINGLE):
+        expert = name.removeprefix(SINGLE)
+        return Single(name, expert=inputs.pool[expert].name)
+    if name in _MAKERS:
+        return _MAKERS[name](name, inputs)
+    if name in router_names():
+        return Routed(name, router=name)
+    known = ", ".join([*method_names(), f"{SINGLE}NAME", "all"])
+    raise ConfigError(f"methods: none is called {name!r}. Choose from: {known}.")
+
+
+def _retrieval(name: str, inputs: Inputs) -> Method:
+    if inputs.index is None:
+        raise _LacksInput("needs the experts' training prompts: --train-tasks")
+    return Retrieval(name, index=functools.cache(inputs.index))
+
+
+def _multitask(name: str, inputs: Inputs) -> Method:
+    if inputs.multitask is None:
+        raise _LacksInput("needs an adapter trained on all experts' data: --multitask FOLDER")
+    expert = load_expert(inputs.multitask)
+    made_with = {"folder": expert.name, "adapter": adapter_hash(expert.modules)}
+    return Static(name, make=functools.partial(_given, expert), made_with=made_with)
+
+
+def _given(expert: Expert, pool: ExpertPool) -> Expert:
+    return expert
+
+
+_MAKERS: Mapping[str, Callable[[str, Inputs], Any]] = {
+    "base": lambda name, inputs: Base(name),
+    "own": lambda name, inputs: Own(name),
+    "retrieval": _retrieval,
+    "best_individual": lambda name, inputs: BestIndividual(name, probe=inputs.probe),
+    "oracle": lambda name, inputs: Oracle(name, probe=inputs.probe),
+    "multitask": _multitask,
+}

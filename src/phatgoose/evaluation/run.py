@@ -1,0 +1,314 @@
+"""Methods times tasks over one loaded base, written to a folder; goes on where it stopped."""
+
+import hashlib
+import platform
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+import phatgoose
+from phatgoose.errors import ConfigError, PhatgooseError, first_line
+from phatgoose.evaluation.answers import Known, Part, Row, answer_parts, parts_of
+from phatgoose.evaluation.collection import EvalTask, Item
+from phatgoose.evaluation.methods import Afterwards, Bench, Method, PerTask, pool_hashes
+from phatgoose.evaluation.plots import draw
+from phatgoose.evaluation.report import table
+from phatgoose.evaluation.summary import summarise
+from phatgoose.experts import identify_base
+from phatgoose.files import write_bytes, write_json
+from phatgoose.pool import ExpertPool
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How an evaluation computes. Sizes are those of the device unless given."""
+
+    seed: int = 0  # of the stream's order and of the intervals
+    limit: int | None = None  # examples a task, as `read_tasks` was given it; only noted
+    share_prompts: bool = True
+    tokens: int | None = None  # a batch of ranking, padding counted (131072; cpu 8192)
+    rows: int | None = None  # a batch of generation (1024; cpu 64)
+    part: int | None = None  # examples computed between saves (16384; cpu 1024)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "tokens", "rows", "part"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+
+    def sizes(self, device: str) -> dict[str, int]:
+        usual = (8192, 64, 1024) if device == "cpu" else (131_072, 1024, 16_384)
+        given = (self.tokens, self.rows, self.part)
+        names = ("tokens", "rows", "part")
+        return {n: g or u for n, g, u in zip(names, given, usual, strict=True)}
+
+
+def run_evaluation(
+    model: Any,
+    tokenizer: Any,
+    pool: ExpertPool,
+    *,
+    methods: Sequence[Method],
+    tasks: Sequence[EvalTask],
+    out: Path,
+    settings: RunSettings | None = None,
+    left_out: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Answer every task by every method, write `out`, and return what results.json holds.
+
+    The examples of all tasks are shuffled into one stream, which no method is told the tasks of
+    (but those defined by them). `out` receives results.json, table.md, pictures, and every answer as JSON lines
+    under answers/METHOD. What is finished there is not computed again; files that are damaged or of
+    other settings are. A method that cannot serve its pool leaves marked cells, with the reason.
+
+    Args:
+        model: the plain base, not routed. It comes back as it was.
+        left_out: methods that were asked for and are not possible, and why; noted in the results.
+
+    Raises ConfigError for two methods of one name, no tasks, or where not one method could answer;
+    the reasons are in the message. Out of memory is a ConfigError too, and what is finished stays.
+    """
+    settings = settings or RunSettings()
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"methods: wanted different names, got {', '.join(names) or 'none'}.")
+    asked = [task for task in tasks if task.unanswerable is None]
+    if not asked:
+        why = "; ".join(f"{t.name}: {t.unanswerable}" for t in tasks) or "none given"
+        raise ConfigError(f"tasks: none can be asked ({why}).")
+    sizes = settings.sizes(model.device.type)
+    bench = Bench(model, tokenizer, pool, settings.share_prompts, sizes["tokens"], sizes["rows"])
+    identity = _identify(model, tokenizer, pool)
+    common = {
+        "phatgoose": phatgoose.__version__,
+        "base": identity["base"]["weights"],
+        "device": model.device.type,
+        "share_prompts": settings.share_prompts,
+    }
+    stream = [Item(task, place) for task in asked for place in range(len(task.examples))]
+    random.Random(settings.seed).shuffle(stream)
+    run = _Run(
+        bench,
+        stream,
+        out=Path(out),
+        common=common,
+        size=sizes["part"],
+        progress=settings.progress,
+    )
+    run.answer(methods)
+    failed = {name: run.failed[name] for name in names if name in run.failed}
+    if len(failed) == len(methods):
+        why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise ConfigError(f"methods: none could answer ({why}).")
+    reasons = _reasons(tasks, methods, failed)
+    results = {
+        "settings": {
+            "seed": settings.seed,
+            "limit": settings.limit,
+            "share_prompts": settings.share_prompts,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **sizes,
+        },
+        "versions": _versions(model),
+        **identity,
+        "tasks": {task.name: _describe(task) for task in tasks},
+        "methods": {name: run.described[name] for name in names if name in run.described},
+        "failed": failed,
+        "left_out": dict(left_out or {}),
+        **summarise(tasks, names, run.scores(), reasons, seed=settings.seed),
+        "answers": [part.path.relative_to(out).as_posix() for part in run.parts],
+    }
+    write_json(Path(out) / "results.json", results)
+    write_bytes(Path(out) / "table.md", table(results).encode())
+    draw(results, Path(out))
+    return results
+
+
+class _Run:
+    """What is asked, and what came of it so far."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        stream: Sequence[Item],
+        *,
+        out: Path,
+        common: Mapping[str, Any],
+        size: int,
+        progress: bool,
+    ) -> None:
+        self.bench, self.stream, self.out = bench, stream, out
+        self.common, self.size, self.progress = common, size, progress
+        self.rows: dict[str, list[Row]] = {}  # by method
+        self.failed: dict[str, str] = {}
+        self.described: dict[str, dict[str, Any]] = {}
+        self.parts: list[Part] = []
+
+    def answer(self, methods: Sequence[Method]) -> None:
+        """Answer all; those that need other methods' scores last."""
+        afterwards = [method for method in methods if isinstance(method, Afterwards)]
+        work: list[tuple[Method, list[Item]]] = [
+            (method, self._items(method)) for method in methods if method not in afterwards
+        ]
+        probes = {method.name: self._probe(method) for method in afterwards}
+        singles = {
+            (single.name, method.probe): (single, probes[method.name])
+            for method in afterwards
+            for single in method.singles(self.bench)
+        }
+        work += singles.values()
+        total = sum(len(items) for _, items in work)
+        total += sum(len(self._items(method)) for method in afterwards)
+        with tqdm(total=total, unit="example", disable=not self.progress) as bar:
+            found = {id(method): self._answer(method, items, bar) for method, items in work}
+            for method in afterwards:
+                of_expert = {
+                    single.expert: found[id(singles[single.name, method.probe][0])]
+                    for single in method.singles(self.bench)
+                }
+                self._settle(method, of_expert, bar)
+            bar.set_description("eval")
+        self.rows = {m.name: self.rows[m.name] for m in methods if m.name in self.rows}
+
+    def scores(self) -> dict[str, dict[str, list[float]]]:
+        """By task and method, in the task's order."""
+        found: dict[str, dict[str, dict[int, float]]] = {}
+        for method, rows in self.rows.items():
+            for row in rows:
+                of_method = found.setdefault(row["task"], {}).setdefault(method, {})
+                of_method[row["line"]] = row["score"]
+        return {
+            task: {m: [by_line[line] for line in sorted(by_line)] for m, by_line in of_task.items()}
+            for task, of_task in found.items()
+        }
+
+    def _answer(
+        self, method: Method, items: Sequence[Item], bar: Any, known: Known | None = None
+    ) -> list[Row]:
+        """All rows of a method; none, and the reason kept, where it cannot serve its pool."""
+        bar.set_description(method.name)
+        self.bench.progress = bar.update
+        done, rows = bar.n, []
+        try:
+            settings = method.settings(self.bench)
+            parts = parts_of(
+                method, items, settings={**self.common, **settings}, out=self.out, size=self.size
+            )
+            for part_rows in answer_parts(self.bench, method, parts, known=known):
+                rows += part_rows
+                bar.update(done + len(rows) - bar.n)  # what was read, or known
+        except PhatgooseError as error:
+            self.failed[method.name] = " ".join(str(error).split())
+            bar.update(done + len(items) - bar.n)
+            return []
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{method.name}: out of memory ({first_line(error)}). What is finished is kept: "
+                "give smaller --tokens and --rows and start again."
+            ) from error
+        self.described[method.name] = settings
+        self.parts += parts
+        self.rows[method.name] = rows
+        return rows
+
+    def _settle(self, method: Afterwards, singles: Mapping[str, list[Row]], bar: Any) -> None:
+        """Choose experts by the singles' scores, then answer by the chosen."""
+        lacking = [f"single:{name}" for name, rows in singles.items() if not rows]
+        if lacking or not self._items(method):
+            self.failed[method.name] = self.failed.get(
+                lacking[0] if lacking else "", "there is no held-out task to choose experts by"
+            )
+            return
+        chosen = method.settle(
+            {
+                task: {expert: _mean(rows, task) for expert, rows in singles.items()}
+                for task in dict.fromkeys(item.task.name for item in self._items(method))
+            }
+        )
+        known = {
+            (row["task"], row["line"]): row
+            for expert, rows in singles.items()
+            for row in rows
+            if chosen[row["task"]] == expert
+        }
+        settled = PerTask(method.name, roles=method.roles, pool=method.pool, chosen=chosen)
+        self._answer(settled, self._items(method), bar, known)
+        if method.name in self.described:
+            self.described[method.name] |= {"kind": type(method).__name__, "probe": method.probe}
+
+    def _items(self, method: Method) -> list[Item]:
+        return [item for item in self.stream if item.task.role in method.roles]
+
+    def _probe(self, method: Afterwards) -> list[Item]:
+        """The first examples of each task in the stream, which is shuffled."""
+        taken: dict[str, int] = {}
+        items = []
+        for item in self._items(method):
+            taken[item.task.name] = taken.get(item.task.name, 0) + 1
+            if method.probe is None or taken[item.task.name] <= method.probe:
+                items.append(item)
+        return items
+
+
+def _mean(rows: Sequence[Row], task: str) -> float:
+    scores = [row["score"] for row in rows if row["task"] == task]
+    return sum(scores) / len(scores)
+
+
+def _reasons(
+    tasks: Sequence[EvalTask], methods: Sequence[Method], failed: Mapping[str, str]
+) -> dict[tuple[str, str], str]:
+    """Why a method has no score on a task, where it has none."""
+    found = {}
+    for task in tasks:
+        for method in methods:
+            words = "held-out tasks" if task.role == "own" else "the experts' own tasks"
+            if task.unanswerable:
+                found[task.name, method.name] = task.unanswerable
+            elif method.name in failed:
+                found[task.name, method.name] = failed[method.name]
+            elif task.role not in method.roles:
+                found[task.name, method.name] = f"defined on {words} only"
+    return found
+
+
+def _describe(task: EvalTask) -> dict[str, Any]:
+    return {
+        "role": task.role,
+        "metric": task.metric,
+        "n": len(task.examples),
+        "hash": task.hash,
+        "contaminated": dict(task.contaminated),
+        "unanswerable": task.unanswerable,
+    }
+
+
+def _identify(model: Any, tokenizer: Any, pool: ExpertPool) -> dict[str, Any]:
+    """The base and the experts by content."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        weights.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    base = {**identify_base(model, tokenizer).to_json(), "weights": weights.hexdigest()}
+    return {"base": base, "experts": pool_hashes(pool)}
+
+
+def _versions(model: Any) -> dict[str, str]:
+    on_gpu = model.device.type == "cuda"
+    name = torch.cuda.get_device_name(model.device) if on_gpu else platform.machine()
+    return {
+        "phatgoose": phatgoose.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+        "device": f"{model.device.type} ({name})",
+    }
