@@ -92,8 +92,9 @@ def _training(folder: str | None, pool: ExpertPool) -> dict[str, list[Example]]:
     lacking = [name for name, path in found.items() if path is None]
     if lacking:
         raise TaskFormatError(
-            f"{folder}: holds no {lacking[0]}/train.jsonl, and retrieval needs the prompts of every "
-            f"expert ({len(lacking)} of {len(pool)} lack them). Name task folders like experts."
+            f"{folder}: holds no {lacking[0]}/train.jsonl, and retrieval needs the prompts of "
+            f"every expert ({len(lacking)} of {len(pool)} lack them). Name task folders like "
+            "experts."
         )
     return {name: load_examples(path) for name, path in found.items()}
 

@@ -198,10 +198,10 @@ def _unanswerable(
         return f"answers of {bound} tokens leave no room for a prompt in {room} tokens"
     for example in examples:
         for choice in example.choices or ():
+            if len(tokenizer(choice, add_special_tokens=False)["input_ids"]) >= room:
+                return f"a choice is longer than the {room} tokens the model reads: {choice[:40]!r}"
             try:
                 encode_within(tokenizer, example.prompt, choice, max_length=room, seq2seq=seq2seq)
             except PhatgooseError as error:
                 return str(error)
-            if len(tokenizer(choice, add_special_tokens=False)["input_ids"]) >= room:
-                return f"a choice is longer than the {room} tokens the model reads: {choice[:40]!r}"
     return None

@@ -197,9 +197,8 @@ class Retrieval(OneExpert):
         }
 
     def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
-        with phatgoose.restrict(bench.model, []):
-            prompts = [item.example.prompt for item in items]
-            return [*self._index().choose(prompts, bench.model, bench.tokenizer)]
+        prompts = [item.example.prompt for item in items]
+        return [*self._index().choose(prompts, bench.model, bench.tokenizer)]
 
     def _index(self) -> ExampleIndex:
         if self.index is None:

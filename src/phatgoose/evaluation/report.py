@@ -62,7 +62,7 @@ def _overview(results: Results, notes: dict[str, None]) -> list[str]:
         columns.append(("recovered gain, %", results["recovered_gain"], False))
     lines = ["| method | " + " | ".join(name for name, _, _ in columns) + " |"]
     lines.append("|---|" + "--:|" * len(columns))
-    for method, average in results["average"].items():
+    for method in results["average"]:
         for _, values, _ in columns:
             _note(notes, method, values.get(method))
         cells = [cell(values.get(method), signed=signed) for _, values, signed in columns]
@@ -102,7 +102,10 @@ def _notes(results: Results, notes: Mapping[str, None]) -> list[str]:
     lines = []
     marked = {name: t["contaminated"] for name, t in results["tasks"].items() if t["contaminated"]}
     if marked:
-        lines += [f"{MARK} Not wholly held out: an expert knows the task from its training.", ""]
+        lines += [
+            f"{MARK} Not wholly held out: an expert was trained on it, or on a task of similar skill.",
+            "",
+        ]
         lines += [
             f"- {name}: " + ", ".join(f"{expert} ({why})" for expert, why in experts.items())
             for name, experts in marked.items()

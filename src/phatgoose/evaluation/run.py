@@ -65,9 +65,10 @@ def run_evaluation(
     """Answer every task by every method, write `out`, and return what results.json holds.
 
     The examples of all tasks are shuffled into one stream, which no method is told the tasks of
-    (but those defined by them). `out` receives results.json, table.md, pictures, and every answer as JSON lines
-    under answers/METHOD. What is finished there is not computed again; files that are damaged or of
-    other settings are. A method that cannot serve its pool leaves marked cells, with the reason.
+    (but those defined by them). `out` receives results.json, table.md, pictures, and every answer
+    as JSON lines under answers/METHOD. What is finished there is not computed again; files that are
+    damaged or of other settings are. A method that cannot serve its pool leaves marked cells, with
+    the reason.
 
     Args:
         model: the plain base, not routed. It comes back as it was.
@@ -155,26 +156,27 @@ class _Run:
     def answer(self, methods: Sequence[Method]) -> None:
         """Answer all; those that need other methods' scores last."""
         afterwards = [method for method in methods if isinstance(method, Afterwards)]
-        work: list[tuple[Method, list[Item]]] = [
-            (method, self._items(method)) for method in methods if method not in afterwards
-        ]
-        probes = {method.name: self._probe(method) for method in afterwards}
-        singles = {
-            (single.name, method.probe): (single, probes[method.name])
+        # Two that choose by the same examples share their singles.
+        probes = {
+            (single.name, method.probe): (single, self._probe(method))
             for method in afterwards
             for single in method.singles(self.bench)
         }
-        work += singles.values()
-        total = sum(len(items) for _, items in work)
-        total += sum(len(self._items(method)) for method in afterwards)
+        total = sum(len(self._items(method)) for method in methods)
+        total += sum(len(items) for _, items in probes.values())
         with tqdm(total=total, unit="example", disable=not self.progress) as bar:
-            found = {id(method): self._answer(method, items, bar) for method, items in work}
+            for method in methods:
+                if method not in afterwards:
+                    self._record(method, self._answer(method, self._items(method), bar))
+            found = {
+                key: self._answer(single, items, bar) for key, (single, items) in probes.items()
+            }
             for method in afterwards:
-                of_expert = {
-                    single.expert: found[id(singles[single.name, method.probe][0])]
+                singles = {
+                    single.expert: found[single.name, method.probe]
                     for single in method.singles(self.bench)
                 }
-                self._settle(method, of_expert, bar)
+                self._settle(method, singles, bar)
             bar.set_description("eval")
         self.rows = {m.name: self.rows[m.name] for m in methods if m.name in self.rows}
 
@@ -192,55 +194,49 @@ class _Run:
 
     def _answer(
         self, method: Method, items: Sequence[Item], bar: Any, known: Known | None = None
-    ) -> list[Row]:
-        """All rows of a method; none, and the reason kept, where it cannot serve its pool."""
+    ) -> list[Row] | str:
+        """All rows of a method; or the reason, where it cannot serve its pool."""
         bar.set_description(method.name)
         self.bench.progress = bar.update
         done, rows = bar.n, []
         try:
-            settings = method.settings(self.bench)
-            parts = parts_of(
-                method, items, settings={**self.common, **settings}, out=self.out, size=self.size
-            )
+            settings = {**self.common, **method.settings(self.bench)}
+            parts = parts_of(method, items, settings=settings, out=self.out, size=self.size)
             for part_rows in answer_parts(self.bench, method, parts, known=known):
                 rows += part_rows
                 bar.update(done + len(rows) - bar.n)  # what was read, or known
         except PhatgooseError as error:
-            self.failed[method.name] = " ".join(str(error).split())
             bar.update(done + len(items) - bar.n)
-            return []
+            return " ".join(str(error).split())
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{method.name}: out of memory ({first_line(error)}). What is finished is kept: "
                 "give smaller --tokens and --rows and start again."
             ) from error
-        self.described[method.name] = settings
         self.parts += parts
-        self.rows[method.name] = rows
         return rows
 
-    def _settle(self, method: Afterwards, singles: Mapping[str, list[Row]], bar: Any) -> None:
+    def _record(self, method: Method, rows: list[Row] | str) -> None:
+        if isinstance(rows, str):
+            self.failed[method.name] = rows
+        else:
+            self.rows[method.name] = rows
+            self.described[method.name] = method.settings(self.bench)
+
+    def _settle(self, method: Afterwards, singles: Mapping[str, list[Row] | str], bar: Any) -> None:
         """Choose experts by the singles' scores, then answer by the chosen."""
-        lacking = [f"single:{name}" for name, rows in singles.items() if not rows]
-        if lacking or not self._items(method):
-            self.failed[method.name] = self.failed.get(
-                lacking[0] if lacking else "", "there is no held-out task to choose experts by"
-            )
+        items = self._items(method)
+        failed = [
+            f"single:{name}: {rows}" for name, rows in singles.items() if isinstance(rows, str)
+        ]
+        if failed or not items:
+            self._record(method, failed[0] if failed else "no held-out task to choose experts by")
             return
-        chosen = method.settle(
-            {
-                task: {expert: _mean(rows, task) for expert, rows in singles.items()}
-                for task in dict.fromkeys(item.task.name for item in self._items(method))
-            }
-        )
-        known = {
-            (row["task"], row["line"]): row
-            for expert, rows in singles.items()
-            for row in rows
-            if chosen[row["task"]] == expert
-        }
+        rows = [(expert, row) for expert, some in singles.items() for row in some]
+        chosen = method.settle(_means(rows))
+        known = {(r["task"], r["line"]): r for expert, r in rows if chosen[r["task"]] == expert}
         settled = PerTask(method.name, roles=method.roles, pool=method.pool, chosen=chosen)
-        self._answer(settled, self._items(method), bar, known)
+        self._record(settled, self._answer(settled, items, bar, known))
         if method.name in self.described:
             self.described[method.name] |= {"kind": type(method).__name__, "probe": method.probe}
 
@@ -258,9 +254,15 @@ class _Run:
         return items
 
 
-def _mean(rows: Sequence[Row], task: str) -> float:
-    scores = [row["score"] for row in rows if row["task"] == task]
-    return sum(scores) / len(scores)
+def _means(rows: Sequence[tuple[str, Row]]) -> dict[str, dict[str, float]]:
+    """Mean score by task and expert."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for expert, row in rows:
+        scores.setdefault(row["task"], {}).setdefault(expert, []).append(row["score"])
+    return {
+        task: {expert: sum(some) / len(some) for expert, some in of_task.items()}
+        for task, of_task in scores.items()
+    }
 
 
 def _reasons(

@@ -24,7 +24,6 @@ from phatgoose.tasks import Example
 
 BASE_ENCODER = "base"
 STORED = 1000  # prompts per expert; published
-TOKENS_AT_ONCE = 8192  # padding counted
 LONGEST = 512  # tokens of a prompt that are read; its end, which mostly asks the question
 
 
@@ -42,7 +41,7 @@ class ExampleIndex:
     def choose(self, queries: Sequence[str], model: Any, tokenizer: Any) -> list[str]:
         """For each query the expert with the nearest stored prompt, by cosine; the first of equals.
 
-        `model` is the plain base, or a routed one restricted to no experts.
+        `model` is the base the index was made with, routed or not.
         """
         vectors = F.normalize(embed(queries, self.encoder, model, tokenizer) - self.centre, dim=-1)
         nearest = [(part @ self.embeddings.T).argmax(-1) for part in vectors.split(1024)]
@@ -77,8 +76,11 @@ def build_index(
             raise ConfigError(f"retrieval: {name} has no examples to be found by.")
         places = random.Random(f"{seed} {name}").sample(range(len(rows)), min(stored, len(rows)))
         prompts[name] = [rows[place].prompt for place in sorted(places)]
-    base = identify_base(model, tokenizer).to_json() if encoder == BASE_ENCODER else None
-    made_of = [encoder, base, LONGEST, prompts]
+    made_of = [encoder, LONGEST, prompts]
+    if encoder == BASE_ENCODER:
+        table = model.get_input_embeddings().weight.detach().cpu().contiguous()
+        made_of.append(hashlib.sha256(table.view(torch.uint8).numpy()).hexdigest())
+        made_of.append(identify_base(model, tokenizer).tokenizer)
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     path = cache and cache / f"retrieval-{key[:12]}.safetensors"
     if path and (index := _read(path, key)):
@@ -105,17 +107,13 @@ def embed(texts: Sequence[str], encoder: str, model: Any, tokenizer: Any) -> Flo
         vectors = _sentence_transformer(encoder).encode(list(texts), convert_to_numpy=True)
         return torch.as_tensor(vectors).float()
     table = model.get_input_embeddings()
-    rows = [tokenizer(text)["input_ids"][-LONGEST:] or [0] for text in texts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    device = table.weight.device
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    at_once = max(1, TOKENS_AT_ONCE // LONGEST)
+    found = []
     with torch.no_grad():
-        for start in range(0, len(order), at_once):
-            for place in order[start : start + at_once]:
-                ids = torch.tensor(rows[place], device=device)
-                found[place] = table(ids).float().mean(0).cpu()
-    return torch.stack(found)
+        for every in tokenizer(list(texts))["input_ids"] if texts else []:
+            ids = every[-LONGEST:]
+            rows = table(torch.tensor(ids, dtype=torch.long, device=table.weight.device))
+            found.append(rows.float().mean(0) if ids else rows.new_zeros(rows.shape[-1]).float())
+    return torch.stack(found).cpu() if found else torch.zeros(0, table.weight.shape[-1])
 
 
 def _sentence_transformer(name: str) -> Any:
