@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from phatgoose.errors import ConfigError
+from phatgoose.pool import assign
 from phatgoose.tasks import Encoded, encode
 
 # Bars on stderr or none, or a function that is told how many examples more are answered.
 Progress = bool | Callable[[int], object]
+# The one expert that answers each example, None being the bare base; see `phatgoose.assign`.
+Experts = Sequence[str | None]
 UNLIMITED = 1 << 20  # tokenizers without a limit name an enormous one
 
 
@@ -67,6 +70,11 @@ def forward(model: Any, **inputs: Any) -> Any:
     device = model.device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     return model(**moved, return_dict=True)
+
+
+def using(model: Any, experts: Experts | None) -> AbstractContextManager[None]:
+    """Row i of the forwards inside by `experts[i]`; None leaves the model as it is."""
+    return nullcontext() if experts is None else assign(model, experts)
 
 
 def is_seq2seq(model: Any) -> bool:

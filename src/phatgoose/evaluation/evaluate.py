@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phatgoose.errors import ConfigError
-from phatgoose.evaluation.batches import Progress
+from phatgoose.evaluation.batches import Experts, Progress
 from phatgoose.evaluation.generation import BATCH_SIZE, MAX_NEW_TOKENS, generate_answers
 from phatgoose.evaluation.metrics import accuracy, metric_by_name
 from phatgoose.evaluation.scoring import MAX_TOKENS, rank_choices
@@ -44,13 +44,15 @@ def predict(
     max_tokens_per_batch: int = MAX_TOKENS,
     batch_size: int = BATCH_SIZE,
     share_prompts: bool = False,
+    experts: Experts | None = None,
     progress: Progress = False,
 ) -> list[str]:
     """The answer to each example: the likeliest of its choices, or generated where it has none.
 
     Examples of any tasks may be mixed. `max_tokens_per_batch` and `share_prompts` are for ranking
     (see `score_choices`), `max_new_tokens` and `batch_size` for generating (see
-    `generate_answers`). `progress` shows bars on stderr, or is told how many
+    `generate_answers`). `experts` has a routed model answer each example by one of them, or by the
+    bare base where it is None. `progress` shows bars on stderr, or is told how many
     examples more are answered.
     """
     ranked = [i for i, example in enumerate(examples) if example.choices is not None]
@@ -61,6 +63,7 @@ def predict(
         [examples[i] for i in ranked],
         max_tokens_per_batch=max_tokens_per_batch,
         share_prompts=share_prompts,
+        experts=experts and [experts[i] for i in ranked],
         progress=progress,
     )
     if not isinstance(max_new_tokens, int):
@@ -71,6 +74,7 @@ def predict(
         [examples[i] for i in written],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        experts=experts and [experts[i] for i in written],
         progress=progress,
     )
     answers = dict(zip([*ranked, *written], [*chosen, *generated], strict=True))

@@ -5,6 +5,7 @@ from typing import Any
 
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.batches import (
+    Experts,
     Progress,
     counting,
     encode_within,
@@ -13,6 +14,7 @@ from phatgoose.evaluation.batches import (
     longest_input,
     pad_id,
     padded,
+    using,
 )
 from phatgoose.tasks import Example
 
@@ -27,12 +29,14 @@ def generate_answers(
     *,
     max_new_tokens: int | Sequence[int] = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
+    experts: Experts | None = None,
     progress: Progress = False,
 ) -> list[str]:
     """The greedy answer to each example, stripped; a batch holds prompts of similar lengths.
 
     `max_new_tokens` is one bound for all, or one for each example. Prompts too long for the model
-    lose their beginning. Raises ConfigError where a bound or `batch_size` is out of range.
+    lose their beginning. `experts` has a routed model answer each example by one of them, or by the
+    bare base where it is None. Raises ConfigError where a bound or `batch_size` is out of range.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
@@ -50,7 +54,9 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             rows = [prompts[index] for index in batch]
-            new = _continue(model, tokenizer, rows, max_new_tokens=bounds[batch[0]])
+            names = None if experts is None else [experts[index] for index in batch]
+            with using(model, names):
+                new = _continue(model, tokenizer, rows, max_new_tokens=bounds[batch[0]])
             for index, ids in zip(batch, new, strict=True):
                 text = tokenizer.decode(ids[: bounds[index]], skip_special_tokens=True)
                 answers[index] = text.strip()

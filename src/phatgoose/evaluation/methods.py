@@ -15,9 +15,10 @@ from phatgoose.experts import Expert, adapter_hash
 from phatgoose.experts.gates import gates_hash
 from phatgoose.pool import ExpertPool
 from phatgoose.pool.retrieval import ExampleIndex
-from phatgoose.routers import Router
+from phatgoose.routers import MixedRouter, Router, make_router
 
 Answering = Callable[[Sequence[Item]], list[str]]
+ASSIGNED = "uniform"  # routers are not asked where every row has its expert; this one needs nothing
 BOTH: tuple[Role, ...] = ("own", "heldout")
 
 
@@ -33,8 +34,10 @@ class Bench:
     rows: int = 64  # a batch of generation
     progress: Progress = False
 
-    def answer(self, items: Sequence[Item]) -> list[str]:
-        """Answers by the model as it stands."""
+    def answer(
+        self, items: Sequence[Item], experts: Sequence[str | None] | None = None
+    ) -> list[str]:
+        """Answers by the model as it stands; or, if it routes, each by one expert at weight 1."""
         return predict(
             self.model,
             self.tokenizer,
@@ -43,17 +46,9 @@ class Bench:
             max_tokens_per_batch=self.tokens,
             batch_size=self.rows,
             share_prompts=self.share_prompts,
+            experts=experts,
             progress=self.progress,
         )
-
-    def answer_by(self, items: Sequence[Item], experts: Sequence[str | None]) -> list[str]:
-        """Each example by one expert at weight 1, or by the bare base (None); the model routes."""
-        answers: dict[int, str] = {}
-        for expert in sorted(set(experts), key=str):
-            places = [place for place, name in enumerate(experts) if name == expert]
-            with phatgoose.restrict(self.model, [] if expert is None else [expert]):
-                answers |= zip(places, self.answer([items[p] for p in places]), strict=True)
-        return [answers[place] for place in range(len(items))]
 
 
 @dataclass(frozen=True)
@@ -97,19 +92,35 @@ class Base(Method):
 
 @dataclass(frozen=True)
 class Routed(Method):
-    """The routed pool; `options` are those of `phatgoose.route`, the router's own unless given."""
+    """The routed pool; `options` are those of `phatgoose.route`, the router's own unless given.
+
+    A router that is no name has to be told apart by `made_with`, as JSON values.
+    """
 
     router: str | Router = "phatgoose"
     options: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.router, Router) and not self.made_with:
+            raise ConfigError(
+                f"{self.name}: say what this router was made with (made_with=...), so that its "
+                "answers are not taken for another's."
+            )
 
     def settings(self, bench: Bench) -> dict[str, Any]:
-        router = self.router if isinstance(self.router, str) else repr(self.router)
-        return {
+        pool, router = self.experts(bench), make_router(self.router)
+        found: dict[str, Any] = {
             "kind": "router",
-            "router": router,
+            "router": self.router if isinstance(self.router, str) else type(router).__name__,
+            **self.made_with,
+            **router.defaults,
             **self.options,
-            "experts": pool_hashes(self.experts(bench)),
+            "experts": pool_hashes(pool),
         }
+        if isinstance(router, MixedRouter):
+            found["derived"] = [expert.name for expert in pool if expert.gates is None]
+        return found
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Answering]:
@@ -129,9 +140,9 @@ class OneExpert(Method):
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Answering]:
-        phatgoose.route(bench.model, self.experts(bench), _Unscored(), top_k=1)
+        phatgoose.route(bench.model, self.experts(bench), ASSIGNED)
         try:
-            yield lambda items: bench.answer_by(items, self.choose(items, bench))
+            yield lambda items: bench.answer(items, self.choose(items, bench))
         finally:
             phatgoose.unroute(bench.model)
 
@@ -221,9 +232,9 @@ class Static(Method):
     def ready(self, bench: Bench) -> Iterator[Answering]:
         assert self.make is not None
         alone = ExpertPool([self.make(self.experts(bench))])
-        phatgoose.route(bench.model, alone, _Unscored(), top_k=1)
+        phatgoose.route(bench.model, alone, ASSIGNED)
         try:
-            yield lambda items: bench.answer_by(items, alone.names * len(items))
+            yield lambda items: bench.answer(items, alone.names * len(items))
         finally:
             phatgoose.unroute(bench.model)
 
@@ -279,22 +290,15 @@ def adapter_hashes(pool: ExpertPool) -> dict[str, str]:
     return {expert.name: adapter_hash(expert.modules) for expert in pool}
 
 
-def pool_hashes(pool: ExpertPool) -> dict[str, dict[str, str | None]]:
+def pool_hashes(pool: ExpertPool) -> dict[str, dict[str, Any]]:
     """What experts are, by content."""
     return {
         expert.name: {
             "adapter": adapter_hash(expert.modules),
             "gates": gates_hash(expert.gates.vectors) if expert.gates else None,
+            "signatures": {
+                kind: gates_hash(found.vectors) for kind, found in expert.signatures.items()
+            },
         }
         for expert in pool
     }
-
-
-class _Unscored(Router):
-    """For models that are only used with one expert at a time: needs no gates."""
-
-    def signature(self, expert: Expert, module: str) -> Any:
-        return expert.modules[module].a.new_zeros(expert.modules[module].a.shape[-1]).float()
-
-    def score(self, x: Any, signatures: Any) -> Any:
-        return x.new_zeros(len(x), len(signatures)).float()

@@ -19,11 +19,12 @@ from phatgoose.evaluation.methods import (
     Static,
 )
 from phatgoose.experts import Expert, adapter_hash, load_expert
-from phatgoose.pool import ExpertPool
+from phatgoose.pool import ExpertPool, merge_experts
 from phatgoose.pool.retrieval import ExampleIndex
-from phatgoose.routers import router_names
+from phatgoose.routers import make_router, router_names
 
 SINGLE = "single:"
+COMBINED = ("phatgoose+evidence", "seqr+zscore")  # of the routers with modifiers, in "all"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,16 @@ class Inputs:
 
 def method_names() -> list[str]:
     """All names but single:NAME, in the order of a table."""
-    return [*_MAKERS, *(name for name in router_names() if name not in _MAKERS)]
+    return [*_MAKERS, *filter(_routes, router_names()), *COMBINED]
+
+
+def _routes(name: str) -> bool:
+    """Whether a router goes by this name; a modifier alone may not be one."""
+    try:
+        make_router(name)
+    except ConfigError:
+        return False
+    return True
 
 
 def make_methods(names: Sequence[str], inputs: Inputs) -> tuple[list[Method], dict[str, str]]:
@@ -69,7 +79,7 @@ def _make(name: str, inputs: Inputs) -> Method:
         return Single(name, expert=inputs.pool[expert].name)
     if name in _MAKERS:
         return _MAKERS[name](name, inputs)
-    if name in router_names():
+    if _routes(name):
         return Routed(name, router=name)
     known = ", ".join([*method_names(), f"{SINGLE}NAME", "all"])
     raise ConfigError(f"methods: none is called {name!r}. Choose from: {known}.")
@@ -89,6 +99,24 @@ def _multitask(name: str, inputs: Inputs) -> Method:
     return Static(name, make=functools.partial(_given, expert), made_with=made_with)
 
 
+def _merged(method: str, name: str, inputs: Inputs) -> Method:
+    return Static(
+        name,
+        make=functools.partial(merge_experts, method=method, name=name),
+        made_with={"merge": method},
+    )
+
+
+def _merged_svd(name: str, inputs: Inputs) -> Method:
+    """The average at the largest rank of the pool's."""
+    rank = max(lora.rank for expert in inputs.pool for lora in expert.modules.values())
+    return Static(
+        name,
+        make=functools.partial(merge_experts, rank=rank, name=name),
+        made_with={"merge": "average", "rank": rank},
+    )
+
+
 def _given(expert: Expert, pool: ExpertPool) -> Expert:
     return expert
 
@@ -100,4 +128,9 @@ _MAKERS: Mapping[str, Callable[[str, Inputs], Any]] = {
     "best_individual": lambda name, inputs: BestIndividual(name, probe=inputs.probe),
     "oracle": lambda name, inputs: Oracle(name, probe=inputs.probe),
     "multitask": _multitask,
+    "merged": functools.partial(_merged, "average"),
+    "merged_svd": _merged_svd,
+    "peft_linear": functools.partial(_merged, "linear"),
+    "peft_ties": functools.partial(_merged, "ties"),
+    "peft_dare": functools.partial(_merged, "dare_linear"),
 }

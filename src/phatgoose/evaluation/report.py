@@ -103,7 +103,7 @@ def _notes(results: Results, notes: Mapping[str, None]) -> list[str]:
     marked = {name: t["contaminated"] for name, t in results["tasks"].items() if t["contaminated"]}
     if marked:
         lines += [
-            f"{MARK} Not wholly held out: an expert was trained on it, or on a task of similar skill.",
+            f"{MARK} Not wholly held out: an expert was trained on it, or on a similar skill.",
             "",
         ]
         lines += [
@@ -113,6 +113,9 @@ def _notes(results: Results, notes: Mapping[str, None]) -> list[str]:
         lines.append("")
     if notes:
         lines += [f"{GONE} No score:", "", *(f"- {note}" for note in notes), ""]
+    derived = {n: m["derived"] for n, m in results["methods"].items() if m.get("derived")}
+    for name, experts in derived.items():
+        lines += [f"{name}: without gates, so with derived vectors: {', '.join(experts)}.", ""]
     if results["left_out"]:
         lines += ["Methods left out:", ""]
         lines += [f"- {name}: {reason}" for name, reason in results["left_out"].items()]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.batches import (
+    Experts,
     Progress,
     Remembering,
     counting,
@@ -22,6 +23,7 @@ from phatgoose.evaluation.batches import (
     padded,
     positions,
     token_batches,
+    using,
 )
 from phatgoose.tasks import IGNORED, Example
 
@@ -49,6 +51,7 @@ def rank_choices(
     *,
     max_tokens_per_batch: int = MAX_TOKENS,
     share_prompts: bool = False,
+    experts: Experts | None = None,
     progress: Progress = False,
 ) -> list[str]:
     """The choice with the highest score of each example; ties go to the first.
@@ -61,6 +64,7 @@ def rank_choices(
         examples,
         max_tokens_per_batch=max_tokens_per_batch,
         share_prompts=share_prompts,
+        experts=experts,
         progress=progress,
     )
     return [
@@ -76,6 +80,7 @@ def score_choices(
     *,
     max_tokens_per_batch: int = MAX_TOKENS,
     share_prompts: bool = False,
+    experts: Experts | None = None,
     progress: Progress = False,
 ) -> list[list[float]]:
     """Each choice's score: sum of log p(token), end-of-sequence included, over their number.
@@ -89,6 +94,7 @@ def score_choices(
         share_prompts: read the prompt once for all its choices and keep it in a KV cache. In a
             decoder-only model no token sees what follows, so scores are the same up to rounding
             and several times faster. Without effect on an encoder-decoder.
+        experts: the one that answers each example, for a routed model; None is the bare base.
 
     Raises ConfigError where an example has no choices or no prompt.
     """
@@ -111,7 +117,8 @@ def score_choices(
         ):
             chosen = [groups[index] for index in batch]
             places = [place for group in chosen for place in group.places]
-            values = score(model, chosen, pad_id(tokenizer)).tolist()
+            names = experts and [experts[group.places[0][0]] for group in chosen]
+            values = score(model, chosen, pad_id(tokenizer), names).tolist()
             for (row, column), value in zip(places, values, strict=True):
                 results[row][column] = value
                 left[row] -= 1
@@ -139,24 +146,29 @@ def _groups(model: Any, tokenizer: Any, examples: Sequence[Any], *, share: bool)
     return list(groups.values())
 
 
-def _causal_scores(model: Any, groups: Sequence[_Group], pad: int) -> Float[Tensor, " N"]:
+def _causal_scores(
+    model: Any, groups: Sequence[_Group], pad: int, experts: Experts | None
+) -> Float[Tensor, " N"]:
     """One forward over prompts and targets; left padding puts all targets at the end."""
     rows = [(group.prompt, target) for group in groups for target in group.targets]
     ids, mask = padded([prompt + target[:-1] for prompt, target in rows], pad, "left")
     targets, _ = padded([target for _, target in rows], IGNORED, "left")
     kept = targets.shape[1]
-    logits = forward(
-        model,
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions(mask),
-        logits_to_keep=kept,
-        use_cache=False,
-    ).logits
+    with using(model, _of_rows(groups, experts)):
+        logits = forward(
+            model,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            logits_to_keep=kept,
+            use_cache=False,
+        ).logits
     return _mean_log_likelihood(logits[:, -kept:], targets)
 
 
-def _shared_scores(model: Any, groups: Sequence[_Group], pad: int) -> Float[Tensor, " N"]:
+def _shared_scores(
+    model: Any, groups: Sequence[_Group], pad: int, experts: Experts | None
+) -> Float[Tensor, " N"]:
     """One forward over the prompts but their last tokens, then one over those and the targets."""
     rows = [(group.prompt[-1], target) for group in groups for target in group.targets]
     tails, mask = padded([[last, *target[:-1]] for last, target in rows], pad, "right")
@@ -165,27 +177,29 @@ def _shared_scores(model: Any, groups: Sequence[_Group], pad: int) -> Float[Tens
     ids, width = tails, tails.shape[1]
     if any(len(group.prompt) > 1 for group in groups):
         heads, head_mask = padded([group.prompt[:-1] for group in groups], pad, "left")
-        cache = forward(
-            model,
-            input_ids=heads,
-            attention_mask=head_mask,
-            position_ids=positions(head_mask),
-            logits_to_keep=1,
-            use_cache=True,
-        ).past_key_values
+        with using(model, experts):
+            cache = forward(
+                model,
+                input_ids=heads,
+                attention_mask=head_mask,
+                position_ids=positions(head_mask),
+                logits_to_keep=1,
+                use_cache=True,
+            ).past_key_values
         owners = [index for index, group in enumerate(groups) for _ in group.targets]
         cache.batch_select_indices(torch.tensor(owners, device=model.device))
         ids = torch.cat([heads[owners], tails], dim=1)
         mask = torch.cat([head_mask[owners], mask], dim=1)
         past = {"past_key_values": cache, "use_cache": True}
         _announce(model, ids, mask, cache=cache)
-    logits = forward(
-        model,
-        input_ids=tails,
-        attention_mask=mask,
-        position_ids=positions(mask)[:, -width:],
-        **past,
-    ).logits
+    with using(model, _of_rows(groups, experts)):
+        logits = forward(
+            model,
+            input_ids=tails,
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -width:],
+            **past,
+        ).logits
     return _mean_log_likelihood(logits, targets)
 
 
@@ -203,20 +217,30 @@ def _announce(model: Any, ids: Tensor, mask: Tensor, *, cache: Any) -> None:
     )
 
 
-def _seq2seq_scores(model: Any, groups: Sequence[_Group], pad: int) -> Float[Tensor, " N"]:
+def _seq2seq_scores(
+    model: Any, groups: Sequence[_Group], pad: int, experts: Experts | None
+) -> Float[Tensor, " N"]:
     """One forward with prompts in the encoder and targets in the decoder."""
     rows = [(group.prompt, target) for group in groups for target in group.targets]
     ids, mask = padded([prompt for prompt, _ in rows], pad, "right")
     targets, target_mask = padded([target for _, target in rows], IGNORED, "right")
-    logits = forward(
-        model,
-        input_ids=ids,
-        attention_mask=mask,
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(targets),
-        decoder_attention_mask=target_mask,
-        use_cache=False,
-    ).logits
+    with using(model, _of_rows(groups, experts)):
+        logits = forward(
+            model,
+            input_ids=ids,
+            attention_mask=mask,
+            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(targets),
+            decoder_attention_mask=target_mask,
+            use_cache=False,
+        ).logits
     return _mean_log_likelihood(logits, targets)
+
+
+def _of_rows(groups: Sequence[_Group], experts: Experts | None) -> Experts | None:
+    """Each group's expert for each of its targets."""
+    if experts is None:
+        return None
+    return [name for name, g in zip(experts, groups, strict=True) for _ in g.targets]
 
 
 def _mean_log_likelihood(
