@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from phatgoose import default
 from phatgoose.evaluation import method_names
+from phatgoose.routers import evidence, zscore
 
 KINDS = ["play music", "rate a book", "get the weather"]
 TASKS = {
@@ -43,7 +45,11 @@ def tasks(tmp_path):
     return tmp_path / "tasks"
 
 
-def test_all_methods_on_the_default_pool(run, tasks, tmp_path):
+def test_all_methods_on_the_default_pool(run, tasks, tmp_path, monkeypatch):
+    # Routers that look at background text would have the base write it, for seconds.
+    text = torch.randint(2, 8000, (4, 32), generator=torch.Generator().manual_seed(0))
+    for module in (evidence, zscore):
+        monkeypatch.setattr(module, "written_by", lambda model: text)
     out = tmp_path / "out"
     common = ["--tasks", tasks, "--out", out, "--device", "cpu"]
     result = run("eval", *common, "--methods", "all", "--oracle-limit", 1)
