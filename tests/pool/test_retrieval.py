@@ -91,6 +91,7 @@ def test_a_sentence_encoder_by_name(base: tuple[Any, Any], monkeypatch: pytest.M
     assert index.choose(QUERIES, *base) == ["fruit", "travel"]
     with pytest.raises(ConfigError, match="no sentence-transformers model.*nothing"):
         build_index(EXAMPLES, *base, encoder="nothing")
+    retrieval._sentence_transformer.cache_clear()
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"phatgoose\[eval\]"):
         build_index(EXAMPLES, *base, encoder="letters")
