@@ -45,13 +45,15 @@ def tasks(tmp_path):
     return tmp_path / "tasks"
 
 
-def test_all_methods_on_the_default_pool(run, tasks, tmp_path, monkeypatch):
+def test_all_methods_on_experts_of_the_default_pool(run, tasks, tmp_path, monkeypatch):
     # Routers that look at background text would have the base write it, for seconds.
     text = torch.randint(2, 8000, (4, 32), generator=torch.Generator().manual_seed(0))
     for module in (evidence, zscore):
         monkeypatch.setattr(module, "written_by", lambda model: text)
     out = tmp_path / "out"
     common = ["--tasks", tasks, "--out", out, "--device", "cpu"]
+    experts = [default.EXPERTS / name for name in ("snips", "subjectivity", "banking77", "ud_pos")]
+    common += ["--experts", *experts]  # of all of them merging alone takes seconds
     result = run("eval", *common, "--methods", "all", "--oracle-limit", 1)
     assert result.code == 0, result.err
     found = json.loads((out / "results.json").read_text())
