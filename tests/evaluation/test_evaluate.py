@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+import phatgoose
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import (
     Answer,
@@ -60,3 +61,26 @@ def test_metrics_that_do_not_fit(make_routed: Callable[..., nn.Module], tokenize
         evaluate(model, tokenizer, [Example("a", "b")], "accuracy")
     with pytest.raises(ConfigError, match="none is called 'bleu'"):
         evaluate(model, tokenizer, [Example("a", "b")], "bleu")
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["apart", "shared"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_each_example_by_an_expert_of_its_own(
+    make_routed: Callable[..., nn.Module],
+    tokenizer: Any,
+    choice_examples: list[Example],
+    text_examples: list[Example],
+    family: str,
+    share: bool,
+) -> None:
+    model = make_routed(family)
+    mixed = [*choice_examples, *text_examples]
+    pool = model.__dict__["_phatgoose"].pool.names
+    names = [[*pool, None][place % 4] for place in range(len(mixed))]
+    found = predict(model, tokenizer, mixed, max_new_tokens=4, share_prompts=share, experts=names)
+    for name in {*names}:
+        with phatgoose.restrict(model, [] if name is None else [name]):
+            alone = predict(model, tokenizer, mixed, max_new_tokens=4)
+        places = [place for place, each in enumerate(names) if each == name]
+        assert [found[place] for place in places] == [alone[place] for place in places]
+    assert len({*found[:3]}) > 1

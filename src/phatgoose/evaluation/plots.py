@@ -9,6 +9,7 @@ from phatgoose.evaluation.summary import REFERENCE
 from phatgoose.files import write_bytes
 
 REFERENCES = ("base", "own", "oracle", "best_individual", "multitask")  # no ways to use a pool
+COLOURS = f"red: {REFERENCE}; blue: other ways to use a pool; grey: references"
 Results = Mapping[str, Any]
 
 
@@ -56,7 +57,7 @@ def _forest(
         path.unlink(missing_ok=True)  # of an earlier run
         return None
     names = sorted(known, key=lambda name: known[name]["score"])
-    figure = Figure(figsize=(8, 1.5 + 0.32 * len(names)), layout="constrained")
+    figure = Figure(figsize=(8, 1.7 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(names):
         cell = known[name]
@@ -70,6 +71,7 @@ def _forest(
             textcoords="offset points",
             ha="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     what, where = line
     if where is not None and where["score"] is not None:
@@ -85,7 +87,7 @@ def _forest(
         )
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.2)
-    axes.set_xlabel(label)
+    axes.set_xlabel(f"{label}\n{COLOURS}")
     axes.set_title(title)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)

@@ -21,7 +21,7 @@ from phatgoose.evaluation.methods import (
 from phatgoose.experts import Expert, adapter_hash, load_expert
 from phatgoose.pool import ExpertPool, merge_experts
 from phatgoose.pool.retrieval import ExampleIndex
-from phatgoose.routers import make_router, router_names
+from phatgoose.routers import MixedRouter, make_router, router_names
 
 SINGLE = "single:"
 COMBINED = ("phatgoose+evidence", "seqr+zscore")  # of the routers with modifiers, in "all"
@@ -60,6 +60,9 @@ def make_methods(names: Sequence[str], inputs: Inputs) -> tuple[list[Method], di
     left_out: dict[str, str] = {}
     for name in names:
         for each in method_names() if name == "all" else [name]:
+            if name == "all" and each == MixedRouter.name and all(e.gates for e in inputs.pool):
+                left_out[each] = "every expert has gates, so it would be phatgoose"
+                continue
             try:
                 methods[each] = _make(each, inputs)
             except _LacksInput as error:

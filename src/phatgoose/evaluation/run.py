@@ -290,13 +290,15 @@ class _Run:
     def _settle(self, method: Afterwards, singles: Mapping[str, list[Row] | str], bar: Any) -> None:
         """Choose experts by the singles' scores, then answer by the chosen."""
         items = self._items(method)
-        failed = [
-            f"single:{name}: {rows}" for name, rows in singles.items() if isinstance(rows, str)
-        ]
-        if failed or not items:
-            self._record(method, failed[0] if failed else "no held-out task to choose experts by")
+        if not items:
+            self._record(method, "there is no held-out task to choose experts by")
             return
-        rows = [(expert, row) for expert, some in singles.items() for row in some]
+        rows: list[tuple[str, Row]] = []
+        for expert, some in singles.items():
+            if isinstance(some, str):
+                self._record(method, f"single:{expert}: {some}")
+                return
+            rows += [(expert, row) for row in some]
         chosen = method.settle(_means(rows))
         known = {(r["task"], r["line"]): r for expert, r in rows if chosen[r["task"]] == expert}
         settled = PerTask(method.name, roles=method.roles, pool=method.pool, chosen=chosen)

@@ -3,6 +3,7 @@
 Jang et al., arXiv:2302.03202; the "Retrieval" baseline of arXiv:2402.05859, section 4.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -116,6 +117,7 @@ def embed(texts: Sequence[str], encoder: str, model: Any, tokenizer: Any) -> Flo
     return torch.stack(found).cpu() if found else torch.zeros(0, table.weight.shape[-1])
 
 
+@functools.lru_cache(maxsize=1)  # it is asked for with every part of a stream
 def _sentence_transformer(name: str) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
