@@ -10,7 +10,7 @@ Ours, not the paper's. For decoder-only models.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -79,6 +79,10 @@ class ContextEvidence(Modifier):
         self._table: tuple[tuple[str, ...], Tensor] = ((), torch.empty(0))
 
     @abstractmethod
+    def require(self, expert: Expert) -> None:
+        """Raise MissingGateError where the expert lacks what `weigh` needs."""
+
+    @abstractmethod
     def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
         """What each token id is worth for one expert, given what the first module reads for it."""
 
@@ -89,9 +93,11 @@ class ContextEvidence(Modifier):
                 f"{self.name}: the model is an encoder-decoder, whose decoder does not read the "
                 "prompt. Use another router."
             )
+        self.readers = self.readers or first_readers(model)
+        for expert in experts:
+            self.require(expert)
         inputs = token_inputs(model, model.get_input_embeddings().weight.shape[0])
         if self.background is None:
-            self.readers = first_readers(model)
             ids = written_by(model) if self._ids is None else self._ids
             self.background = Background.measure(inputs, ids)
         for expert in experts:
@@ -135,21 +141,24 @@ class EvidenceRouter(ContextEvidence):
 
     name = "evidence"
 
-    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
-        found = expert.signatures.get("prompt_mean")
-        vectors = found.vectors if found else {}
-        at = next((vectors[name] for name in self.readers if name in vectors), None)
-        if at is None:
+    def require(self, expert: Expert) -> None:
+        if self.readers[0] not in self._means(expert):
             raise MissingGateError(
                 f"{expert.name}: has no mean prompt at {self.readers[0]}. Measure it: phatgoose "
                 f"experts derive {expert.folder or 'FOLDER'} --tasks TASKS. Or use the "
                 "adapter_evidence router, which needs none."
             )
+
+    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
         assert self.background is not None
-        shift = at.double() - self.background.mean
+        shift = self._means(expert)[self.readers[0]].double() - self.background.mean
         direction = self.background.power(-1) @ shift
         offset = direction @ (self.background.mean + shift / 2)
         return inputs @ direction.float() - offset.float()
+
+    def _means(self, expert: Expert) -> Mapping[str, Tensor]:
+        found = expert.signatures.get("prompt_mean")
+        return found.vectors if found else {}
 
 
 @final
@@ -164,14 +173,16 @@ class AdapterEvidenceRouter(ContextEvidence):
 
     name = "adapter_evidence"
 
-    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
-        found = [expert.modules[name] for name in self.readers if name in expert.modules]
-        if not found:
+    def require(self, expert: Expert) -> None:
+        if not set(self.readers) & set(expert.modules):
             raise MissingGateError(
                 f"{expert.name}: adapts none of the modules that read the embeddings "
                 f"({', '.join(self.readers)}), so its weights do not tell which tokens it is for."
             )
+
+    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
         assert self.background is not None
+        found = [expert.modules[name] for name in self.readers if name in expert.modules]
         spaces = torch.cat([right_singular(lora)[1] for lora in found])
         values, basis = torch.linalg.svd(spaces, full_matrices=False)[1:]
         basis = basis[values > 1e-9 * values.max()]

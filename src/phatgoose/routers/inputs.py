@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts.base import linear_modules
 
 ROWS, LENGTH = 64, 64  # of text that a base writes itself
+_written: WeakKeyDictionary[nn.Module, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()
 
 
 def first_readers(model: nn.Module) -> list[str]:
@@ -28,8 +30,10 @@ def token_inputs(model: nn.Module, tokens: int) -> Float[Tensor, "V I"]:
 def written_by(model: Any, *, rows: int = ROWS, length: int = LENGTH) -> Int[Tensor, "B L"]:
     """Text as the base itself would write it, sampled with a seed of its own: generic background.
 
-    The state of torch's random generators stays as it was.
+    A model writes once and is remembered. The state of torch's random generators stays as it was.
     """
+    if (rows, length) in _written.setdefault(model, {}):
+        return _written[model][rows, length]
     end = getattr(model.generation_config, "eos_token_id", None)
     begin = getattr(model.generation_config, "bos_token_id", None)
     first = begin if begin is not None else end[0] if isinstance(end, list) else end or 0
@@ -48,7 +52,8 @@ def written_by(model: Any, *, rows: int = ROWS, length: int = LENGTH) -> Int[Ten
             max_new_tokens=length,
             pad_token_id=first,
         )
-    return written[:, 1:].cpu()
+    _written[model][rows, length] = written[:, 1:].cpu()
+    return _written[model][rows, length]
 
 
 def read_by(
