@@ -6,13 +6,15 @@
 TEXT_DIR holds `.txt` or `.txt.xz` files whose documents each end with a line
 `<|endoftext|>`. OUT_DIR receives a bf16 model that `AutoModelForCausalLM` loads,
 its tokenizer and `log.json`; `--resume` continues from the last checkpoint.
-The shipped model is this command's on one NVIDIA H100: 7161 steps, 939 M tokens.
+On several GPUs: `torchrun --nproc-per-node 2 recipes/pretrain.py ...`; each takes its share of
+every step's rows. The shipped model is this command's on one NVIDIA H100: 7161 steps, 939 M tokens.
 """
 
 import argparse
 import functools
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizer import batched, load_tokenizer, tokenise
 from torch import Tensor
@@ -191,7 +194,7 @@ def train(
     started: float,
 ) -> list[dict[str, float]]:
     """Train in place; returns the log, one entry every `args.eval_every` steps."""
-    device = model.device
+    device, rank, size = model.device, *place()
     optimizer = new_optimizer(model, args.lr)
     rows = Rows(tokens, args.length, batch=args.batch, seed=args.seed)
     checkpoint = args.out / "checkpoint.pt"
@@ -203,7 +206,7 @@ def train(
         step, total, log = state["step"], args.steps or state["total"], state["log"]
         print(f"resumed at step {step}", file=sys.stderr)
     loss_of = torch.compile(token_loss, dynamic=False) if device.type == "cuda" else token_loss
-    parts = math.ceil(args.batch / args.micro_batch)
+    parts = math.ceil(args.batch / size / args.micro_batch)
     recent = torch.zeros((), device=device)  # summed on the device: reading it would wait
     shown = clock = time.monotonic()
     shown_step = first = step
@@ -211,11 +214,12 @@ def train(
         rate = schedule(step, total, warmup=args.warmup, decay=args.decay)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate
-        for part in micro_batches(rows(step), args.micro_batch, device):
+        for part in micro_batches(rows(step)[rank::size], args.micro_batch, device):
             with autocast(device):
                 loss = loss_of(model, part) / parts
             loss.backward()
             recent += loss.detach()
+        average_gradients(model, size)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -230,7 +234,7 @@ def train(
                 per_step = (now - clock) / (TIMED_STEPS[1] - TIMED_STEPS[0])
                 # 3% for evaluations and checkpoints
                 left = 0.97 * (started + 60 * args.minutes - now)
-                total = step + max(1, int(left / per_step))
+                total = agreed(step + max(1, int(left / per_step)), device, size)
                 print(f"{per_step * 1000:.1f} ms a step: {total} steps", file=sys.stderr)
         if step % args.show_every == 0 or step == total:
             mean, now = recent.item() / (step - shown_step), time.monotonic()
@@ -239,7 +243,7 @@ def train(
             speed = (step - shown_step) * args.batch * args.length / (now - shown)
             message = f"step {step}/{total or '?'} loss {mean:.3f} {speed / 1e6:.3f} M tokens/s"
             print(message, file=sys.stderr, flush=True)
-            if step % args.eval_every == 0 or step == total:
+            if not rank and (step % args.eval_every == 0 or step == total):
                 entry = {"step": step, "tokens": step * args.batch * args.length, "loss": mean}
                 entry["held_out"] = evaluate(model, held_out, args.length)
                 entry |= {"lr": args.lr * rate, "tokens_per_second": round(speed)}
@@ -248,11 +252,36 @@ def train(
                 write_log(args.out, {"log": log})
             recent.zero_()
             shown, shown_step = time.monotonic(), step
-        if step % args.checkpoint_every == 0 or step == total:
+        if not rank and (step % args.checkpoint_every == 0 or step == total):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"step": step, "total": total, "log": log}
             replace_file(checkpoint, functools.partial(torch.save, state))
     return log
+
+
+def place() -> tuple[int, int]:
+    """This process's number, and how many there are; `torchrun` says so."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average_gradients(model: LlamaForCausalLM, size: int) -> None:
+    """Give every process the mean of all their gradients."""
+    if size > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / size
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def agreed(value: int, device: torch.device, size: int) -> int:
+    """The first process's value."""
+    if size == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.broadcast(shared, 0)
+    return int(shared)
 
 
 def write_log(folder: Path, log: dict[str, object]) -> None:
@@ -291,8 +320,11 @@ def arguments() -> argparse.Namespace:
     length.add_argument("--steps", type=int)
     length.add_argument("--minutes", type=float, help="from the program's start to the last step")
     args = parser.parse_args()
-    if args.batch % args.micro_batch:
-        parser.error(f"--batch {args.batch} is no multiple of --micro-batch {args.micro_batch}")
+    share = args.micro_batch * place()[1]
+    if args.batch % share:
+        parser.error(
+            f"--batch {args.batch} is no multiple of {share}: --micro-batch, all processes"
+        )
     if args.eval_every % args.show_every:
         parser.error(f"--eval-every {args.eval_every} is no multiple of {args.show_every}")
     return args
@@ -304,10 +336,20 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
+    rank, processes = place()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if processes > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     tokenizer = load_tokenizer(args.tokenizer)
     cache = args.cache or args.out / "cache"
+    if rank:
+        dist.barrier()  # the first tokenises, the others read what it kept
     tokens, held_out = tokenise(args.text, args.tokenizer, cache, held_out=args.held_out)
+    if processes > 1 and not rank:
+        dist.barrier()
     model = new_model(args, tokenizer).to(device)
     size = sum(p.numel() for p in model.parameters())
     print(
@@ -316,6 +358,11 @@ def main() -> None:
         file=sys.stderr,
     )
     log = train(model, tokens, held_out, args, started=started)
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank:
+        return
     save_model(model, tokenizer, args.tokenizer, args.out)
 
     # What is reported is the loss of the files, in bf16, as they will be loaded.

@@ -19,12 +19,14 @@ from phatgoose.files import write_bytes
 from phatgoose.tasks import read_examples, split_file
 
 RECIPES = Path(__file__).parent.parent
+PACKAGED = default.BASE.parent / "experts"
 PHATGOOSE = (sys.executable, "-m", "phatgoose.cli")
+DONE = "phatgoose_config.json"  # what `phatgoose train` writes last
 GATE_STEPS = (10, 30, 100, 300)
 LARGE_BASE = (
     "--hidden 512 --layers 8 --heads 8 --kv-heads 8 --intermediate 1408 --lr 2.5e-3".split()
 )
-ROUGHLY = 4000  # training examples of each task that the multitask adapter sees
+ROUGHLY = 1500  # training examples of each task that the multitask adapter sees
 
 
 def build_base(args: Namespace) -> None:
@@ -32,9 +34,11 @@ def build_base(args: Namespace) -> None:
     base = args.out / "large" / "base"
     if (base / "model.safetensors").exists():
         return
-    command = [sys.executable, RECIPES / "pretrain.py", args.text, base, "--tokenizer"]
-    command += [default.BASE, "--minutes", args.minutes, "--resume", *LARGE_BASE]
-    run_all([("base", [*map(str, command)])], logs=args.out / "logs", each=1, on=devices()[:1])
+    on = devices()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [len(on), RECIPES / "pretrain.py", args.text, base, "--tokenizer", default.BASE]
+    command += ["--minutes", args.minutes, "--resume", *LARGE_BASE]
+    run_all([("base", [*map(str, command)])], logs=args.out / "logs", each=1, on=[",".join(on)])
 
 
 def build_experts(args: Namespace) -> None:
@@ -51,6 +55,8 @@ def build_experts(args: Namespace) -> None:
         command += ["--steps", args.steps, "--batch-size", args.batch, "--learning-rate", "2e-3"]
         command += ["--gate-batch-size", args.batch, "--max-length", 512, "--dropout", 0.05]
         commands.append((f"experts-{number}", [*map(str, command)]))
+    if not (large / "multitask" / DONE).exists():
+        commands.insert(0, multitask(args, "large", large / "base"))
     run_all(commands, logs=args.out / "logs", each=args.each, on=on)
     for folder in sorted((large / "parts").glob("*/[!.]*")):
         (large / "experts").mkdir(exist_ok=True)
@@ -63,25 +69,34 @@ def build_rest(args: Namespace, pools: Sequence[str]) -> None:
     for pool in pools:
         folder = args.out / pool
         if pool == "default" and not (folder / "experts").exists():
-            shutil.copytree(default.BASE.parent / "experts", folder / "experts")
+            shutil.copytree(PACKAGED, folder / "experts")
         base = default.BASE if pool == "default" else folder / "base"
         experts = sorted(p for p in (folder / "experts").iterdir() if p.is_dir())
         measured = [(p / file_name(kind)).exists() for p in experts for kind in KINDS]
-        if not all(measured):
-            command = [*PHATGOOSE, "experts", "derive", folder / "experts", "--base", base]
-            command += ["--tasks", args.data / "tasks", "--max-length", 512, "--batch-size", 64]
-            commands.append((f"derive-{pool}", [*map(str, command)]))
-        if not (folder / "multitask" / "phatgoose_config.json").exists():
-            shutil.rmtree(folder / "multitask", ignore_errors=True)
-            union = write_union(args, [p.name for p in experts], folder / "union.jsonl")
-            command = [*PHATGOOSE, "train", "--data", union, "--base", base, "--gate-steps", 1]
-            command += ["--out", folder / "multitask", "--rank", 32, "--alpha", 64, "--bf16"]
-            command += ["--steps", args.multitask_steps, "--batch-size", 128, "--max-length", 512]
-            command += ["--learning-rate", "2e-3", "--gate-batch-size", 16]
-            commands.append((f"multitask-{pool}", [*map(str, command)]))
+        for number in range(args.each if not all(measured) else 0):
+            command = [*PHATGOOSE, "experts", "derive", *experts[number :: args.each]]
+            command += ["--base", base, "--tasks", args.data / "tasks", "--max-length", 512]
+            command += ["--batch-size", 64]
+            commands.append((f"derive-{pool}-{number}", [*map(str, command)]))
+        if not (folder / "multitask" / DONE).exists():
+            commands.insert(0, multitask(args, pool, base))
     if "default" in pools:
         commands += gates(args)
     run_all(commands, logs=args.out / "logs", each=args.each, on=devices())
+
+
+def multitask(args: Namespace, pool: str, base: Path) -> tuple[str, list[str]]:
+    """One adapter trained on the union of the data of the pool's experts."""
+    folder = args.out / pool
+    shutil.rmtree(folder / "multitask", ignore_errors=True)
+    found = folder / "experts" if pool == "default" else args.data / "tasks"
+    names = sorted(path.name for path in found.iterdir() if path.is_dir())
+    union = write_union(args, names, folder / "union.jsonl")
+    command = [*PHATGOOSE, "train", "--data", union, "--base", base, "--gate-steps", 1]
+    command += ["--out", folder / "multitask", "--rank", 32, "--alpha", 64, "--bf16"]
+    command += ["--steps", args.multitask_steps, "--batch-size", 128, "--max-length", 512]
+    command += ["--learning-rate", "2e-3", "--gate-batch-size", 16, "--save-dtype", "bfloat16"]
+    return f"multitask-{pool}", [*map(str, command)]
 
 
 def gates(args: Namespace) -> Iterator[tuple[str, list[str]]]:
@@ -90,7 +105,7 @@ def gates(args: Namespace) -> Iterator[tuple[str, list[str]]]:
         folder = args.out / "default" / f"gates-{steps}"
         if not folder.exists():
             leave = shutil.ignore_patterns("phatgoose_*")
-            shutil.copytree(default.BASE.parent / "experts", folder, ignore=leave)
+            shutil.copytree(PACKAGED, folder, ignore=leave)
         command = [*PHATGOOSE, "experts", "gate", folder, "--base", default.BASE, "--bf16"]
         command += ["--tasks", args.data / "tasks", "--gate-steps", steps, "--max-length", 512]
         command += ["--gate-batch-size", 32, "--batch-size", 32]

@@ -12,7 +12,10 @@ import torch
 
 def devices() -> list[str]:
     """What CUDA_VISIBLE_DEVICES can be set to; "" alone where there is no GPU."""
-    return [str(index) for index in range(torch.cuda.device_count())] or [""]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    ) or [""]
 
 
 def run_all(

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as processes
 from build import GATE_STEPS, build_base, build_experts, build_rest
-from jobs import devices
 from settings import METHODS, sub_pools, variants, with_gates_of
 
 from phatgoose import default
@@ -158,8 +157,8 @@ def work(
         started = time.monotonic()
         try:
             evaluation.do(job)
-        except PhatgooseError as error:
-            print(f"{pool} {phase}: {job}: {error}", file=sys.stderr)
+        except PhatgooseError as error:  # of memory, mostly: the next call tries again
+            print(f"{pool} {phase}: {job}: {error}", file=sys.stderr, flush=True)
             continue
         done.put((job, time.monotonic() - started))
 
@@ -169,7 +168,7 @@ def answer(args: argparse.Namespace, pool: str, phase: str) -> None:
     started = time.monotonic()
     context = processes.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
-    on = [f"cuda:{index}" if index else "cpu" for index in devices()]
+    on = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     workers = [
         context.Process(target=work, args=(args, pool, phase, device, todo, done))
         for _ in range(args.each)
@@ -207,9 +206,17 @@ def answer(args: argparse.Namespace, pool: str, phase: str) -> None:
         m.name: "not reached in the time given" for m in evaluation.methods if m.name not in reached
     }
     evaluation.methods = [m for m in evaluation.methods if m.name in reached]
-    if reached:
-        evaluation.answer()
-        evaluation.finish(late)
+    if not reached:
+        raise SystemExit(f"{pool} {phase}: no method was finished. Give more --seconds.")
+    evaluation.answer()
+    evaluation.finish(late, pictures=False)
+    # What settings were not chosen on: the experts' test sets, and every other held-out task.
+    heldout = [task for task in evaluation.tasks if task.role == "heldout"]
+    own = [task for task in evaluation.tasks if task.role == "own"]
+    unseen = {path.name for path in sorted((args.data / "heldout").iterdir())[1::2]}
+    if phase == "report":
+        half = evaluation.summary([*own, *(task for task in heldout if task.name in unseen)])
+        write_json(evaluation.out / "unseen-half.json", half)
 
 
 def needs(method: Method, jobs: dict[str, int]) -> set[str]:

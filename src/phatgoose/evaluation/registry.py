@@ -24,7 +24,7 @@ from phatgoose.pool.retrieval import ExampleIndex
 from phatgoose.routers import MixedRouter, make_router, router_names
 
 SINGLE = "single:"
-COMBINED = ("phatgoose+evidence", "seqr+zscore")  # of the routers with modifiers, in "all"
+COMBINED = ("phatgoose+evidence", "phatgoose+adapter_evidence", "seqr+zscore")  # in "all"
 
 
 @dataclass(frozen=True)

@@ -147,15 +147,23 @@ class Evaluation:
         """Answer by every method what is not in the folder yet."""
         self._run.answer(self.methods)
 
-    def finish(self, left_out: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Write results.json, table.md and the pictures; return the results."""
+    def summary(self, tasks: Sequence[EvalTask] | None = None) -> dict[str, Any]:
+        """The scores, averages, differences and gains over some of the tasks (None: all)."""
+        names = [method.name for method in self.methods]
+        tasks = self.tasks if tasks is None else tasks
+        reasons = _reasons(tasks, self.methods, self._run.failed)
+        return summarise(tasks, names, self._run.scores(), reasons, seed=self.settings.seed)
+
+    def finish(
+        self, left_out: Mapping[str, str] | None = None, *, pictures: bool = True
+    ) -> dict[str, Any]:
+        """Write results.json, table.md and pictures; return the results."""
         run, tasks = self._run, self.tasks
         names = [method.name for method in self.methods]
         failed = {name: run.failed[name] for name in names if name in run.failed}
         if len(failed) == len(names):
             why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
             raise ConfigError(f"methods: none could answer ({why}).")
-        reasons = _reasons(tasks, self.methods, failed)
         results = {
             "settings": {
                 "seed": self.settings.seed,
@@ -170,12 +178,13 @@ class Evaluation:
             "methods": {name: run.described[name] for name in names if name in run.described},
             "failed": failed,
             "left_out": dict(left_out or {}),
-            **summarise(tasks, names, run.scores(), reasons, seed=self.settings.seed),
+            **self.summary(),
             "answers": [part.path.relative_to(self.out).as_posix() for part in run.parts],
         }
         write_json(self.out / "results.json", results)
         write_bytes(self.out / "table.md", table(results).encode())
-        draw(results, self.out)
+        if pictures:
+            draw(results, self.out)
         return results
 
 
