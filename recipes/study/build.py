@@ -53,7 +53,8 @@ def build_experts(args: Namespace) -> None:
         command = [*PHATGOOSE, "experts", "train", "--tasks", *tasks, "--base", large / "base"]
         command += ["--out", large / "parts" / str(number), "--bf16", "--save-dtype", "bfloat16"]
         command += ["--steps", args.steps, "--batch-size", args.batch, "--learning-rate", "2e-3"]
-        command += ["--gate-batch-size", args.batch, "--max-length", 512, "--dropout", 0.05]
+        command += ["--gate-batch-size", args.batch, "--gate-steps", args.gate_steps]
+        command += ["--max-length", 512, "--dropout", 0.05]
         commands.append((f"experts-{number}", [*map(str, command)]))
     if not (large / "multitask" / DONE).exists():
         commands.insert(0, multitask(args, "large", large / "base"))

@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pools", choices=POOLS, nargs="+", default=POOLS)
     add("--minutes", type=float, default=7, help="of pretraining")
     add("--steps", type=int, default=600, help="of each expert's adapter")
+    add("--gate-steps", type=int, default=100)
     add("--multitask-steps", type=int, default=2000)
     add("--batch", type=int, default=32, help="examples of an expert in a step")
     add("--each", type=int, default=4, help="processes on each device")

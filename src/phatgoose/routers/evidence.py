@@ -12,7 +12,7 @@ Ours, not the paper's. For decoder-only models.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -62,16 +62,17 @@ class ContextEvidence(Modifier):
     """
 
     defaults = {"top_k": 1, "scale": "unit"}
+    usual_strength: ClassVar[float]  # beside PHATGOOSE's scores; docs/study.md
 
     def __init__(
         self,
         inner: Router | None = None,
         *,
-        strength: float = 4.0,
+        strength: float | None = None,
         background: Int[Tensor, "B L"] | None = None,
     ) -> None:
         super().__init__(inner)
-        self.strength = strength
+        self.strength = self.usual_strength if strength is None else strength
         self.readers: list[str] = []  # the base's linear modules that read the first input
         self.background: Background | None = None
         self.worth: dict[str, Float[Tensor, " V"]] = {}  # of every token id, by expert
@@ -140,6 +141,7 @@ class EvidenceRouter(ContextEvidence):
     """
 
     name = "evidence"
+    usual_strength = 4.0
 
     def require(self, expert: Expert) -> None:
         if self.readers[0] not in self._means(expert):
@@ -172,6 +174,7 @@ class AdapterEvidenceRouter(ContextEvidence):
     """
 
     name = "adapter_evidence"
+    usual_strength = 8.0
 
     def require(self, expert: Expert) -> None:
         if not set(self.readers) & set(expert.modules):
