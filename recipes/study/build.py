@@ -35,8 +35,18 @@ def build_base(args: Namespace) -> None:
     if (base / "model.safetensors").exists():
         return
     on = devices()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [len(on), RECIPES / "pretrain.py", args.text, base, "--tokenizer", default.BASE]
+    command = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1"]
+    command += [
+        "--master-port",
+        29511,
+        "--nproc-per-node",
+        len(on),
+        RECIPES / "pretrain.py",
+        args.text,
+        base,
+        "--tokenizer",
+        default.BASE,
+    ]
     command += ["--minutes", args.minutes, "--resume", *LARGE_BASE]
     run_all([("base", [*map(str, command)])], logs=args.out / "logs", each=1, on=[",".join(on)])
 
