@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs import devices, run_all
 
 from phatgoose import default
-from phatgoose.experts.signatures import KINDS, file_name
+from phatgoose.experts.signatures import file_name
 from phatgoose.files import write_bytes
 from phatgoose.tasks import read_examples, split_file
 
@@ -22,6 +22,7 @@ RECIPES = Path(__file__).parent.parent
 PACKAGED = default.BASE.parent / "experts"
 PHATGOOSE = (sys.executable, "-m", "phatgoose.cli")
 DONE = "phatgoose_config.json"  # what `phatgoose train` writes last
+MEASURED = ("average_activation", "prompt_mean")
 GATE_STEPS = (10, 30, 100, 300)
 LARGE_BASE = (
     "--hidden 512 --layers 8 --heads 8 --kv-heads 8 --intermediate 1408 --lr 2.5e-3".split()
@@ -36,17 +37,8 @@ def build_base(args: Namespace) -> None:
         return
     on = devices()
     command = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1"]
-    command += [
-        "--master-port",
-        29511,
-        "--nproc-per-node",
-        len(on),
-        RECIPES / "pretrain.py",
-        args.text,
-        base,
-        "--tokenizer",
-        default.BASE,
-    ]
+    command += ["--master-port", 29511, "--nproc-per-node", len(on)]
+    command += [RECIPES / "pretrain.py", args.text, base, "--tokenizer", default.BASE]
     command += ["--minutes", args.minutes, "--resume", *LARGE_BASE]
     run_all([("base", [*map(str, command)])], logs=args.out / "logs", each=1, on=[",".join(on)])
 
@@ -55,7 +47,8 @@ def build_experts(args: Namespace) -> None:
     """Train an expert for every task, a few in one pass over the base, side by side."""
     large, on = args.out / "large", devices()
     names = [n for n in by_length(args.data / "tasks") if not (large / "experts" / n).exists()]
-    count = min(len(names), args.each * len(on))
+    alone = not (large / "multitask" / DONE).exists()  # one of the processes is for that
+    count = max(1, min(len(names), args.each * len(on) - alone))
     groups = [names[k * len(names) // count : (k + 1) * len(names) // count] for k in range(count)]
     commands = []
     for number, group in enumerate(groups):
@@ -66,7 +59,7 @@ def build_experts(args: Namespace) -> None:
         command += ["--gate-batch-size", args.batch, "--gate-steps", args.gate_steps]
         command += ["--max-length", 512, "--dropout", 0.05]
         commands.append((f"experts-{number}", [*map(str, command)]))
-    if not (large / "multitask" / DONE).exists():
+    if alone:
         commands.insert(0, multitask(args, "large", large / "base"))
     run_all(commands, logs=args.out / "logs", each=args.each, on=on)
     for folder in sorted((large / "parts").glob("*/[!.]*")):
@@ -83,7 +76,7 @@ def build_rest(args: Namespace, pools: Sequence[str]) -> None:
             shutil.copytree(PACKAGED, folder / "experts")
         base = default.BASE if pool == "default" else folder / "base"
         experts = sorted(p for p in (folder / "experts").iterdir() if p.is_dir())
-        measured = [(p / file_name(kind)).exists() for p in experts for kind in KINDS]
+        measured = [(p / file_name(kind)).exists() for p in experts for kind in MEASURED]
         for number in range(args.each if not all(measured) else 0):
             command = [*PHATGOOSE, "experts", "derive", *experts[number :: args.each]]
             command += ["--base", base, "--tasks", args.data / "tasks", "--max-length", 512]
@@ -105,7 +98,7 @@ def multitask(args: Namespace, pool: str, base: Path) -> tuple[str, list[str]]:
     union = write_union(args, names, folder / "union.jsonl")
     command = [*PHATGOOSE, "train", "--data", union, "--base", base, "--gate-steps", 1]
     command += ["--out", folder / "multitask", "--rank", 32, "--alpha", 64, "--bf16"]
-    command += ["--steps", args.multitask_steps, "--batch-size", 128, "--max-length", 512]
+    command += ["--steps", args.multitask_steps, "--batch-size", 64, "--max-length", 512]
     command += ["--learning-rate", "2e-3", "--gate-batch-size", 16, "--save-dtype", "bfloat16"]
     return f"multitask-{pool}", [*map(str, command)]
 

@@ -32,7 +32,6 @@ from build import GATE_STEPS, build_base, build_experts, build_rest
 from settings import METHODS, sub_pools, variants, with_gates_of
 
 from phatgoose import default
-from phatgoose.errors import PhatgooseError
 from phatgoose.evaluation import Evaluation, Inputs, RunSettings, make_methods, read_tasks
 from phatgoose.evaluation.methods import Afterwards, Method
 from phatgoose.files import write_json
@@ -54,10 +53,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--step", choices=STEPS, nargs="+", default=STEPS)
     add("--pools", choices=POOLS, nargs="+", default=POOLS)
     add("--minutes", type=float, default=7, help="of pretraining")
-    add("--steps", type=int, default=600, help="of each expert's adapter")
+    add("--steps", type=int, default=700, help="of each expert's adapter")
     add("--gate-steps", type=int, default=100)
     add("--multitask-steps", type=int, default=2000)
-    add("--batch", type=int, default=32, help="examples of an expert in a step")
+    add("--batch", type=int, default=12, help="examples of an expert in a step")
     add("--each", type=int, default=4, help="processes on each device")
     add("--limit", type=int, default=100, help="examples a task in report")
     add("--choose-limit", type=int, default=50, help="examples a task in choose")
@@ -149,6 +148,8 @@ def work(
 ) -> None:
     """Do jobs of an evaluation until there are none."""
     torch.set_num_threads(2)
+    # Many processes on one GPU: cuDNN's attention has failed to start there.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     evaluation = make_evaluation(args, pool, phase, device, None)
     while True:
         try:
@@ -158,8 +159,8 @@ def work(
         started = time.monotonic()
         try:
             evaluation.do(job)
-        except PhatgooseError as error:  # of memory, mostly: the next call tries again
-            print(f"{pool} {phase}: {job}: {error}", file=sys.stderr, flush=True)
+        except Exception as error:  # of memory, mostly: the next call tries again
+            print(f"{pool} {phase}: {job}: {error!r}", file=sys.stderr, flush=True)
             continue
         done.put((job, time.monotonic() - started))
 

@@ -258,14 +258,17 @@ def write(out: Path, docs: Path) -> None:
     if not any(part == "report" for _, part in found):
         raise SystemExit(f"{out}: holds no results. Run recipes/study/run.py first.")
     draw_main(found, docs / "study" / "methods.png")
-    draw_settings(found, docs / "study" / "settings.png")
+    chosen = any(part == "choose" for _, part in found)
+    if chosen:
+        draw_settings(found, docs / "study" / "settings.png")
     parts = [FINDINGS.read_text(encoding="utf-8").rstrip(), "", "![](study/methods.png)", ""]
     for pool, title in POOLS.items():
         if (pool, "report") in found:
             parts += [f"## All methods, {title}", "", described(found[pool, "report"])]
             parts += [f"From [study/{pool}-report.json](study/{pool}-report.json).", ""]
             parts += [*main_table(found, pool), ""]
-    parts += ["## Settings", "", "![](study/settings.png)", ""]
+    if chosen:
+        parts += ["## Settings", "", "![](study/settings.png)", ""]
     for pool, title in POOLS.items():
         if (pool, "choose") in found:
             parts += [f"### {title.capitalize()}", "", described(found[pool, "choose"])]
