@@ -15,18 +15,21 @@ from phatgoose.experts import Expert
 from phatgoose.pool import ExpertPool
 from phatgoose.routers import (
     AdapterEvidenceRouter,
+    AdapterPromptEvidenceRouter,
     ArrowRouter,
     AverageActivationRouter,
     EvidenceRouter,
     PhatgooseRouter,
+    PromptEvidenceRouter,
     Router,
 )
 
 # In the order of the tables; what decides most comes first, should the time run out.
 METHODS = (
-    "base own phatgoose phatgoose+evidence adapter_evidence phatgoose+adapter_evidence "
-    "average_activation arrow retrieval merged multitask evidence arrow+adapter_evidence spectr "
-    "lag best_individual oracle seqr spectr_norm seqr+zscore merged_svd peft_linear peft_ties "
+    "base own phatgoose phatgoose+evidence phatgoose+prompt_evidence adapter_evidence "
+    "adapter_prompt_evidence average_activation arrow retrieval merged multitask "
+    "phatgoose+adapter_evidence evidence prompt_evidence arrow+adapter_evidence spectr lag "
+    "best_individual oracle seqr spectr_norm seqr+zscore merged_svd peft_linear peft_ties "
     "peft_dare"
 ).split()
 
@@ -81,13 +84,18 @@ def variants(pool: ExpertPool) -> list[Method]:
         routed("z-scored", "phatgoose+zscore"),
         routed("random", RandomRouter()),
     ]
-    for short, kind in (("evidence", EvidenceRouter), ("adapter evidence", AdapterEvidenceRouter)):
+    for short, kind, whole in (
+        ("evidence", EvidenceRouter, PromptEvidenceRouter),
+        ("adapter evidence", AdapterEvidenceRouter, AdapterPromptEvidenceRouter),
+    ):
         for strength in (1.0, 2.0, 4.0, 8.0, 16.0):
             router = kind(PhatgooseRouter(), strength=strength)
             found.append(routed(f"{short} x {strength:g}", router))
         router = kind(PhatgooseRouter(), strength=8.0)
         found.append(routed(f"{short} x 8, unit scale, top_k 1", router, **unit))
         found.append(routed(f"{short} alone", kind()))
+        router = whole(PhatgooseRouter(), strength=8.0)
+        found.append(routed(f"{short} of the whole prompt x 8", router))
         found.append(
             routed(f"{short} x 8 alone, top_k 2", kind(strength=8.0), top_k=2, scale="softmax")
         )

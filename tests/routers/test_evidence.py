@@ -130,6 +130,31 @@ def test_the_prior_is_the_mean_over_the_context_and_the_same_everywhere(prompted
     assert (trace.weights[FIRST] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["prompt_evidence", "phatgoose+adapter_prompt_evidence"])
+def test_a_prompt_may_be_known_ahead(name, prompted):
+    model, pool = prompted
+    router = make_router(name)
+    route(model, pool, router)
+    worth = torch.stack([router.worth[name] for name in pool.names], dim=1).double()
+    batch = make_batch(model, [6, 9, 4], side="right")
+    seen = []
+    original = router.prior
+    router.prior = lambda *given: seen.append(original(*given)) or seen[-1]
+    output = model(**batch, use_cache=True)
+    for row, length in enumerate([6, 9, 4]):
+        mean = worth[batch["input_ids"][row, :length]].mean(0)
+        found = seen[0].view(3, 9, -1)[row]
+        assert_near(found, router.strength * mean.expand_as(found), 1e-5)
+    alone = take_row(batch, 2)
+    assert_near(model(**alone).logits[0], output.logits[2, :4], 1e-5)
+    # What is generated adds to it.
+    seen.clear()
+    first = model(**take_row(batch, 1), use_cache=True)
+    model(input_ids=torch.tensor([[7]]), past_key_values=first.past_key_values)
+    ids = [*batch["input_ids"][1].tolist(), 7]
+    assert_near(seen[-1][0], router.strength * worth[torch.tensor(ids)].mean(0), 1e-5)
+
+
 def test_it_is_added_to_another_router_s_scores(prompted):
     model, pool = prompted
     batch = make_batch(model, [7])

@@ -24,7 +24,13 @@ from phatgoose.pool.retrieval import ExampleIndex
 from phatgoose.routers import MixedRouter, make_router, router_names
 
 SINGLE = "single:"
-COMBINED = ("phatgoose+evidence", "phatgoose+adapter_evidence", "seqr+zscore")  # in "all"
+COMBINED = (  # of routers with modifiers, in "all"
+    "phatgoose+evidence",
+    "phatgoose+prompt_evidence",
+    "phatgoose+adapter_evidence",
+    "phatgoose+adapter_prompt_evidence",
+    "seqr+zscore",
+)
 
 
 @dataclass(frozen=True)

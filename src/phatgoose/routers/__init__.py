@@ -3,7 +3,12 @@
 from phatgoose.routers.arrow import ArrowRouter
 from phatgoose.routers.average import AverageActivationRouter
 from phatgoose.routers.base import Modifier, Router, make_router, router_names
-from phatgoose.routers.evidence import AdapterEvidenceRouter, EvidenceRouter
+from phatgoose.routers.evidence import (
+    AdapterEvidenceRouter,
+    AdapterPromptEvidenceRouter,
+    EvidenceRouter,
+    PromptEvidenceRouter,
+)
 from phatgoose.routers.lag import LagRouter
 from phatgoose.routers.mixed import MixedRouter
 from phatgoose.routers.phatgoose import PhatgooseRouter
@@ -14,6 +19,7 @@ from phatgoose.routers.zscore import ZScoreRouter
 
 __all__ = [
     "AdapterEvidenceRouter",
+    "AdapterPromptEvidenceRouter",
     "ArrowRouter",
     "AverageActivationRouter",
     "EvidenceRouter",
@@ -21,6 +27,7 @@ __all__ = [
     "MixedRouter",
     "Modifier",
     "PhatgooseRouter",
+    "PromptEvidenceRouter",
     "Router",
     "SeqrRouter",
     "SpectrNormRouter",

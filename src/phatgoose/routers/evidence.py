@@ -6,6 +6,9 @@ first linear module reads, which depends on the id alone (position 0 is taken wh
 positions to its embeddings). The prior of a token is `strength` times the mean worth of the real
 tokens up to it, the same at every module. There is no state beside the ids in the KV cache.
 
+The routers called prompt_... know the whole prompt already at its first token, where causal ones
+learn what it is about only as they read it, and so read its beginning by the wrong experts.
+
 Ours, not the paper's. For decoder-only models.
 """
 
@@ -63,6 +66,10 @@ class ContextEvidence(Modifier):
 
     defaults = {"top_k": 1, "scale": "unit"}
     usual_strength: ClassVar[float]  # beside PHATGOOSE's scores; docs/study.md
+    # Whether a token also knows what comes after it in the same forward. Then a sequence read in
+    # parts is not routed as if read at once: right for a prompt and what `generate` adds to it, but
+    # not for a prefix that other prompts share.
+    ahead: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -124,14 +131,15 @@ class ContextEvidence(Modifier):
         real = context.real.unsqueeze(-1)
         # fp64, so that prefill and decode agree whatever order a device sums in.
         sums = (self._table[1][context.ids] * real).double().cumsum(1)
-        means = sums / real.long().cumsum(1).clamp_min(1)
-        prior = self.strength * means[:, -context.length :].float().flatten(0, 1)
+        means = (sums / real.long().cumsum(1).clamp_min(1))[:, -context.length :]
+        if self.ahead:
+            means = means[:, -1:].expand_as(means)
+        prior = self.strength * means.float().flatten(0, 1)
         more = super().prior(context, experts)  # of another evidence inside
         return prior if more is None else prior + more
 
 
-@final
-class EvidenceRouter(ContextEvidence):
+class PromptsEvidence(ContextEvidence):
     """How much the context reads like an expert's prompts, rather than like any text.
 
     With m, Σ the mean and covariance of what background text makes the first module read, and m_z
@@ -140,7 +148,6 @@ class EvidenceRouter(ContextEvidence):
     Needs of each expert its mean prompt, one vector (`phatgoose experts derive`).
     """
 
-    name = "evidence"
     usual_strength = 4.0
 
     def require(self, expert: Expert) -> None:
@@ -163,8 +170,7 @@ class EvidenceRouter(ContextEvidence):
         return found.vectors if found else {}
 
 
-@final
-class AdapterEvidenceRouter(ContextEvidence):
+class AdapterEvidence(ContextEvidence):
     """How much the context lies in an adapter's own input space: takes neither data nor training.
 
     With Q an orthonormal basis of the row spaces of the adapter's A at all modules that read the
@@ -173,7 +179,6 @@ class AdapterEvidenceRouter(ContextEvidence):
     other text.
     """
 
-    name = "adapter_evidence"
     usual_strength = 8.0
 
     def require(self, expert: Expert) -> None:
@@ -194,3 +199,33 @@ class AdapterEvidenceRouter(ContextEvidence):
         mean = self.background.share @ lengths
         deviation = (self.background.share @ (lengths - mean) ** 2).sqrt()
         return ((lengths - mean) / deviation.clamp_min(1e-9)).float()
+
+
+@final
+class EvidenceRouter(PromptsEvidence):
+    """Evidence from the experts' mean prompts, of the context so far."""
+
+    name = "evidence"
+
+
+@final
+class PromptEvidenceRouter(PromptsEvidence):
+    """Evidence from the experts' mean prompts, of the whole prompt."""
+
+    name = "prompt_evidence"
+    ahead = True
+
+
+@final
+class AdapterEvidenceRouter(AdapterEvidence):
+    """Evidence from the adapters' weights, of the context so far."""
+
+    name = "adapter_evidence"
+
+
+@final
+class AdapterPromptEvidenceRouter(AdapterEvidence):
+    """Evidence from the adapters' weights, of the whole prompt."""
+
+    name = "adapter_prompt_evidence"
+    ahead = True
