@@ -3,6 +3,7 @@
 #   make demo     watch default experts route a few prompts
 #   make test     the tests, on all cores
 #   make check    lint, format, types, import order
+#   make study    every router on two pools: docs/study.md, in hours (DATA=tasks TEXT=text)
 #   make bench    what routing costs on this machine: out/benchmarks/performance.md, in minutes
 #   make clean    remove .venv and caches
 #
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench format clean
+.PHONY: demo test check study bench format clean
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -43,6 +44,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/bench_gates.py --out $(RESULTS)/gates.json
 	$(BIN)/python benchmarks/bench_memory.py --out $(RESULTS)/memory.json
 	$(BIN)/python benchmarks/report.py --results $(RESULTS) --out $(RESULTS)/performance.md
+
+# DATA holds tasks/NAME/{train,validation,test}.jsonl, heldout/NAME/test.jsonl and INDEX.json.
+study: $(READY)
+	@test -d "$(DATA)" -a -d "$(TEXT)" || { echo 'give make study DATA=FOLDER TEXT=FOLDER' >&2; exit 1; }
+	$(BIN)/python recipes/study/run.py --data "$(DATA)" --text "$(TEXT)" $(STUDY_ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -62,8 +62,11 @@ def main_table(found: Mapping[tuple[str, str], Results], pool: str) -> Iterator[
             cell(report["recovered_gain"].get(method)),
         ]
         yield f"| {method} | " + " | ".join(cells) + " |"
+    reasons: dict[str, list[str]] = {}
     for method, reason in {**report["failed"], **report["left_out"]}.items():
-        yield f"\n{method}: {reason}"
+        reasons.setdefault(reason, []).append(method)
+    for reason, methods in reasons.items():
+        yield f"\n{reason[0].upper()}{reason[1:]}: {', '.join(methods)}."
 
 
 def settings_table(results: Results) -> Iterator[str]:
