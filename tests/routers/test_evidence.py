@@ -1,5 +1,7 @@
 """Evidence over the context: its table from the formula, and the same however a text is read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -188,6 +190,30 @@ def test_an_expert_joins_a_live_model(prompted):
     unroute(model)
     route(model, pool, "phatgoose+evidence")
     assert_near(model(**batch).logits, found, 1e-5)
+
+
+def test_another_expert_of_the_same_name(prompted):
+    model, pool = prompted
+    route(model, pool, "evidence")
+    batch = make_batch(model, [5])
+    model(**batch)
+    first, last = pool["e0"], pool["e3"]
+    pool.remove("e3")
+    pool.add(
+        replace(
+            last,
+            signatures=first.signatures
+            | {
+                "prompt_mean": replace(
+                    first.signatures["prompt_mean"], adapter=adapter_hash(last.modules)
+                )
+            },
+        )
+    )
+    found = model(**batch).logits
+    unroute(model)
+    route(model, pool, "evidence")
+    assert torch.equal(model(**batch).logits, found)
 
 
 def test_what_it_needs_is_said(model_and_pool):

@@ -135,3 +135,6 @@ def test_what_cannot_be_measured(model_and_pool):
         derive_signatures(model, Tokenizer(), pool.experts, {}, kinds=("nonsense",))
     with pytest.raises(ConfigError, match="e0: no examples"):
         derive_signatures(model, Tokenizer(), pool.experts, {})
+    rows = {name: [Encoded([], [3, 4])] for name in pool.names}
+    with pytest.raises(ConfigError, match="e0: its examples have no prompts"):
+        derive_signatures(model, Tokenizer(), pool.experts, rows)

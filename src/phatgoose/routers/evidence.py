@@ -110,6 +110,7 @@ class ContextEvidence(Modifier):
             self.background = Background.measure(inputs, ids)
         for expert in experts:
             self.worth[expert.name] = self.weigh(expert, inputs)
+        self._table = ((), torch.empty(0))  # a name may stand for another expert now
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " W"]:
         return torch.zeros(1) if self.inner is None else self.inner.signature(expert, module)

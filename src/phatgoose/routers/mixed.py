@@ -69,7 +69,7 @@ class MixedRouter(Router):
             read_by(model, self._background, part, seen)
             for module in part:
                 self._derive(without, module, torch.cat(activations[module]))
-        self.derived += [expert.name for expert in without]
+        self.derived += [e.name for e in without if e.name not in self.derived]
 
     def _derive(self, experts: Sequence[Expert], module: str, u: Float[Tensor, "T I"]) -> None:
         scores = u @ torch.stack(self._gates[module]).T / math.sqrt(u.shape[1])

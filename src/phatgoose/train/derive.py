@@ -101,7 +101,11 @@ def _prompt_means(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     inputs = token_inputs(model, vocabulary)
     for expert in experts:
-        ids = torch.tensor([token for row in drawn[expert.name] for token in row.prompt])
+        ids = torch.tensor(
+            [token for row in drawn[expert.name] for token in row.prompt], dtype=torch.long
+        )
+        if not len(ids):
+            raise ConfigError(f"{expert.name}: its examples have no prompts to take the mean of.")
         counts = torch.bincount(ids, minlength=vocabulary)
         used = counts.nonzero().squeeze(1)
         share = counts[used].double() / counts.sum()
