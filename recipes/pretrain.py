@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizer import batched, load_tokenizer, tokenise
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -36,6 +35,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from tokenizer import batched, load_tokenizer, tokenise
 
 TIMED_STEPS = (10, 30)  # with --minutes: the steps that tell how fast the rest will go
 WEIGHT_DECAY = 0.1

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jobs import devices, run_all
-
 from phatgoose import default
 from phatgoose.experts.signatures import file_name
 from phatgoose.files import write_bytes

@@ -28,9 +28,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as processes
-from build import GATE_STEPS, build_base, build_experts, build_rest
-from settings import METHODS, sub_pools, variants, with_gates_of
 
+from build import GATE_STEPS, build_base, build_experts, build_rest
 from phatgoose import default
 from phatgoose.evaluation import Evaluation, Inputs, RunSettings, make_methods, read_tasks
 from phatgoose.evaluation.methods import Afterwards, Method
@@ -39,6 +38,7 @@ from phatgoose.models import load_base
 from phatgoose.pool import ExpertPool
 from phatgoose.pool.retrieval import build_index
 from phatgoose.tasks import read_examples, split_file
+from settings import METHODS, sub_pools, variants, with_gates_of
 
 STEPS = ("base", "experts", "rest", "choose", "report", "write")
 POOLS = ("default", "large")
