@@ -71,7 +71,7 @@ def run(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, list[Tensor
     gates, _, _ = bank.view(range(bank.parts))
     settings = [case[key] for key in ("top_k", "temperature", "unit", "null_score")]
     experts, weights, z, *plan = torch.ops.phatgoose.gated_down(
-        x, *gates, case["open"], a, *settings, backend
+        x, *gates, case["open"], a, *settings, None, backend
     )
     outputs = [output.clone() for output in case["output"]]
     for part, (output, b) in enumerate(zip(outputs, case["b"], strict=True)):

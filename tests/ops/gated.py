@@ -31,9 +31,10 @@ class Problem:
     temperature: float
     unit: bool
     null_score: float | None
+    prior: Tensor | None  # [T C]
 
-    def settings(self) -> tuple[int, float, bool, float | None]:
-        return self.top_k, self.temperature, self.unit, self.null_score
+    def settings(self) -> tuple[int, float, bool, float | None, Tensor | None]:
+        return self.top_k, self.temperature, self.unit, self.null_score, self.prior
 
 
 @st.composite
@@ -75,6 +76,7 @@ def problems(draw, tokens, dtypes, most=6, mixed=True):
         temperature=draw(st.sampled_from([0.3, 1.0, 7.0])),
         unit=draw(st.booleans()),
         null_score=draw(st.sampled_from([None, None, -0.4, 0.0, 30.0])),
+        prior=padded(2 * normal(tokens, slots), 1, spare) if draw(st.booleans()) else None,
     )
 
 
@@ -195,7 +197,7 @@ def check_far_from_zero(tokens, backend):
     gates = signatures.flatten(0, 1), signatures.sum(-1)
     opened, a = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, 1, 37)
     experts, weights, *_ = torch.ops.phatgoose.gated_down(
-        x, *gates, opened, a, 3, 1.0, False, None, backend
+        x, *gates, opened, a, 3, 1.0, False, None, None, backend
     )
     centred = x.double() - x.double().mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True) + 1e-5
@@ -213,6 +215,9 @@ def score(problem):
     root = math.sqrt(x.shape[1])
     scores = torch.einsum("ti,sci->tsc", (x - mean) / spread, signatures) / root
     sizes = torch.einsum("ti,sci->tsc", (x.abs() + mean.abs()) / spread, signatures.abs()) / root
+    if problem.prior is not None:
+        prior = problem.prior.double().unsqueeze(1)
+        scores, sizes = scores + prior, sizes + prior.abs()
     return scores, sizes
 
 

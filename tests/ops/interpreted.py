@@ -124,7 +124,7 @@ def test_operators_are_what_they_declare(tokens):
     gates = signatures, signatures.sum(-1).unsqueeze(0), opened, a.unsqueeze(0)
     check = torch.library.opcheck
     only = ("test_schema", "test_faketensor")
-    call = (x, *gates, 2, 1.0, False, None, "triton")
+    call = (x, *gates, 2, 1.0, False, None, None, "triton")
     check(operators.gated_down.default, call, test_utils=only)
     experts, _, z, *plan = operators.gated_down(*call)
     check(
@@ -166,3 +166,16 @@ def test_a_routed_model(length, router, tmp_path):
         compare()
     pool.add(last)
     compare()
+
+
+@pytest.mark.parametrize("length", [FEW, FEW + 1])
+def test_a_routed_model_with_a_prior(length, tmp_path):
+    pool = ExpertPool.load(save_experts(tmp_path, make_model("llama", layers=1), TARGETS))
+    router = "phatgoose+adapter_evidence"
+    found, wanted = (
+        route(make_model("llama", layers=1), pool, router, capacity=6, backend=backend)(
+            **make_batch(make_model("llama", layers=1), [length])
+        ).logits
+        for backend in ("triton", "reference")
+    )
+    assert_near(found, wanted, TOLERANCE[torch.float32].model)

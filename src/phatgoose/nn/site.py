@@ -39,7 +39,7 @@ class RoutingState:
 
     def prior(self, stream: Stream, context: TokenContext | None) -> Float[Tensor, "T E"] | None:
         """The router's prior for this forward, computed once for all sites of a stream."""
-        if type(self.router).prior is Router.prior:
+        if not self.router.has_prior:
             return None
         if context is None:
             raise RoutingError(
@@ -198,7 +198,9 @@ class Site:
         prior = self.state.prior(stream, context)
         learns = self._learns(x)
         with _without_autocast(x.device.type):
-            if self.state.router.standardises and prior is None and not learns:
+            if prior is not None:
+                prior = self._of_slots(prior, slots)
+            if self.state.router.standardises and not learns:
                 experts, weights, *down = library.gated_down(
                     flat.to(gates[0].dtype) if bank.backend == "triton" else flat,
                     *gates,
@@ -208,6 +210,7 @@ class Site:
                     settings.temperature,
                     settings.scale == "unit",
                     settings.null_score,
+                    prior,
                     bank.backend,
                 )
                 return Routed(x, parts, experts, weights, tuple(down))
@@ -240,6 +243,13 @@ class Site:
         experts = torch.where(present, slots.unsqueeze(1), -1).unsqueeze(-1)
         return experts, present.unsqueeze(-1).float()
 
+    def _of_slots(self, prior: Float[Tensor, "T E"], slots: int) -> Float[Tensor, "T C"]:
+        """The pool's prior for the experts in the bank's slots."""
+        members = self.bank.members
+        if members != list(range(prior.shape[1])):
+            prior = prior[:, torch.tensor(members, dtype=torch.long, device=prior.device)]
+        return nn.functional.pad(prior.float(), (0, slots - len(members)))
+
     def _choose(
         self, x: Float[Tensor, "T I"], part: int, slots: int, prior: Tensor | None
     ) -> Routing:
@@ -247,8 +257,7 @@ class Site:
         bank, settings = self.bank, self.state.settings
         scores = self.state.router.score(x, bank.signatures[part, :slots])
         if prior is not None:
-            places = torch.tensor(bank.members, dtype=torch.long, device=prior.device)
-            scores = scores + nn.functional.pad(prior[:, places], (0, slots - len(bank)))
+            scores = scores + prior
         return choose_experts(
             scores.masked_fill(~bank.open[part, :slots], -torch.inf),
             settings.kept(slots),

@@ -78,6 +78,7 @@ def gate_scores(
     x,
     partial,
     sums,  # fp32 [N]: of each signature, over its features
+    prior,  # fp32 [T, C]: added to the scores of every part
     rows,
     row_mask,
     part,
@@ -87,13 +88,17 @@ def gate_scores(
     stride,
     features,
     eps,
+    HAS_PRIOR: tl.constexpr,
     PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """Scores [BLOCK_T, BLOCK_C] of `rows` at a part: x standardised, dot signature, / sqrt(I)."""
+    """Scores [BLOCK_T, BLOCK_C] of `rows` at a part: x standardised, dot signature, / sqrt(I).
+
+    And the prior of the token, if there is one.
+    """
     mean, variance = _moments(x, rows, row_mask, features, BLOCK_T, BLOCK_X)
     slot = tl.arange(0, BLOCK_C)
     column = part * slots + slot
@@ -104,7 +109,11 @@ def gate_scores(
             at = (split * tokens + rows).to(tl.int64) * stride + piece * columns
             scores += tl.load(partial + at[:, None] + column[None, :], mask=mask, other=0.0)
     scores -= mean[:, None] * tl.load(sums + column, mask=slot < slots, other=0.0)[None, :]
-    return scores * tl.rsqrt((variance + eps) * features)[:, None]
+    scores = scores * tl.rsqrt((variance + eps) * features)[:, None]
+    if HAS_PRIOR:
+        at = rows.to(tl.int64) * slots
+        scores += tl.load(prior + at[:, None] + slot[None, :], mask=mask, other=0.0)
+    return scores
 
 
 @triton.jit
@@ -155,6 +164,7 @@ def choose_kernel(
     partial,
     sums,
     open_slots,
+    prior,
     experts,  # out, int64 [T, S, K]
     weights,  # out, fp32 [T, S, K]
     counts,  # in (zeros) and out, int32 [S*K*C]
@@ -167,6 +177,7 @@ def choose_kernel(
     eps,
     temperature,
     null_score,
+    HAS_PRIOR: tl.constexpr,
     HAS_NULL: tl.constexpr,
     UNIT: tl.constexpr,
     PIECES: tl.constexpr,
@@ -185,6 +196,7 @@ def choose_kernel(
         x,
         partial,
         sums,
+        prior,
         rows,
         row_mask,
         part,
@@ -194,6 +206,7 @@ def choose_kernel(
         stride,
         features,
         eps,
+        HAS_PRIOR,
         PIECES,
         SPLITS,
         BLOCK_T,

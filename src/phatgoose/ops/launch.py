@@ -39,6 +39,7 @@ def gated_down(
     temperature: float,
     unit: bool,
     null_score: float | None,
+    prior: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Scores, choice and down-projection; see `library._gated_down`."""
@@ -53,6 +54,7 @@ def gated_down(
     experts = x.new_empty(tokens, parts, chosen, dtype=torch.int64)
     weights = x.new_empty(tokens, parts, chosen, dtype=torch.float32)
     shared = {
+        "HAS_PRIOR": prior is not None,
         "HAS_NULL": null_score is not None,
         "UNIT": unit,
         "PIECES": 1 if x.dtype == torch.float32 else 2,
@@ -64,11 +66,12 @@ def gated_down(
         "BLOCK_X": min(1024, triton.next_power_of_2(features)),
     }
     null = 0.0 if null_score is None else null_score
+    prior = sums if prior is None else prior.float().contiguous()  # one that is not read
     if tokens <= FEW_TOKENS:
         z = _few_down(
             x,
             a,
-            (partial, sums, open_slots),
+            (partial, sums, open_slots, prior),
             experts,
             weights,
             stride=stride,
@@ -83,6 +86,7 @@ def gated_down(
         partial,
         sums,
         open_slots,
+        prior,
         experts,
         weights,
         counts,
@@ -112,6 +116,7 @@ def routed_down(
     if tokens <= FEW_TOKENS:
         constants = {
             "CHOOSE": False,
+            "HAS_PRIOR": False,
             "HAS_NULL": False,
             "UNIT": False,
             "PIECES": 1,
@@ -122,7 +127,7 @@ def routed_down(
             "BLOCK_K": triton.next_power_of_2(chosen),
             "BLOCK_X": 1,
         }
-        unused = (weights, weights, weights)
+        unused = (weights, weights, weights, weights)
         z = _few_down(
             x,
             a,

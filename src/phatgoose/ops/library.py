@@ -54,13 +54,14 @@ def _gated_down(
     temperature: float,
     unit: bool,
     null_score: float | None,
+    prior: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score by gate, choose, and project down.
 
     x [T, I]; signatures [M, I] fp32, M = S * C (for "triton", where x is in half precision: their
     pieces, M >= 2 * S * C, see `pieces_of`); sums fp32 [S, C], of each signature; open_slots bool
-    [S, C]; a [S, C, R, I].
+    [S, C]; a [S, C, R, I]; prior fp32 [T, C], added to the scores of every part.
     Returns experts int64 [T, S, K], weights fp32 [T, S, K], z, counts, members.
     """
     if backend == "triton":
@@ -76,16 +77,23 @@ def _gated_down(
             temperature=temperature,
             unit=unit,
             null_score=null_score,
+            prior=prior,
             eps=EPS,
         )
     parts, slots = open_slots.shape
     u = _standardised(x)
     gates = signatures.view(parts, slots, x.shape[1])
+
     # Part by part: one part's scores at a time in memory, and of a width of their own, which
     # decides their last bits.
+    def scores(part: int) -> Tensor:
+        found = u @ gates[part].T
+        found = found if prior is None else found.add_(prior)
+        return found.masked_fill_(~open_slots[part], -torch.inf)
+
     routings = [
         choose_experts(
-            (u @ gates[part].T).masked_fill_(~open_slots[part], -torch.inf),
+            scores(part),
             top_k,
             temperature=temperature,
             scale="unit" if unit else "softmax",
@@ -187,6 +195,7 @@ def _fake_gated_down(
     temperature: float,
     unit: bool,
     null_score: float | None,
+    prior: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parts, slots = open_slots.shape
@@ -225,7 +234,7 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> None:
 _define(
     "gated_down",
     "(Tensor x, Tensor signatures, Tensor sums, Tensor open_slots, Tensor a, int top_k,"
-    " float temperature, bool unit, float? null_score, str backend)"
+    " float temperature, bool unit, float? null_score, Tensor? prior, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_down,
     _fake_gated_down,

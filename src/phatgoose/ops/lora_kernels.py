@@ -192,6 +192,7 @@ def few_down_kernel(
     partial,
     sums,
     open_slots,
+    prior,
     experts,  # int64 [T, S, K]: out where CHOOSE, else in
     weights,  # fp32 [T, S, K], likewise
     z,  # out, fp32 [splits, T, S, K, R]
@@ -206,6 +207,7 @@ def few_down_kernel(
     temperature,
     null_score,
     CHOOSE: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
     HAS_NULL: tl.constexpr,
     UNIT: tl.constexpr,
     PIECES: tl.constexpr,
@@ -230,6 +232,7 @@ def few_down_kernel(
             x,
             partial,
             sums,
+            prior,
             rows,
             rows < tokens,
             part,
@@ -239,6 +242,7 @@ def few_down_kernel(
             stride,
             features,
             eps,
+            HAS_PRIOR,
             PIECES,
             SPLITS,
             1,

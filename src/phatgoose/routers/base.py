@@ -29,6 +29,11 @@ class Router(ABC):
         if "name" in cls.__dict__:
             Router._known[cls.name] = cls
 
+    @property
+    def has_prior(self) -> bool:
+        """Whether `prior` is to be asked, which takes knowing the tokens of every forward."""
+        return type(self).prior is not Router.prior
+
     def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
         """Called with the bare model, and the experts about to join, before their signatures."""
         return
@@ -70,6 +75,10 @@ class Modifier(Router):
     def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
         if self.inner is not None:
             self.inner.prepare(model, experts)
+
+    @property
+    def has_prior(self) -> bool:
+        return self.inner is not None and self.inner.has_prior
 
     def prior(self, context: TokenContext, experts: list[Expert]) -> Float[Tensor, "T E"] | None:
         return None if self.inner is None else self.inner.prior(context, experts)

@@ -79,12 +79,18 @@ class ContextEvidence(Modifier):
         background: Int[Tensor, "B L"] | None = None,
     ) -> None:
         super().__init__(inner)
+        if inner is not None:  # its scores stay what they are
+            self.standardises = inner.standardises  # type: ignore[misc]
         self.strength = self.usual_strength if strength is None else strength
         self.readers: list[str] = []  # the base's linear modules that read the first input
         self.background: Background | None = None
         self.worth: dict[str, Float[Tensor, " V"]] = {}  # of every token id, by expert
         self._ids = background
         self._table: tuple[tuple[str, ...], Tensor] = ((), torch.empty(0))
+
+    @property
+    def has_prior(self) -> bool:
+        return True
 
     @abstractmethod
     def require(self, expert: Expert) -> None:
