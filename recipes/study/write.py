@@ -20,7 +20,8 @@ from phatgoose.files import write_bytes
 
 POOLS = {"default": "default pool", "large": "larger pool"}
 PARTS = {"report": "results.json", "choose": "results.json", "unseen": "unseen-half.json"}
-FOLDERS = {"report": "report", "choose": "choose", "unseen": "report"}
+PARTS["own"] = "results.json"  # of `phatgoose eval` on the experts' own tasks alone
+FOLDERS = {"report": "report", "choose": "choose", "unseen": "report", "own": "own"}
 FINDINGS = Path(__file__).with_name("findings.md")
 COLOURS = {"default": "#0072B2", "large": "#D55E00"}  # told apart by colour-blind people too
 Results = Mapping[str, Any]
@@ -67,6 +68,18 @@ def main_table(found: Mapping[tuple[str, str], Results], pool: str) -> Iterator[
         reasons.setdefault(reason, []).append(method)
     for reason, methods in reasons.items():
         yield f"\n{reason[0].upper()}{reason[1:]}: {', '.join(methods)}."
+
+
+def own_table(results: Results) -> Iterator[str]:
+    yield "| method | own tasks | less phatgoose | recovered gain, % |"
+    yield "|---|--:|--:|--:|"
+    for method in results["own_average"]:
+        cells = [
+            cell(results["own_average"][method]),
+            cell(results["difference"].get(method), signed=True),
+            cell(results["recovered_gain"][method]),
+        ]
+        yield f"| {method} | " + " | ".join(cells) + " |"
 
 
 def settings_table(results: Results) -> Iterator[str]:
@@ -270,6 +283,15 @@ def write(out: Path, docs: Path) -> None:
             parts += [f"## All methods, {title}", "", described(found[pool, "report"])]
             parts += [f"From [study/{pool}-report.json](study/{pool}-report.json).", ""]
             parts += [*main_table(found, pool), ""]
+    for pool, title in POOLS.items():
+        if (pool, "own") in found:
+            parts += [f"## Own tasks alone, {title}", "", described(found[pool, "own"])]
+            parts += [f"From [study/{pool}-own.json](study/{pool}-own.json), by", ""]
+            methods = ",".join(found[pool, "own"]["own_average"])
+            limit = found[pool, "own"]["settings"]["limit"]
+            parts += ["```sh", "phatgoose eval --tasks OWN_TASKS --train-tasks TASKS \\"]
+            parts += [f"    --methods {methods} \\", f"    --limit {limit} --out OUT", "```", ""]
+            parts += [*own_table(found[pool, "own"]), ""]
     if chosen:
         parts += ["## Settings", "", "![](study/settings.png)", ""]
     for pool, title in POOLS.items():
