@@ -77,7 +77,6 @@ def generate(arguments: Namespace) -> None:
     method, options = make_method(arguments.router, inputs), _options(arguments)
     if isinstance(method, Routed):
         method = replace(method, options=options)
-        _tell_derived(arguments.router, pool)
     elif options:
         raise ConfigError(
             f"--router {method.name}: does not route tokens, so {_flags(options)} would change "
@@ -86,6 +85,8 @@ def generate(arguments: Namespace) -> None:
     answers = answer_prompts(
         model, tokenizer, pool, prompts, method, max_new_tokens=arguments.max_new_tokens
     )
+    if isinstance(method, Routed):
+        _tell_derived(arguments.router, pool)
     if arguments.json:
         rows = [{"prompt": p, "answer": a} for p, a in zip(arguments.prompt, answers, strict=True)]
         print(json.dumps(rows, ensure_ascii=False))
