@@ -1,7 +1,6 @@
 """One way to name what answers: routers and all other methods, by generate as by eval."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -12,14 +11,13 @@ from phatgoose import ExpertPool, default
 from phatgoose.evaluation import generate_text, is_router, method_names
 from phatgoose.models import load_base
 from phatgoose.routers import evidence, mixed, router_names, zscore
-from phatgoose.tasks import Encoded
 from tests.cli.conftest import EXAMPLES
 from tests.models import save_expert
 
 CPU = ("--device", "cpu")
 ON_TASKS = ("own", "best_individual", "oracle")
 PROMPTS = ["goose to", "a hat: ", "rank 3, or layer 7?"]
-NEW = 32  # tokens that eval allows answers as short as these
+NEW = 8  # tokens of an answer
 
 
 @pytest.fixture
@@ -47,6 +45,7 @@ def undo_derive(folder):
 
 def test_generate_answers_as_eval_does(run, world, pool, monkeypatch):
     monkeypatch.setattr("phatgoose.evaluation.run.draw", lambda *_: None)
+    monkeypatch.setattr("phatgoose.evaluation.collection.BOUND_STEP", NEW)
     asked = world.root / "heldout" / "asked"
     asked.mkdir(parents=True)
     rows = [{"inputs": prompt, "targets": "x"} for prompt in PROMPTS]
@@ -74,30 +73,18 @@ def test_generate_answers_as_eval_does(run, world, pool, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def packaged(tmp_path_factory):
-    """The package's base, and copies of three of its experts with signatures."""
-    base = load_base(default.BASE, device="cpu")
-    root = tmp_path_factory.mktemp("packaged")
-    names = ("snips", "subjectivity", "proc_pluralise")
-    folders = [shutil.copytree(default.EXPERTS / name, root / name) for name in names]
-    experts = ExpertPool.load(folders).experts
-    ids = base[1]("Play a song for me.")["input_ids"]
-    data = {name: [Encoded([*ids, place], ids[:2])] for place, name in
-            enumerate(names, 5)}  # fmt: skip
-    made = phatgoose.derive_signatures(*base, experts, data, progress=False)
-    for folder in folders:
-        for signatures in made[folder.name].values():
-            signatures.save(folder)
-    return base, folders
+def packaged():
+    """The package's base, loaded once."""
+    return load_base(default.BASE, device="cpu")
 
 
 @pytest.mark.parametrize("name", [*filter(is_router, router_names()), "phatgoose+evidence"])
 def test_every_router_on_experts_of_the_package(run, packaged, monkeypatch, name):
-    base, folders = packaged
+    folders = [default.EXPERTS / name for name in ("snips", "subjectivity", "proc_pluralise")]
     text = torch.randint(2, 8000, (4, 32), generator=torch.Generator().manual_seed(0))
     for module in (evidence, mixed, zscore):  # the base would write it, for seconds
         monkeypatch.setattr(module, "written_by", lambda model: text)
-    monkeypatch.setattr("phatgoose.cli.inference.load_base", lambda *_, **__: base)
+    monkeypatch.setattr("phatgoose.cli.inference.load_base", lambda *_, **__: packaged)
     prompt = "Command: play some jazz. What should the assistant do?"
     options = ("--experts", *folders, *CPU, "--router", name, "--max-new-tokens", 2)
     done = run("generate", prompt, *options)
