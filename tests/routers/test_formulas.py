@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from phatgoose import ExpertPool, record, route, unroute
 from phatgoose.errors import ConfigError, MissingGateError
-from phatgoose.routers import LagRouter, make_router
+from phatgoose.routers import LagRouter, derivations, make_router
 from phatgoose.routers.inputs import written_by
 from phatgoose.routers.spectral import right_singular
 from tests.models import LINEARS, VOCABULARY, make_batch, make_model, save_experts
@@ -207,7 +207,7 @@ def test_mixed_experts_without_gates_score_like_those_with(model_and_pool):
     model(input_ids=background)
     handle.remove()
     router.prepare(model, bare)
-    assert router.derived == ["e3"]
+    assert derivations(router, bare) == {"e3": "arrow"}
     members, scores = scores_of(router, bare, SITE, torch.cat(inputs))
     trained = scores[:, [e.gates is not None for e in members]]
     derived = scores[:, [e.gates is None for e in members]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose import analysis
-from phatgoose.cli.inference import routed_model
+from phatgoose.cli.inference import routed_model, routing_settings
 from phatgoose.cli.sources import by_name
 from phatgoose.errors import ConfigError
 from phatgoose.tasks import Example, load_examples, task_folders
@@ -25,8 +25,8 @@ def analyze(arguments: Namespace) -> None:
     own = {task: task for task in tasks if task in pool.names}
     oracle = {**else_named, **own, **named}
     found = analysis.analyse_tasks(model, tokenizer, tasks, oracle=oracle, progress=True)
-    keys = ("base", "router", "top_k", "temperature", "scale", "null_score", "limit", "seed")
-    settings = {key: getattr(arguments, key) for key in keys}
+    keys = ("base", "general", "router", "limit", "seed")
+    settings = {key: getattr(arguments, key) for key in keys} | routing_settings(arguments)
     out = Path(arguments.out)
     files = analysis.save_analyses(found, tokenizer, out, settings=settings, progress=True)
     rows = {name: _row(result) for name, result in found.items()}

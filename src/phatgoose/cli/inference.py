@@ -1,19 +1,33 @@
 """demo, generate, trace."""
 
 import json
+import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import phatgoose
 from phatgoose import analysis, default
-from phatgoose.cli.sources import expert_sources
+from phatgoose.cli.methods import load_pool, method_inputs, training_examples
 from phatgoose.errors import ConfigError
-from phatgoose.evaluation import generate_text
+from phatgoose.evaluation import (
+    Routed,
+    answer_prompts,
+    generate_text,
+    is_method,
+    is_router,
+    make_method,
+    method_names,
+)
 from phatgoose.models import load_base
+from phatgoose.nn import RoutingSettings
 from phatgoose.pool import ExpertPool
+from phatgoose.routers import derivations, make_router
 from phatgoose.tasks import SEPARATOR
+
+ROUTING = ("top_k", "temperature", "scale", "null_score")
 
 
 def demo(arguments: Namespace) -> None:
@@ -54,10 +68,25 @@ def demo(arguments: Namespace) -> None:
 
 
 def generate(arguments: Namespace) -> None:
-    """Answer prompts with the routed pool."""
-    model, tokenizer, _ = routed_model(arguments)
+    """Answer prompts by a router, or by any other method of an evaluation."""
     prompts = _prompts(arguments, arguments.prompt)
-    answers = generate_text(model, tokenizer, prompts, max_new_tokens=arguments.max_new_tokens)
+    pool = load_pool(arguments)
+    training = training_examples(arguments.train_tasks, pool)
+    model, tokenizer = load_base(arguments.base or default.BASE, device=arguments.device)
+    inputs = method_inputs(arguments, pool, model, tokenizer, training=training)
+    method, options = make_method(arguments.router, inputs), _options(arguments)
+    if isinstance(method, Routed):
+        method = replace(method, options=options)
+    elif options:
+        raise ConfigError(
+            f"--router {method.name}: does not route tokens, so {_flags(options)} would change "
+            "nothing. Leave it out, or choose a router."
+        )
+    answers = answer_prompts(
+        model, tokenizer, pool, prompts, method, max_new_tokens=arguments.max_new_tokens
+    )
+    if isinstance(method, Routed):
+        _tell_derived(arguments.router, pool)
     if arguments.json:
         rows = [{"prompt": p, "answer": a} for p, a in zip(arguments.prompt, answers, strict=True)]
         print(json.dumps(rows, ensure_ascii=False))
@@ -86,18 +115,47 @@ def trace(arguments: Namespace) -> None:
 
 def routed_model(arguments: Namespace) -> tuple[Any, Any, ExpertPool]:
     """The base that routes among the experts as the options say, its tokenizer, and the pool."""
-    pool = ExpertPool.load(expert_sources(arguments.experts))
+    _check_routes(arguments.router)
+    pool = load_pool(arguments)
     model, tokenizer = load_base(arguments.base or default.BASE, device=arguments.device)
-    phatgoose.route(
-        model,
-        pool,
-        arguments.router,
-        arguments.top_k,
-        temperature=arguments.temperature,
-        scale=arguments.scale,
-        null_score=arguments.null_score,
-    )
+    phatgoose.route(model, pool, arguments.router, **_options(arguments))
+    _tell_derived(arguments.router, pool)
     return model, tokenizer, pool
+
+
+def _options(arguments: Namespace) -> dict[str, Any]:
+    """The routing settings that were given; the others are the router's own."""
+    return {name: value for name in ROUTING if (value := getattr(arguments, name)) is not None}
+
+
+def routing_settings(arguments: Namespace) -> dict[str, Any]:
+    """All routing settings as they are used, the router's own included."""
+    settings = RoutingSettings.of(make_router(arguments.router), **_options(arguments))
+    return {name: getattr(settings, name) for name in ROUTING}
+
+
+def _flags(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in options)
+
+
+def _check_routes(name: str) -> None:
+    """Raise ConfigError for a method that is no router: there would be no routing to show."""
+    if is_method(name) and not is_router(name):
+        raise ConfigError(
+            f"--router {name}: does not route tokens, so there is nothing to show; only generate "
+            f"and eval take it. Choose a router: {', '.join(filter(is_router, method_names()))}."
+        )
+
+
+def _tell_derived(router: str, pool: ExpertPool) -> None:
+    derived = derivations(make_router(router), pool)
+    if derived:
+        found = ", ".join(f"{name} ({source})" for name, source in derived.items())
+        print(
+            f"phatgoose: {router}: without gates, so with vectors derived from what they have: "
+            f"{found}",
+            file=sys.stderr,
+        )
 
 
 def _prompts(arguments: Namespace, given: Sequence[str]) -> list[str]:

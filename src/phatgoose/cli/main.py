@@ -16,6 +16,7 @@ EXIT_CODES = """exit codes:
   3    `experts verify` found something wrong
   130  interrupted
 """
+ROUTER = "router by name (docs/routers.md)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,9 +88,19 @@ def _add_inference(commands: Commands) -> None:
     demo.add_argument("--out", default="phatgoose-demo", help="folder for the pictures")
     _routing_options(demo)
 
-    generate = _command(commands, "generate", "inference:generate", "answer prompts by routing")
+    generate = _command(
+        commands,
+        "generate",
+        "inference:generate",
+        "answer prompts by a router, or by another method",
+    )
     generate.add_argument("prompt", nargs="+", help="one or more prompts, answered in one batch")
-    _generation_options(generate)
+    _generation_options(
+        generate,
+        router="router by name, or another way to answer: base, single:NAME, retrieval, merged, "
+        "peft_ties, multitask, ... (docs/routers.md)",
+    )
+    _method_options(generate)
 
     trace = _command(
         commands,
@@ -134,15 +145,15 @@ def _add_analysis(commands: Commands) -> None:
     _routing_options(analyze)
 
 
-def _generation_options(parser: argparse.ArgumentParser) -> None:
+def _generation_options(parser: argparse.ArgumentParser, *, router: str = ROUTER) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
     parser.add_argument(
         "--raw", action="store_true", help="give the prompt as it is, without a newline after it"
     )
-    _routing_options(parser)
+    _routing_options(parser, router=router)
 
 
-def _routing_options(parser: argparse.ArgumentParser) -> None:
+def _routing_options(parser: argparse.ArgumentParser, *, router: str = ROUTER) -> None:
     parser.add_argument("--base", help="base model: folder or Hub id (the one in the package)")
     parser.add_argument(
         "--experts",
@@ -150,15 +161,44 @@ def _routing_options(parser: argparse.ArgumentParser) -> None:
         metavar="EXPERT",
         help="expert folders, folders of expert folders, or Hub ids (those in the package)",
     )
-    parser.add_argument("--router", default="phatgoose", help="router by name")
-    parser.add_argument("--top-k", type=int, default=2, help="experts per token and layer")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the routing softmax")
+    _general_option(parser)
+    parser.add_argument("--router", default="phatgoose", help=router)
+    own = "; unless given, the router's own"
     parser.add_argument(
-        "--scale", choices=("softmax", "unit"), default="softmax", help="weights of kept experts"
+        "--top-k", type=_top_k, help=f"experts per token and layer, a number or all{own}"
     )
-    parser.add_argument("--null-score", type=float, help="score of using no expert")
+    parser.add_argument("--temperature", type=float, help=f"of the routing softmax{own}")
+    parser.add_argument(
+        "--scale", choices=("softmax", "unit"), help=f"weights of the kept experts{own}"
+    )
+    parser.add_argument(
+        "--null-score",
+        type=float,
+        help="score of using no expert, which is no candidate unless given",
+    )
     _device_options(parser)
     _json_option(parser)
+
+
+def _top_k(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+def _general_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--general",
+        nargs="+",
+        metavar="FOLDER",
+        help="general adapters to subtract from every expert first (GenKnowSub): the experts lose "
+        "their gates, so choose a router that needs none",
+    )
+
+
+def _method_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--train-tasks", metavar="DIR", help="NAME/train.jsonl of the experts, for retrieval")
+    add("--encoder", default="base", help="of retrieval: base, or a sentence-transformers model")
+    add("--multitask", metavar="FOLDER", help="a LoRA trained on all experts' data, for multitask")
 
 
 def _device_options(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +216,7 @@ def _add_evaluation(commands: Commands) -> None:
     add = evaluate.add_argument
     add("--base", help="base model: folder or Hub id (the one in the package)")
     add("--experts", nargs="+", metavar="EXPERT", help="folders or Hub ids (those in the package)")
+    _general_option(evaluate)
     add(
         "--tasks",
         nargs="+",
@@ -194,9 +235,7 @@ def _add_evaluation(commands: Commands) -> None:
     add("--limit", type=int, metavar="N", help="test examples per task (all)")
     add("--seed", type=int, default=0, help="of the subsets and the stream's order")
     add("--out", required=True, help="folder of the results; a run goes on with what it holds")
-    add("--train-tasks", metavar="DIR", help="NAME/train.jsonl of the experts, for retrieval")
-    add("--encoder", default="base", help="of retrieval: base, or a sentence-transformers model")
-    add("--multitask", metavar="FOLDER", help="a LoRA trained on all experts' data")
+    _method_options(evaluate)
     add("--oracle-limit", type=int, metavar="N", help="examples per task to choose by (all)")
     add("--tokens", type=int, help="tokens per batch of ranking (131072, cpu 8192)")
     add("--rows", type=int, help="prompts per batch of generation (1024, cpu 64)")

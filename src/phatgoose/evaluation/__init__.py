@@ -16,7 +16,15 @@ from phatgoose.evaluation.methods import (
     Static,
 )
 from phatgoose.evaluation.metrics import METRICS
-from phatgoose.evaluation.registry import Inputs, make_methods, method_names
+from phatgoose.evaluation.prompts import answer_prompts
+from phatgoose.evaluation.registry import (
+    Inputs,
+    is_method,
+    is_router,
+    make_method,
+    make_methods,
+    method_names,
+)
 from phatgoose.evaluation.report import table
 from phatgoose.evaluation.run import Evaluation, RunSettings, run_evaluation
 from phatgoose.evaluation.scoring import rank_choices, score_choices
@@ -40,10 +48,14 @@ __all__ = [
     "RunSettings",
     "Single",
     "Static",
+    "answer_prompts",
     "evaluate",
     "generate_answers",
     "generate_text",
     "grade",
+    "is_method",
+    "is_router",
+    "make_method",
     "make_methods",
     "mean_interval",
     "method_names",

@@ -15,7 +15,7 @@ from phatgoose.experts import Expert, adapter_hash
 from phatgoose.experts.gates import gates_hash
 from phatgoose.pool import ExpertPool
 from phatgoose.pool.retrieval import ExampleIndex
-from phatgoose.routers import MixedRouter, Router, make_router
+from phatgoose.routers import Router, derivations, make_router
 
 Answering = Callable[[Sequence[Item]], list[str]]
 ASSIGNED = "uniform"  # routers are not asked where every row has its expert; this one needs nothing
@@ -118,8 +118,8 @@ class Routed(Method):
             **self.options,
             "experts": pool_hashes(pool),
         }
-        if isinstance(router, MixedRouter):
-            found["derived"] = [expert.name for expert in pool if expert.gates is None]
+        if derived := derivations(router, pool):
+            found["derived"] = derived
         return found
 
     @contextmanager

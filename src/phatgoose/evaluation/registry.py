@@ -45,16 +45,21 @@ class Inputs:
 
 def method_names() -> list[str]:
     """All names but single:NAME, in the order of a table."""
-    return [*_MAKERS, *filter(_routes, router_names()), *COMBINED]
+    return [*_MAKERS, *filter(is_router, router_names()), *COMBINED]
 
 
-def _routes(name: str) -> bool:
+def is_router(name: str) -> bool:
     """Whether a router goes by this name; a modifier alone may not be one."""
     try:
         make_router(name)
     except ConfigError:
         return False
     return True
+
+
+def is_method(name: str) -> bool:
+    """Whether a method, a router among them, goes by this name."""
+    return name in _MAKERS or name.startswith(SINGLE) or is_router(name)
 
 
 def make_methods(names: Sequence[str], inputs: Inputs) -> tuple[list[Method], dict[str, str]]:
@@ -73,13 +78,25 @@ def make_methods(names: Sequence[str], inputs: Inputs) -> tuple[list[Method], di
                 methods[each] = _make(each, inputs)
             except _LacksInput as error:
                 if name != "all":
-                    raise ConfigError(f"methods: {each} {error}.") from None
+                    raise _lacking(each, error) from None
                 left_out[each] = str(error)
     return list(methods.values()), {k: v for k, v in left_out.items() if k not in methods}
 
 
+def make_method(name: str, inputs: Inputs) -> Method:
+    """One method by name; raises ConfigError as `make_methods` does."""
+    try:
+        return _make(name, inputs)
+    except _LacksInput as error:
+        raise _lacking(name, error) from None
+
+
 class _LacksInput(Exception):
     """What a method would need."""
+
+
+def _lacking(name: str, error: _LacksInput) -> ConfigError:
+    return ConfigError(f"methods: {name} {error}.")
 
 
 def _make(name: str, inputs: Inputs) -> Method:
@@ -88,9 +105,11 @@ def _make(name: str, inputs: Inputs) -> Method:
         return Single(name, expert=inputs.pool[expert].name)
     if name in _MAKERS:
         return _MAKERS[name](name, inputs)
-    if _routes(name):
+    if is_router(name):
         return Routed(name, router=name)
-    known = ", ".join([*method_names(), f"{SINGLE}NAME", "all"])
+    if "+" in name or name in router_names():
+        make_router(name)  # which says what is wrong with it
+    known = ", ".join([*method_names(), f"{SINGLE}NAME"])
     raise ConfigError(f"methods: none is called {name!r}. Choose from: {known}.")
 
 

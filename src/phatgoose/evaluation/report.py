@@ -34,10 +34,12 @@ def _head(results: Results) -> list[str]:
     settings, tasks = results["settings"], results["tasks"].values()
     counts = {role: sum(t["role"] == role for t in tasks) for role in ("heldout", "own")}
     limit = f"at most {settings['limit']}" if settings["limit"] else "all"
+    less = ", less what the general adapters " + ", ".join(settings["general"]) + " know"
     return [
         "# Evaluation",
         "",
-        f"{len(results['experts'])} experts of base {results['base']['name']}; "
+        f"{len(results['experts'])} experts of base {results['base']['name']}"
+        f"{less if settings['general'] else ''}; "
         f"{counts['heldout']} held-out tasks and {counts['own']} of the experts' own, {limit} test "
         f"examples a task, seed {settings['seed']}; {settings['dtype']} on "
         f"{results['versions']['device']}.",
@@ -115,7 +117,9 @@ def _notes(results: Results, notes: Mapping[str, None]) -> list[str]:
         lines += [f"{GONE} No score:", "", *(f"- {note}" for note in notes), ""]
     derived = {n: m["derived"] for n, m in results["methods"].items() if m.get("derived")}
     for name, experts in derived.items():
-        lines += [f"{name}: without gates, so with derived vectors: {', '.join(experts)}.", ""]
+        lines += [f"{name}: experts without gates, with vectors derived from what they have:", ""]
+        lines += [f"- {expert}: {source}" for expert, source in experts.items()]
+        lines.append("")
     if results["left_out"]:
         lines += ["Methods left out:", ""]
         lines += [f"- {name}: {reason}" for name, reason in results["left_out"].items()]

@@ -32,6 +32,7 @@ class RunSettings:
 
     seed: int = 0  # of the stream's order and of the intervals
     limit: int | None = None  # examples a task, as `read_tasks` was given it; only noted
+    general: Sequence[str] = ()  # adapters subtracted from every expert before; only noted
     share_prompts: bool = True
     tokens: int | None = None  # a batch of ranking, padding counted (131072; cpu 8192)
     rows: int | None = None  # a batch of generation (1024; cpu 64)
@@ -168,6 +169,7 @@ class Evaluation:
             "settings": {
                 "seed": self.settings.seed,
                 "limit": self.settings.limit,
+                "general": list(self.settings.general),
                 "share_prompts": self.settings.share_prompts,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 **self.sizes,

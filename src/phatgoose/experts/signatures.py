@@ -14,7 +14,7 @@ from phatgoose.experts.lora import LoraModule, adapter_hash, read_adapter
 from phatgoose.experts.tensors import read_tensors
 from phatgoose.files import write_tensors
 
-# What each kind holds, and whether it is one vector for every adapted module.
+# What each kind holds, and whether it depends on the adapter: one vector for each of its modules.
 KINDS = {
     "average_activation": True,  # mean input of each adapted module, the expert applied
     "prompt_mean": False,  # mean input of the base's first linear module over prompts

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from phatgoose.errors import ConfigError
 from phatgoose.ops import BACKENDS, Backend
 from phatgoose.ops.choose import Scale
+from phatgoose.routers import Router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,12 @@ class RoutingSettings:
             raise ConfigError(f"backend must be one of {BACKENDS}, got {self.backend!r}.")
         if self.null_score is not None and not math.isfinite(self.null_score):
             raise ConfigError(f"null_score must be finite, got {self.null_score}.")
+
+    @classmethod
+    def of(cls, router: Router, **given: Any) -> "RoutingSettings":
+        """The router's own settings (`Router.defaults`) where `given` ones are None or missing."""
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**router.defaults, **chosen})
 
     def kept(self, candidates: int) -> int:
         """How many experts a token keeps of so many candidates, at most."""

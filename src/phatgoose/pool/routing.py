@@ -74,9 +74,11 @@ def route(
         ConfigError: a setting is out of range, or no router has that name.
     """
     router = make_router(router)
-    given = {"top_k": top_k, "temperature": temperature, "scale": scale}
-    settings = RoutingSettings(
-        **{**router.defaults, **{key: value for key, value in given.items() if value is not None}},
+    settings = RoutingSettings.of(
+        router,
+        top_k=top_k,
+        temperature=temperature,
+        scale=scale,
         null_score=null_score,
         backend=backend,
     )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ConfigError
-from phatgoose.experts import Expert, LoraModule
+from phatgoose.experts import Expert, LoraModule, adapter_hash
 from phatgoose.experts.combine import weighted_sum
+from phatgoose.experts.signatures import KINDS
 from phatgoose.pool.merge import gather
 from phatgoose.pool.pool import ExpertPool
 
@@ -35,7 +36,8 @@ def subtract_general(
 
     The experts given are not changed. The new ones have no gates, because gates belong to the
     adapter they were trained for: route them by a router that needs none (the paper uses Arrow), or
-    save them and train gates anew. arXiv:2505.10939.
+    save them and train gates anew. Of their signatures only those stay that do not depend on the
+    adapter (prompt_mean). arXiv:2505.10939.
 
     Raises:
         ConfigError: no general expert, one that is among `experts`, a name taken twice, `rank`
@@ -60,7 +62,13 @@ def subtract_general(
 
 
 def _changed(expert: Expert, modules: dict[str, LoraModule]) -> Expert:
-    return replace(expert, modules=modules, gates=None, folder=None)
+    adapter = adapter_hash(modules)
+    kept = {
+        kind: replace(found, adapter=adapter)
+        for kind, found in expert.signatures.items()
+        if not KINDS[kind]
+    }
+    return replace(expert, modules=modules, gates=None, folder=None, signatures=kept)
 
 
 def _products(

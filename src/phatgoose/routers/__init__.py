@@ -10,7 +10,7 @@ from phatgoose.routers.evidence import (
     PromptEvidenceRouter,
 )
 from phatgoose.routers.lag import LagRouter
-from phatgoose.routers.mixed import MixedRouter
+from phatgoose.routers.mixed import MixedRouter, derivations
 from phatgoose.routers.phatgoose import PhatgooseRouter
 from phatgoose.routers.seqr import SeqrRouter
 from phatgoose.routers.spectr import SpectrNormRouter, SpectrRouter
@@ -34,6 +34,7 @@ __all__ = [
     "SpectrRouter",
     "UniformRouter",
     "ZScoreRouter",
+    "derivations",
     "make_router",
     "router_names",
 ]

@@ -26,10 +26,12 @@ class AverageActivationRouter(Router):
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
         if "average_activation" not in expert.signatures:
-            raise MissingGateError(
-                f"{expert.name}: has no average activation. Measure it: phatgoose experts derive "
-                f"{expert.folder or 'FOLDER'} --tasks TASKS"
+            how = (
+                f"Measure it: phatgoose experts derive {expert.folder} --tasks TASKS"
+                if expert.folder
+                else "It was made of other adapters, and theirs is not its own: use another router"
             )
+            raise MissingGateError(f"{expert.name}: has no average activation. {how}.")
         mean = expert.signatures["average_activation"].vectors[module]
         return F.layer_norm(mean, mean.shape, eps=EPS)
 

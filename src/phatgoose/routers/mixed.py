@@ -1,7 +1,7 @@
 """Pools that mix experts with gates and experts without."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from phatgoose.errors import MissingGateError
 from phatgoose.experts import Expert
 from phatgoose.ops import EPS, gate_scores
-from phatgoose.routers.base import Router
+from phatgoose.routers.base import Modifier, Router
 from phatgoose.routers.inputs import read_by, written_by
 from phatgoose.routers.spectral import right_singular
+
+AVERAGE = "average_activation"  # the signature to start from where there is one
 
 
 @final
@@ -27,15 +29,14 @@ class MixedRouter(Router):
     text its scores have the mean and the standard deviation that the trained gates' have on average
     at that module. So it is a gate like the others, at no cost in speed. Ours, not the paper's.
 
-    `derived` names the experts without gates. The background, unless given as token ids, is sampled
-    from the base. Raises MissingGateError where no expert has gates.
+    `derivations` tells which experts that concerns. The background, unless given as token ids, is
+    sampled from the base. Raises MissingGateError where no expert has gates.
     """
 
     name = "phatgoose_mixed"
     standardises = True
 
     def __init__(self, *, background: Int[Tensor, "B L"] | None = None) -> None:
-        self.derived: list[str] = []
         self._background = background
         self._gates: dict[str, list[Tensor]] = {}  # trained ones, by module
         self._vectors: dict[tuple[str, str], Tensor] = {}  # derived ones
@@ -52,7 +53,8 @@ class MixedRouter(Router):
         if lacking:
             raise MissingGateError(
                 f"{without[0].name}: has no gates, and no other expert has any at {lacking[0]} to "
-                "measure it against. Use the arrow router, or train gates: phatgoose gate"
+                "measure it against. Use the router arrow or adapter_evidence, or train gates: "
+                "phatgoose gate"
             )
         if self._background is None:
             self._background = written_by(model)
@@ -69,7 +71,6 @@ class MixedRouter(Router):
             read_by(model, self._background, part, seen)
             for module in part:
                 self._derive(without, module, torch.cat(activations[module]))
-        self.derived += [e.name for e in without if e.name not in self.derived]
 
     def _derive(self, experts: Sequence[Expert], module: str, u: Float[Tensor, "T I"]) -> None:
         scores = u @ torch.stack(self._gates[module]).T / math.sqrt(u.shape[1])
@@ -94,9 +95,25 @@ def _standardised(v: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
     return F.layer_norm(v, v.shape, eps=EPS)
 
 
+def derivations(router: Router, experts: Iterable[Expert]) -> dict[str, str]:
+    """What a router makes a vector of in place of a gate, by the name of the expert without.
+
+    Empty for routers that derive none; with modifiers it is the innermost router that counts.
+    """
+    while isinstance(router, Modifier) and router.inner is not None:
+        router = router.inner
+    if not isinstance(router, MixedRouter):
+        return {}
+    return {e.name: _source(e) for e in experts if e.gates is None}
+
+
+def _source(expert: Expert) -> str:
+    return AVERAGE if AVERAGE in expert.signatures else "arrow"
+
+
 def _starting_vector(expert: Expert, module: str, u: Float[Tensor, "T I"]) -> Float[Tensor, " I"]:
-    if "average_activation" in expert.signatures:
-        return _standardised(expert.signatures["average_activation"].vectors[module])
+    if _source(expert) == AVERAGE:
+        return _standardised(expert.signatures[AVERAGE].vectors[module])
     vector = _standardised(right_singular(expert.modules[module])[1][0].float())
     return vector if (u @ vector).mean() >= 0 else -vector
 

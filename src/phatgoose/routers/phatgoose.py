@@ -25,9 +25,15 @@ class PhatgooseRouter(Router):
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
         if expert.gates is None:
+            how = (
+                f"Train them: phatgoose gate {expert.folder}"
+                if expert.folder
+                else "It was made of other adapters, whose gates are not its own"
+            )
             raise MissingGateError(
-                f"{expert.name}: has no gates, and the phatgoose router needs them. Train them: "
-                f"phatgoose gate {expert.folder or 'FOLDER'}"
+                f"{expert.name}: has no gates, and the phatgoose router needs them. {how}. Or "
+                "use a router that needs none: adapter_evidence, arrow, or, where other experts of "
+                "the pool have gates, phatgoose_mixed."
             )
         gate = expert.gates.vectors[module].float()
         return F.layer_norm(gate, gate.shape, eps=EPS)

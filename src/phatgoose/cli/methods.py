@@ -1,0 +1,70 @@
+"""The pool and the methods that a command line names."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from phatgoose.cli.sources import expert_sources
+from phatgoose.errors import TaskFormatError
+from phatgoose.evaluation import Inputs
+from phatgoose.pool import ExpertPool, subtract_general
+from phatgoose.pool.retrieval import build_index
+from phatgoose.tasks import Example, load_examples, split_file
+
+
+def load_pool(arguments: Namespace) -> ExpertPool:
+    """The experts of --experts, less what the adapters of --general know."""
+    return less_general(ExpertPool.load(expert_sources(arguments.experts)), arguments.general)
+
+
+def less_general(pool: ExpertPool, general: Sequence[str] | None) -> ExpertPool:
+    """New experts, without gates, where there are general adapters; else the pool as it is."""
+    if not general:
+        return pool
+    return ExpertPool(subtract_general(pool, ExpertPool.load(expert_sources(general))))
+
+
+def training_examples(folder: str | None, pool: ExpertPool) -> dict[str, list[Example]]:
+    """The training examples of every expert, by name; none without a folder."""
+    if folder is None:
+        return {}
+    found: dict[str, Any] = {name: split_file(Path(folder) / name, "train") for name in pool.names}
+    lacking = [name for name, path in found.items() if path is None]
+    if lacking:
+        raise TaskFormatError(
+            f"{folder}: holds no {lacking[0]}/train.jsonl, and retrieval needs the prompts of "
+            f"every expert ({len(lacking)} of {len(pool)} lack them). Name task folders like "
+            "experts."
+        )
+    return {name: load_examples(path) for name, path in found.items()}
+
+
+def method_inputs(
+    arguments: Namespace,
+    pool: ExpertPool,
+    model: Any,
+    tokenizer: Any,
+    *,
+    training: Mapping[str, Sequence[Example]],
+    seed: int = 0,
+    cache: Path | None = None,
+    probe: int | None = None,
+) -> Inputs:
+    """What methods can be made of; `cache` is a folder to keep retrieval's index in."""
+    index = partial(
+        build_index,
+        training,
+        model,
+        tokenizer,
+        encoder=arguments.encoder,
+        seed=seed,
+        cache=cache,
+    )
+    return Inputs(
+        pool,
+        index=index if training else None,
+        multitask=Path(arguments.multitask) if arguments.multitask else None,
+        probe=probe,
+    )
