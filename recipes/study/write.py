@@ -77,7 +77,7 @@ def own_table(results: Results) -> Iterator[str]:
         cells = [
             cell(results["own_average"][method]),
             cell(results["difference"].get(method), signed=True),
-            cell(results["recovered_gain"][method]),
+            cell(results["recovered_gain"].get(method)),
         ]
         yield f"| {method} | " + " | ".join(cells) + " |"
 
