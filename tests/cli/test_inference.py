@@ -120,6 +120,9 @@ class TestDemo:
         assert [answer["inputs"] for answer in found["answers"]] == [r["inputs"] for r in rows]
         for answer in found["answers"]:
             assert set(answer["experts"]) <= set(NAMES)
-            assert {"base", "routed", "targets", "task"} <= set(answer)
-        right = [sum(a[k] == a["targets"] for a in found["answers"]) for k in ("base", "routed")]
-        assert right[1] > right[0]
+            assert {"base", "routed", "evidence", "targets", "task"} <= set(answer)
+        base, routed, evidence = (
+            sum(answer[way] == answer["targets"] for answer in found["answers"])
+            for way in ("base", "routed", "evidence")
+        )
+        assert base < routed < evidence

@@ -27,11 +27,15 @@ from phatgoose.pool import ExpertPool
 from phatgoose.routers import derivations, make_router
 from phatgoose.tasks import SEPARATOR
 
+WITH_EVIDENCE = "phatgoose+prompt_evidence"
 ROUTING = ("top_k", "temperature", "scale", "null_score")
 
 
 def demo(arguments: Namespace) -> None:
-    """Answer one prompt of several skills, in one batch, with and without the pool."""
+    """Answer one prompt of several skills, in one batch, with and without the pool.
+
+    By the published router, and by the same with evidence of the prompt; see `routers.evidence`.
+    """
     rows = [json.loads(line) for line in default.DEMO.read_text(encoding="utf-8").splitlines()]
     model, tokenizer, pool = routed_model(arguments)
     prompts = [row["inputs"] + SEPARATOR for row in rows]
@@ -48,6 +52,13 @@ def demo(arguments: Namespace) -> None:
         {**row, "base": b, "routed": r, "experts": e}
         for row, b, r, e in zip(rows, base, routed, leading, strict=True)
     ]
+    ways = {"base": "base", "routed": "routed"}
+    if arguments.router == "phatgoose" and all("prompt_mean" in e.signatures for e in pool):
+        phatgoose.unroute(model)
+        phatgoose.route(model, pool, WITH_EVIDENCE, **_options(arguments))
+        found = generate_text(model, tokenizer, prompts, max_new_tokens=48)
+        answers = [{**a, "evidence": text} for a, text in zip(answers, found, strict=True)]
+        ways["evidence"] = "+ evidence"
     if arguments.json:
         print(json.dumps({"answers": answers, "files": pictures}, ensure_ascii=False))
         return
@@ -55,14 +66,20 @@ def demo(arguments: Namespace) -> None:
     for answer in answers:
         print("\n".join(f"  | {line}" for line in answer["inputs"].splitlines()))
         shares = ", ".join(f"{name} {share:.0%}" for name, share in answer["experts"].items())
-        for key in ("base", "routed", "targets"):
-            mark = " *" if key != "targets" and answer[key] == answer["targets"] else ""
-            print(
-                f"  {'reference' if key == 'targets' else key:>9}: {_one_line(answer[key])}{mark}"
-            )
-        print(f"  {'experts':>9}: {shares}\n")
-    right = [sum(a[key] == a["targets"] for a in answers) for key in ("base", "routed")]
-    print(f"Equal to the reference (*): base {right[0]}, routed {right[1]} of {len(answers)}.\n")
+        for key, name in {**ways, "targets": "reference"}.items():
+            mark = " *" if key in ways and answer[key] == answer["targets"] else ""
+            print(f"  {name:>10}: {_one_line(answer[key])}{mark}")
+        print(f"  {'experts':>10}: {shares}\n")
+    right = [
+        f"{name} {sum(answer[key] == answer['targets'] for answer in answers)}"
+        for key, name in ways.items()
+    ]
+    print(f"Equal to the reference (*): {', '.join(right)} of {len(answers)}.")
+    if "evidence" in ways:
+        print(
+            f"With evidence of the prompt: --router {WITH_EVIDENCE}. Experts and pictures: routed."
+        )
+    print()
     print(analysis.render_text(trace, tokenizer, tokens=False))
     print("\nPictures: " + ", ".join(pictures))
 
