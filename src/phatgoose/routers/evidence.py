@@ -42,7 +42,7 @@ class Background:
 
     @classmethod
     def measure(cls, inputs: Float[Tensor, "V I"], ids: Int[Tensor, "B L"]) -> "Background":
-        share = torch.bincount(ids.flatten().cpu(), minlength=len(inputs)).double()
+        share = torch.bincount(ids.flatten().to(inputs.device), minlength=len(inputs)).double()
         share /= share.sum()
         used = share.nonzero().squeeze(1)
         mean = share[used] @ inputs[used].double()
@@ -167,7 +167,8 @@ class PromptsEvidence(ContextEvidence):
 
     def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
         assert self.background is not None
-        shift = self._means(expert)[self.readers[0]].double() - self.background.mean
+        mean = self._means(expert)[self.readers[0]].to(inputs.device).double()
+        shift = mean - self.background.mean
         direction = self.background.power(-1) @ shift
         offset = direction @ (self.background.mean + shift / 2)
         return inputs @ direction.float() - offset.float()
@@ -198,7 +199,7 @@ class AdapterEvidence(ContextEvidence):
     def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
         assert self.background is not None
         found = [expert.modules[name] for name in self.readers if name in expert.modules]
-        spaces = torch.cat([right_singular(lora)[1] for lora in found])
+        spaces = torch.cat([right_singular(lora)[1] for lora in found]).to(inputs.device)
         values, basis = torch.linalg.svd(spaces, full_matrices=False)[1:]
         basis = basis[values > 1e-9 * values.max()]
         projection = (basis @ self.background.power(-0.5)).float()

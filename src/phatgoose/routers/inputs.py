@@ -22,9 +22,13 @@ def first_readers(model: nn.Module) -> list[str]:
 
 
 def token_inputs(model: nn.Module, tokens: int) -> Float[Tensor, "V I"]:
-    """What the first linear module reads for each token id below `tokens`, at position 0, fp32."""
+    """What the first linear module reads for each token id below `tokens`, at position 0, fp32.
+
+    On the model's device where that is a GPU with fp64, else on the CPU.
+    """
     ids = torch.arange(tokens).unsqueeze(1)
-    return torch.cat([_first_input(model, part)[1] for part in ids.split(4096)]).float().cpu()
+    inputs = torch.cat([_first_input(model, part)[1].float() for part in ids.split(4096)])
+    return inputs if inputs.is_cuda else inputs.cpu()
 
 
 def written_by(model: Any, *, rows: int = ROWS, length: int = LENGTH) -> Int[Tensor, "B L"]:

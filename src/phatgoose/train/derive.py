@@ -99,7 +99,7 @@ def _prompt_means(
 ) -> Iterator[dict[str, Tensor]]:
     module = first_readers(model)[0]
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    inputs = token_inputs(model, vocabulary)
+    inputs = token_inputs(model, vocabulary).cpu()
     for expert in experts:
         ids = torch.tensor(
             [token for row in drawn[expert.name] for token in row.prompt], dtype=torch.long
