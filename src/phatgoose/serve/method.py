@@ -1,0 +1,66 @@
+"""How a routed layer computes: as vLLM would, and then its chosen experts on top."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from phatgoose.nn import Bank, RoutingSettings
+from phatgoose.serve import operators  # noqa: F401  (defines them)
+
+BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules
+
+
+class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
+    """Stands in for a layer's `quant_method`, which every kind of linear layer calls.
+
+    So the layer keeps its name, its class and its own communication. In a row-parallel layer each
+    rank adds a part of the sum, which the layer's own all-reduce completes.
+    """
+
+    def __init__(
+        self, inner: Any, bank: Bank, settings: RoutingSettings, *, features: int
+    ) -> None:
+        self.inner = inner
+        self.settings = settings
+        self.features = features  # of the layer's whole input
+        self.shared = features > bank.a.shape[3]  # a rank sees a share of the input
+        for name in ("requires_device_loading", "uses_meta_device"):
+            setattr(self, name, getattr(inner, name, getattr(QuantizeMethodBase, name, False)))
+
+    def create_weights(self, layer: nn.Module, *arguments: Any, **more: Any) -> None:
+        self.inner.create_weights(layer, *arguments, **more)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        output: Tensor = self.inner.apply(layer, x, bias).contiguous()
+        bank: Bank = getattr(layer, BANK)
+        settings = self.settings
+        flat = x.reshape(-1, x.shape[-1])
+        (signatures, sums), opened, a = bank.view(range(bank.parts))
+        statistics = None
+        if self.shared:
+            whole = bank.signatures[:, : opened.shape[1]].flatten(0, 1)
+            statistics = torch.ops.phatgoose.gate_statistics(flat, whole)
+            statistics = tensor_model_parallel_all_reduce(statistics)
+        torch.ops.phatgoose.add_routed_(
+            output.view(-1, output.shape[-1]),
+            flat,
+            statistics,
+            signatures,
+            sums,
+            opened,
+            a,
+            [bank.b(part) for part in range(bank.parts)],
+            self.features,
+            settings.kept(opened.shape[1]),
+            settings.temperature,
+            settings.scale == "unit",
+            settings.null_score,
+            bank.backend,
+        )
+        return output

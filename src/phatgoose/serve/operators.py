@@ -1,0 +1,106 @@
+"""What a routed layer does inside vLLM, as operators with one shape for any number of tokens.
+
+vLLM compiles a model once and drops all guards, so a graph must not know how many tokens there
+are. The halves of `phatgoose.ops.library` hand plans from one to the other whose shapes depend on
+it; here both run within one operator. Letters as there.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from phatgoose.ops import EPS, choose_experts, library
+
+_library = torch.library.Library("phatgoose", "FRAGMENT")
+
+
+def gate_statistics(x: Float[Tensor, "T I"], signatures: Float[Tensor, "M I"]) -> Tensor:
+    """Of a share of the features, what adds up over shares to all that scoring needs: [T, 3 + M].
+
+    In fp32: the sum of x, the sum of squares about the share's own mean, I times the square of
+    that mean, and the products with the signatures.
+    """
+    x = x.float()
+    mean = x.mean(dim=-1, keepdim=True)
+    squares = (x - mean).square().sum(dim=-1, keepdim=True)
+    width = x.shape[-1]
+    return torch.cat([mean * width, squares, mean.square() * width, x @ signatures.T], dim=-1)
+
+
+def scores_of(
+    statistics: Float[Tensor, "T N"], sums: Float[Tensor, "S C"], features: int
+) -> Float[Tensor, "T S C"]:
+    """s · standardised x / sqrt(I), given the sums of all shares' statistics; `sums` are of s."""
+    mean = statistics[:, :1] / features
+    squares = statistics[:, 1:2] + statistics[:, 2:3] - features * mean.square()
+    scale = torch.rsqrt(squares.clamp_min(0.0) / features + EPS) / math.sqrt(features)
+    products = statistics[:, 3:].view(-1, *sums.shape)
+    return (products - mean.unsqueeze(-1) * sums) * scale.unsqueeze(-1)
+
+
+def _add_routed(
+    output: Tensor,
+    x: Tensor,
+    statistics: Tensor | None,
+    signatures: Tensor,
+    sums: Tensor,
+    open_slots: Tensor,
+    a: Tensor,
+    b: list[Tensor],
+    features: int,
+    top_k: int,
+    temperature: float,
+    unit: bool,
+    null_score: float | None,
+    backend: str,
+) -> None:
+    """Add to output [T, sum of O], part after part, what the chosen experts make of x [T, I].
+
+    signatures, sums, open_slots and a as `phatgoose::gated_down` wants them; b is one [C, O, R] a
+    part. With `statistics`, x and a are a share of the `features`, and so is what is added.
+    """
+    if statistics is None:
+        x = x.to(signatures.dtype) if backend == "triton" else x
+        experts, weights, *down = library.gated_down(
+            x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, backend
+        )
+    else:
+        scores = scores_of(statistics, sums, features).masked_fill_(~open_slots, -torch.inf)
+        routing = choose_experts(
+            scores,
+            top_k,
+            temperature=temperature,
+            scale="unit" if unit else "softmax",
+            null_score=null_score,
+        )
+        experts = routing.experts
+        down = library.routed_down(x, a, experts, routing.weights, backend)
+    first = 0
+    for part, up in enumerate(b):
+        mine = output[:, first : first + up.shape[1]]
+        library.routed_up_(mine, up, down[0], experts, down[1], down[2], part, backend)
+        first += up.shape[1]
+
+
+_library.define(
+    "gate_statistics(Tensor x, Tensor signatures) -> Tensor",
+)
+_library.impl("gate_statistics", gate_statistics, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "phatgoose::gate_statistics",
+    lambda x, signatures: x.new_empty(
+        x.shape[0], 3 + signatures.shape[0], dtype=torch.float32
+    ),
+    lib=_library,
+)
+_library.define(
+    "add_routed_(Tensor(a!) output, Tensor x, Tensor? statistics, Tensor signatures, Tensor sums,"
+    " Tensor open_slots, Tensor a, Tensor[] b, int features, int top_k, float temperature,"
+    " bool unit, float? null_score, str backend) -> ()",
+)
+_library.impl("add_routed_", _add_routed, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "phatgoose::add_routed_", lambda *arguments: None, lib=_library
+)

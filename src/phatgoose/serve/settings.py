@@ -1,0 +1,81 @@
+"""What a served pool is made of, as vLLM's `additional_config["phatgoose"]` says it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from phatgoose.errors import ConfigError
+from phatgoose.nn import RoutingSettings
+from phatgoose.routers import Router, make_router
+
+ROUTING = tuple(field.name for field in fields(RoutingSettings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Experts, router and room. All of it enters the key of vLLM's compile cache."""
+
+    experts: tuple[str, ...]  # folders, folders of such folders, or Hub ids
+    router: str = "phatgoose"
+    routing: RoutingSettings
+    capacity: int | None = None  # experts a layer has room for; None: as many as it has
+    max_rank: int | None = None  # None: the longest of the layer's experts
+    base_load_format: str = "auto"  # how vLLM is to load the base
+
+    @classmethod
+    def read(cls, config: Any) -> "ServeSettings":
+        """Check the settings. Raises ConfigError for what is missing, unknown or out of range."""
+        if not isinstance(config, Mapping):
+            raise ConfigError(
+                'phatgoose: load_format="phatgoose" wants its settings in additional_config='
+                '{"phatgoose": {"experts": [...]}}, and there are '
+                + ("none." if config is None else f"{type(config).__name__} in their place.")
+            )
+        own = ("experts", "router", "capacity", "max_rank", "base_load_format")
+        unknown = sorted(set(config) - {*own, *ROUTING})
+        if unknown:
+            raise ConfigError(
+                f"phatgoose: there is no setting {unknown[0]!r} in additional_config. Choose from: "
+                f"{', '.join((*own, *ROUTING))}."
+            )
+        experts = config.get("experts")
+        names = isinstance(experts, list | tuple) and all(isinstance(e, str) for e in experts)
+        if not names or not experts:
+            raise ConfigError(
+                f"phatgoose: experts must be a list of folders or Hub ids, got {experts!r}."
+            )
+        for key in ("capacity", "max_rank"):
+            value = config.get(key)
+            if value is not None and not (type(value) is int and value >= 1):
+                raise ConfigError(f"phatgoose: {key} must be at least 1, got {value!r}.")
+        router = served_router(config.get("router", cls.router))
+        given = {key: config[key] for key in ROUTING if config.get(key) is not None}
+        mine = {key: config[key] for key in own if config.get(key) is not None}
+        return cls(
+            **{**mine, "experts": tuple(experts)},
+            routing=RoutingSettings(**{**router.defaults, **given}),
+        )
+
+
+def served_router(name: Any) -> Router:
+    """The router of this name, if a layer can run it on tokens alone, whoever sent them.
+
+    vLLM puts tokens of many requests into one forward, so a router that looks at whole sequences
+    or at the model itself cannot be served. Raises ConfigError for those.
+    """
+    if not isinstance(name, str):
+        raise ConfigError(f"phatgoose: router must be a name, got {name!r}.")
+    router = make_router(name)
+    kind = type(router)
+    if not router.standardises or kind.prior is not Router.prior:
+        raise ConfigError(
+            f"phatgoose: the router {name!r} cannot be served by vLLM, which only runs routers that "
+            "score by one vector per expert and layer (phatgoose, average_activation). Use "
+            "phatgoose.route with transformers."
+        )
+    if kind.prepare is not Router.prepare:
+        raise ConfigError(
+            f"phatgoose: the router {name!r} wants to run the base first, which vLLM does not let "
+            "it. Use phatgoose.route with transformers."
+        )
+    return router
