@@ -1,0 +1,110 @@
+"""A pool inside vLLM answers as `phatgoose.route` does on transformers, in float32.
+
+Every engine answers the same prompts in one batch, again with a warm prefix cache, and one by one.
+"""
+
+import json
+
+import pytest
+import torch
+
+from phatgoose import default
+from phatgoose.models import load_base
+from tests.serve.models import VOCABULARY, save_base, save_pool
+
+LOGPROB = 1e-4  # the most that log-probabilities may differ
+BUDGET = 64  # tokens in a forward: longer prompts go in chunks
+
+pytestmark = pytest.mark.slow
+
+
+def random_prompts(lengths=(1, 7, 33, 90, 150)):
+    random = torch.Generator().manual_seed(5)
+    return [
+        torch.randint(1, VOCABULARY, (length,), generator=random).tolist() for length in lengths
+    ]
+
+
+def three_rounds(prompts):
+    """All at once, all at once again, one by one."""
+    return [[prompts], [prompts], [[prompt] for prompt in prompts]]
+
+
+def assert_same(found, wanted):
+    for answers in found:
+        for answer, expected in zip(answers, wanted, strict=True):
+            assert answer["tokens"] == expected["tokens"]
+            pairs = zip(answer["logprobs"], expected["logprobs"], strict=True)
+            assert max(abs(one - other) for one, other in pairs) <= LOGPROB
+
+
+def assert_cache_was_used(found):
+    assert all(answer["cached"] == 0 for answer in found[0])
+    assert any(answer["cached"] > 0 for answer in found[1])
+
+
+@pytest.fixture(scope="module")
+def demo(reference):
+    """Prompts for the pool in the package, one longer than a chunk, and the right answers."""
+    model, tokenizer = load_base(default.BASE, device="cpu")
+    rows = [json.loads(line)["inputs"] for line in default.DEMO.read_text().splitlines()]
+    prompts = [tokenizer(text).input_ids for text in [*rows, "\n".join(rows)]]
+    assert max(map(len, prompts)) > 2 * BUDGET
+    pool = default.expert_folders()
+    wanted = reference(model, pool, prompts, top_k=2)
+    base = reference(model, [], prompts)
+    assert all(one["tokens"] != other["tokens"] for one, other in zip(wanted, base, strict=True))
+    return prompts, wanted
+
+
+WAYS = {
+    "eager": {"enforce_eager": True, "max_num_batched_tokens": BUDGET},
+    "eager-unchunked": {"enforce_eager": True, "enable_chunked_prefill": False},
+    "compiled": {"max_num_batched_tokens": BUDGET},
+    "eager-tp2": {"enforce_eager": True, "tensor_parallel_size": 2},
+    "compiled-tp2": {"max_num_batched_tokens": BUDGET, "tensor_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_default_pool(way, demo, engine):
+    prompts, wanted = demo
+    settings = {"experts": [str(default.EXPERTS)], "router": "phatgoose", "top_k": 2}
+    found = engine(default.BASE, settings, three_rounds(prompts), **WAYS[way])
+    assert_same(found, wanted)
+    assert_cache_was_used(found)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma"])
+def test_families(family, engine, reference, tmp_path):
+    """Experts of uneven ranks, most of which adapt some of the layers only."""
+    base = save_base(tmp_path / "base", family)
+    pool = save_pool(tmp_path, base)
+    prompts = random_prompts()
+    settings = {"experts": [str(path) for path in pool], "top_k": 3, "temperature": 0.7}
+    wanted = reference(base, pool, prompts, top_k=3, temperature=0.7)
+    found = engine(
+        tmp_path / "base", settings, three_rounds(prompts), **WAYS["eager"]
+    )
+    assert_same(found, wanted)
+
+
+def test_fewer_key_heads_than_ranks(engine, reference, tmp_path):
+    base = save_base(tmp_path / "base", "qwen3", kv_heads=1)
+    pool = save_pool(tmp_path, base)
+    prompts = random_prompts()
+    settings = {"experts": [str(path) for path in pool], "top_k": 2, "null_score": 0.3}
+    wanted = reference(base, pool, prompts, top_k=2, null_score=0.3)
+    found = engine(tmp_path / "base", settings, three_rounds(prompts), **WAYS["eager-tp2"])
+    assert_same(found, wanted)
+
+
+def test_a_compiled_model_is_not_taken_for_one_of_other_shapes(engine, reference, tmp_path):
+    """The same folders with longer ranks in them, on a warm compile cache."""
+    base = save_base(tmp_path / "base", "qwen3")
+    prompts = random_prompts()
+    for rank in (2, 5):
+        pool = save_pool(tmp_path, base, rank=rank)
+        settings = {"experts": [str(path) for path in pool]}
+        wanted = reference(base, pool, prompts)
+        assert_same(engine(tmp_path / "base", settings, [[prompts]]), wanted)
