@@ -1,5 +1,6 @@
 """Starting engines, and what they are compared with."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from phatgoose import ExpertPool, route, unroute
+from phatgoose.ops import gate_scores
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 600  # for an engine to start, compile, and answer
@@ -20,7 +22,7 @@ def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("vllm") is None:
         skip = pytest.mark.skip(reason="vLLM is not installed here: make test-vllm")
         for item in items:
-            if "engine" in getattr(item, "fixturenames", ()):
+            if {"engine", "load"} & set(getattr(item, "fixturenames", ())):
                 item.add_marker(skip)
 
 
@@ -72,15 +74,59 @@ def engine(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def load(tmp_path_factory):
+    """load(model, settings): the model as a vLLM worker would load it, and vLLM's configuration."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    meeting = f"file://{tmp_path_factory.mktemp('group') / 'meeting'}"
+
+    def run(model, settings):
+        config = EngineArgs(
+            model=str(model),
+            dtype="float32",
+            max_model_len=64,
+            load_format="phatgoose",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            additional_config={} if settings is None else {"phatgoose": settings},
+        ).create_engine_config()
+        with set_current_vllm_config(config):
+            if not torch.distributed.is_initialized():
+                init_distributed_environment(1, 0, meeting, 0, "gloo")
+            destroy_model_parallel()  # its groups depend on the model
+            initialize_model_parallel(1, 1)
+            loader = get_model_loader(config.load_config)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as a CPU worker
+                loaded = loader.load_model(vllm_config=config, model_config=config.model_config)
+        return loaded, config
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def reference():
     """reference(model, experts, prompts, ...): greedy answers of `route` on transformers."""
 
     def answer(model, experts, prompts, *, tokens=24, **settings):
-        if experts:
-            route(model, ExpertPool.load(experts), **settings)
-        answers = [_greedy(model, prompt, tokens) for prompt in prompts]
-        if experts:
-            unroute(model)
+        if not experts:
+            return [_greedy(model, prompt, tokens) for prompt in prompts]
+        route(model, ExpertPool.load(experts), **settings)
+        with _watching(model) as gaps:
+            answers = []
+            for prompt in prompts:
+                gaps.clear()
+                answers.append({**_greedy(model, prompt, tokens), "gap": min(gaps)})
+        unroute(model)
         return answers
 
     return answer
@@ -97,3 +143,29 @@ def _greedy(model, prompt, tokens):
         answer["tokens"].append(int(token))
         answer["logprobs"].append(float(logprob))
     return answer
+
+
+@contextlib.contextmanager
+def _watching(model):
+    """A list that gets, from every routed layer, the least gap between the last chosen candidate's
+    score and that of the first one left out."""
+    gaps, handles = [], []
+
+    def look(site, x):
+        bank, settings = site.bank, site.state.settings
+        scores = gate_scores(x.flatten(0, -2), bank.signatures[site.part])
+        scores = scores[:, bank.open[site.part]]
+        if settings.null_score is not None:
+            null = scores.new_full((len(scores), 1), settings.null_score)
+            scores = torch.cat([scores, null], dim=1)
+        if scores.shape[1] > settings.top_k:
+            best = scores.sort(dim=1, descending=True).values
+            gaps.append(float((best[:, settings.top_k - 1] - best[:, settings.top_k]).min()))
+
+    for site in model._phatgoose.sites.values():
+        handles.append(
+            site.layer.register_forward_pre_hook(lambda _, inputs, site=site: look(site, inputs[0]))
+        )
+    yield gaps
+    for handle in handles:
+        handle.remove()

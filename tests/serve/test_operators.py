@@ -1,0 +1,137 @@
+"""The layers' operators: same numbers as those they stand for, whole and in shares."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phatgoose.ops import EPS, library
+from phatgoose.serve import operators
+from tests.tolerances import TOLERANCE, assert_near
+
+BOUND = TOLERANCE[torch.float32]
+IN, OUT, SLOTS, RANK = 12, (5, 3, 4), 4, 2
+
+
+def make_layer(tokens, seed=0, mean=0.5):
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random)
+
+    signatures = torch.nn.functional.layer_norm(
+        normal(len(OUT), SLOTS, IN), (IN,), eps=EPS
+    ) + 0.1 * normal(len(OUT), SLOTS, 1)  # whose sums matter
+    opened = torch.rand(len(OUT), SLOTS, generator=random) < 0.8
+    opened[0] = False  # a part without experts
+    return {
+        "output": normal(tokens, sum(OUT)),
+        "x": normal(tokens, IN) + mean,
+        "signatures": signatures.flatten(0, 1),
+        "sums": signatures.sum(-1),
+        "opened": opened,
+        "a": normal(len(OUT), SLOTS, RANK, IN),
+        "b": [normal(SLOTS, size, RANK) for size in OUT],
+    }
+
+
+def add(layer, statistics=None, *, top_k=2, null_score=None, backend="torch"):
+    output = layer["output"].clone()
+    torch.ops.phatgoose.add_routed_(
+        output,
+        layer["x"],
+        statistics,
+        *(layer[key] for key in ("signatures", "sums", "opened", "a", "b")),
+        IN,
+        top_k,
+        0.9,
+        False,
+        null_score,
+        backend,
+    )
+    return output
+
+
+def added_by_parts(layer, top_k=2, null_score=None):
+    """By the operators for single parts, of the reference backend."""
+    gates = [layer[key] for key in ("signatures", "sums", "opened", "a")]
+    experts, _, *down = library.gated_down(
+        layer["x"], *gates, top_k, 0.9, False, null_score, "reference"
+    )
+    outputs = [part.clone() for part in layer["output"].split(OUT, dim=1)]
+    for part, output in enumerate(outputs):
+        z, *plan = down
+        library.routed_up_(output, layer["b"][part], z, experts, *plan, part, "reference")
+    return torch.cat(outputs, dim=1)
+
+
+@given(st.sampled_from([0, 1, 2, 40, 131]), st.integers(1, SLOTS + 1), st.sampled_from([None, 0.2]))
+def test_all_parts_at_once(tokens, top_k, null_score):
+    layer = make_layer(tokens)
+    wanted = added_by_parts(layer, top_k, null_score)
+    for backend in ("torch", "reference"):
+        found = add(layer, top_k=top_k, null_score=null_score, backend=backend)
+        assert_near(found, wanted, BOUND.output)
+        assert torch.equal(found[:, : OUT[0]], layer["output"][:, : OUT[0]])
+
+
+@given(st.sampled_from([0, 1, 50]), st.sampled_from([1, 2, 3, 4]), st.sampled_from([0.0, 4.0]))
+def test_shares_of_the_features_add_up(tokens, ranks, mean):
+    layer = make_layer(tokens, mean=mean)
+    width = IN // ranks
+    shares = []
+    for rank in range(ranks):
+        mine = slice(rank * width, (rank + 1) * width)
+        names = ("x", "signatures", "a")
+        shares.append({**layer, **{name: layer[name][..., mine] for name in names}})
+    statistics = sum(
+        torch.ops.phatgoose.gate_statistics(share["x"], share["signatures"]) for share in shares
+    )
+    scores = operators.scores_of(statistics, layer["sums"], IN)
+    x = torch.nn.functional.layer_norm(layer["x"].double(), (IN,), eps=EPS)
+    exact = x @ layer["signatures"].double().T / math.sqrt(IN)
+    assert_near(scores.flatten(1), exact, BOUND.output)
+    if mean == 0.0:
+        zero = torch.zeros_like(layer["output"])
+        found = sum(add({**share, "output": zero}, statistics) for share in shares)
+        assert_near(layer["output"] + found, added_by_parts(layer), BOUND.output)
+
+
+@pytest.mark.parametrize("tokens", [2, 131])
+def test_as_torch_wants_operators(tokens):
+    layer = make_layer(tokens)
+    torch.library.opcheck(
+        torch.ops.phatgoose.gate_statistics.default, (layer["x"], layer["signatures"])
+    )
+    arguments = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
+    torch.library.opcheck(
+        torch.ops.phatgoose.add_routed_.default,
+        (layer["output"], layer["x"], None, *arguments, IN, 2, 1.0, False, None, "torch"),
+    )
+
+
+def test_one_graph_for_any_number_of_tokens():
+    """As vLLM compiles: once, for any number of tokens, and without looking again."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    def run(output, x, gates):
+        output = output + 0.0
+        torch.ops.phatgoose.add_routed_(
+            output, x, None, *gates, IN, 2, 0.9, False, None, "torch"
+        )
+        return output
+
+    fast = torch.compile(run, backend=backend, fullgraph=True)
+    for tokens in (50, 3, 131):
+        layer = make_layer(tokens)
+        for name in ("output", "x"):
+            torch._dynamo.mark_dynamic(layer[name], 0)
+        gates = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
+        assert torch.equal(fast(layer["output"], layer["x"], gates), add(layer))
+    assert len(compiled) == 1

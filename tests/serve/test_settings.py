@@ -1,0 +1,47 @@
+"""Settings are checked before anything is loaded."""
+
+import pytest
+
+from phatgoose.errors import ConfigError
+from phatgoose.nn import RoutingSettings
+from phatgoose.serve.settings import ServeSettings
+
+
+def test_what_is_not_given_is_what_route_has():
+    settings = ServeSettings.read({"experts": ["a"]})
+    assert settings.experts == ("a",)
+    assert settings.router == "phatgoose"
+    assert settings.routing == RoutingSettings()
+    assert settings.base_load_format == "auto"
+
+
+def test_what_is_given():
+    settings = ServeSettings.read(
+        {"experts": ["a", "b"], "top_k": 1, "scale": "unit", "capacity": 4, "max_rank": 8}
+    )
+    assert settings.routing == RoutingSettings(top_k=1, scale="unit")
+    assert (settings.capacity, settings.max_rank) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "wants its settings in additional_config"),
+        (["a"], "list in their place"),
+        ({}, "experts must be a list"),
+        ({"experts": []}, "experts must be a list"),
+        ({"experts": "folder"}, "experts must be a list"),
+        ({"experts": ["a", 1]}, "experts must be a list"),
+        ({"experts": ["a"], "topk": 2}, "no setting 'topk'"),
+        ({"experts": ["a"], "top_k": 0}, "top_k must be at least 1"),
+        ({"experts": ["a"], "capacity": True}, "capacity must be at least 1"),
+        ({"experts": ["a"], "max_rank": 0}, "max_rank must be at least 1"),
+        ({"experts": ["a"], "router": "no such"}, "no router is called"),
+        ({"experts": ["a"], "router": 3}, "router must be a name"),
+        ({"experts": ["a"], "router": "arrow"}, "cannot be served"),
+        ({"experts": ["a"], "router": "phatgoose+evidence"}, "cannot be served"),
+    ],
+)
+def test_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        ServeSettings.read(config)
