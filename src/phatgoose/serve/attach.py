@@ -25,11 +25,10 @@ log = logging.getLogger(__name__)
 Piece = tuple[int, Part, LoraModule, Tensor]  # the expert's number in the pool, where, and what
 
 
-def attach(model: nn.Module, model_config: Any, settings: ServeSettings) -> str:
-    """Route the layers that the pool's experts adapt; return a hash of the shapes that came of it.
+def load_pool(model_config: Any, settings: ServeSettings) -> ExpertPool:
+    """The experts, all of which are for the base that vLLM is about to load.
 
-    `model` is this rank's, `model_config` vLLM's of it. Raises what `route` and `load_expert`
-    raise, and RoutingError where vLLM has no layer that can be routed; nothing is changed then.
+    Raises what `route` and `load_expert` raise.
     """
     pool = ExpertPool.load(expert_sources(settings.experts))
     wanted = settings.routing.kept(len(pool))
@@ -41,27 +40,38 @@ def attach(model: nn.Module, model_config: Any, settings: ServeSettings) -> str:
     base = skeleton(model_config)
     for expert in pool:
         check_base(expert, base, model_config.model)
+    return pool
+
+
+def attach(model: nn.Module, pool: ExpertPool, settings: ServeSettings) -> str:
+    """Route the layers that the pool's experts adapt; return a hash of the shapes that came of it.
+
+    `model` is this rank's. Raises MissingGateError, and RoutingError where vLLM has no layer that
+    can be routed; nothing is changed then.
+    """
     pieces = _pieces(Layers(model), pool, settings)
-    banks = {name: _bank(model.get_submodule(name), mine, settings) for name, mine in pieces.items()}
-    for name, bank in banks.items():
+    made = {}
+    for name, mine in pieces.items():
+        made[name] = _bank(model.get_submodule(name), mine, settings)
+    for name, bank in made.items():
         layer: Any = model.get_submodule(name)
-        method = RoutedMethod(
+        layer.add_module(BANK, bank)
+        layer.quant_method = RoutedMethod(
             layer.quant_method, bank, settings.routing, features=layer.input_size
         )
-        layer.add_module(BANK, bank)
-        layer.quant_method = method
         layer.requires_unquantized_input = True  # nobody may quantise what the gates read
-    log.info("routing %d layers among %s", len(banks), ", ".join(pool.names))
-    return _hash({name: _shapes(bank) for name, bank in banks.items()})
+    log.info("routing %d layers among %s", len(made), ", ".join(pool.names))
+    return _hash({name: _shapes(bank) for name, bank in made.items()})
 
 
 def skeleton(model_config: Any) -> nn.Module:
     """The base as transformers has it, without weights, to tell which experts were made for it."""
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(model_config.hf_config)  # transformers notes in it what it chose
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(model_config.hf_config))
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises many kinds
         raise RoutingError(
             f"{model_config.model}: transformers has no causal language model for it "
@@ -116,8 +126,8 @@ def _bank(layer: Any, pieces: list[Piece], settings: ServeSettings) -> Bank:
         backend=settings.routing.backend,
     )
     bank.reserve(*room)
-    for slot, (member, mine) in enumerate(experts.items()):
-        bank.append(member, mine)
+    for slot, (member, adapted) in enumerate(experts.items()):
+        bank.append(member, adapted)
         # Of the whole signature: a rank that holds a share of it needs the sum for its scores.
         for number, total in totals[member].items():
             bank.sums[number, slot] = total

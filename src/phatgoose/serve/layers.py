@@ -85,6 +85,7 @@ class Layers:
         parent, dot, last = name.rpartition(".")
         names = self._packed.get(last, [last])
         shards = range(len(getattr(layer, "output_partition_sizes", [0])))
+        mine: list[tuple[int, ...]]
         if len(names) == len(shards):
             mine = [(shard,) for shard in shards]
         elif len(names) == 1 and last in self._packed and last in MERGED_ON_DISK:
@@ -114,7 +115,9 @@ class Layers:
         )
 
 
-def share_of(layer: Any, part: Part, lora: LoraModule, signature: Tensor) -> tuple[LoraModule, Tensor]:
+def share_of(
+    layer: Any, part: Part, lora: LoraModule, signature: Tensor
+) -> tuple[LoraModule, Tensor]:
     """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [I]."""
     if is_row_parallel(layer):
         width = layer.input_size_per_partition

@@ -8,7 +8,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from phatgoose.serve import LOAD_FORMAT
-from phatgoose.serve.attach import attach
+from phatgoose.serve.attach import attach, load_pool
 from phatgoose.serve.settings import ServeSettings
 
 # Beside the settings, where it enters the key of vLLM's compile cache: a graph that was compiled
@@ -31,11 +31,14 @@ class PhatgooseLoader(BaseModelLoader):  # type: ignore[misc]
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         extra = vllm_config.additional_config
         settings = ServeSettings.read(extra.get(LOAD_FORMAT) if isinstance(extra, dict) else None)
-        model: nn.Module = self._inner(settings.base_load_format).load_model(
-            vllm_config=vllm_config, model_config=model_config, prefix=prefix
-        )
-        if model_config is vllm_config.model_config:  # and no draft of speculative decoding
-            extra[LAYOUT] = attach(model, model_config, settings)
+        inner = self._inner(settings.base_load_format)
+        base = {"vllm_config": vllm_config, "model_config": model_config, "prefix": prefix}
+        if model_config is not vllm_config.model_config:  # a draft of speculative decoding
+            draft: nn.Module = inner.load_model(**base)
+            return draft
+        pool = load_pool(model_config, settings)  # may fail, so it comes before the weights
+        model: nn.Module = inner.load_model(**base)
+        extra[LAYOUT] = attach(model, pool, settings)
         return model
 
     def _inner(self, load_format: str) -> Any:

@@ -20,9 +20,7 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
     rank adds a part of the sum, which the layer's own all-reduce completes.
     """
 
-    def __init__(
-        self, inner: Any, bank: Bank, settings: RoutingSettings, *, features: int
-    ) -> None:
+    def __init__(self, inner: Any, bank: Bank, settings: RoutingSettings, *, features: int) -> None:
         self.inner = inner
         self.settings = settings
         self.features = features  # of the layer's whole input

@@ -64,7 +64,7 @@ def _add_routed(
     """
     if statistics is None:
         x = x.to(signatures.dtype) if backend == "triton" else x
-        experts, weights, *down = library.gated_down(
+        experts, _, *down = library.gated_down(
             x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, backend
         )
     else:
@@ -91,9 +91,7 @@ _library.define(
 _library.impl("gate_statistics", gate_statistics, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "phatgoose::gate_statistics",
-    lambda x, signatures: x.new_empty(
-        x.shape[0], 3 + signatures.shape[0], dtype=torch.float32
-    ),
+    lambda x, signatures: x.new_empty(x.shape[0], 3 + signatures.shape[0], dtype=torch.float32),
     lib=_library,
 )
 _library.define(
@@ -102,6 +100,4 @@ _library.define(
     " bool unit, float? null_score, str backend) -> ()",
 )
 _library.impl("add_routed_", _add_routed, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "phatgoose::add_routed_", lambda *arguments: None, lib=_library
-)
+torch.library.register_fake("phatgoose::add_routed_", lambda *arguments: None, lib=_library)

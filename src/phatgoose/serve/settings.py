@@ -69,9 +69,8 @@ def served_router(name: Any) -> Router:
     kind = type(router)
     if not router.standardises or kind.prior is not Router.prior:
         raise ConfigError(
-            f"phatgoose: the router {name!r} cannot be served by vLLM, which only runs routers that "
-            "score by one vector per expert and layer (phatgoose, average_activation). Use "
-            "phatgoose.route with transformers."
+            f"phatgoose: the router {name!r} cannot be served by vLLM. Choose phatgoose or "
+            "average_activation, or use phatgoose.route with transformers."
         )
     if kind.prepare is not Router.prepare:
         raise ConfigError(
