@@ -40,6 +40,7 @@ def test_what_is_given():
         ({"experts": ["a"], "router": 3}, "router must be a name"),
         ({"experts": ["a"], "router": "arrow"}, "cannot be served"),
         ({"experts": ["a"], "router": "phatgoose+evidence"}, "cannot be served"),
+        ({"experts": ["a"], "router": "phatgoose_mixed"}, "wants to run the base first"),
     ],
 )
 def test_refused(config, message):
