@@ -58,7 +58,7 @@ def added_by_parts(layer, top_k=2, null_score=None):
     """By the operators for single parts, of the reference backend."""
     gates = [layer[key] for key in ("signatures", "sums", "opened", "a")]
     experts, _, *down = library.gated_down(
-        layer["x"], *gates, top_k, 0.9, False, null_score, "reference"
+        layer["x"], *gates, top_k, 0.9, False, null_score, None, "reference"
     )
     outputs = [part.clone() for part in layer["output"].split(OUT, dim=1)]
     for part, output in enumerate(outputs):

@@ -65,7 +65,7 @@ def _add_routed(
     if statistics is None:
         x = x.to(signatures.dtype) if backend == "triton" else x
         experts, _, *down = library.gated_down(
-            x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, backend
+            x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, None, backend
         )
     else:
         scores = scores_of(statistics, sums, features).masked_fill_(~open_slots, -torch.inf)
