@@ -13,9 +13,9 @@ import torch
 def devices() -> list[str]:
     """What CUDA_VISIBLE_DEVICES can be set to; "" alone where there is no GPU."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
-    ) or [""]
+    if given:
+        return given.split(",")
+    return [str(index) for index in range(torch.cuda.device_count())] or [""]
 
 
 def run_all(

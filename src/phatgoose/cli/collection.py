@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from phatgoose import default
-from phatgoose.cli.sources import by_name, expert_sources
+from phatgoose.cli.sources import by_name
 from phatgoose.cli.training import adapter_settings, check_options, encode_examples
 from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
 from phatgoose.experts import GateRecord, load_expert
 from phatgoose.experts.lora import read_config
 from phatgoose.experts.signatures import KINDS
+from phatgoose.experts.sources import expert_sources
 from phatgoose.models import load_base
 from phatgoose.tasks import Example, load_examples, task_folders
 from phatgoose.train import derive_signatures, gate_experts, train_experts

@@ -8,7 +8,6 @@ import torch
 
 from phatgoose import default
 from phatgoose.cli.methods import less_general, method_inputs, training_examples
-from phatgoose.cli.sources import expert_sources
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import (
     RunSettings,
@@ -17,6 +16,7 @@ from phatgoose.evaluation import (
     run_evaluation,
     table,
 )
+from phatgoose.experts.sources import expert_sources
 from phatgoose.models import load_base
 from phatgoose.pool import ExpertPool
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phatgoose.cli.sources import expert_sources
 from phatgoose.experts import hub, load_expert, verify_expert
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.sources import expert_sources
 
 
 def list_experts(arguments: Namespace) -> None:

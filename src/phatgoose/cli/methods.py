@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phatgoose.cli.sources import expert_sources
 from phatgoose.errors import TaskFormatError
 from phatgoose.evaluation import Inputs
+from phatgoose.experts.sources import expert_sources
 from phatgoose.pool import ExpertPool, subtract_general
 from phatgoose.pool.retrieval import build_index
 from phatgoose.tasks import Example, load_examples, split_file

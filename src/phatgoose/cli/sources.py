@@ -1,12 +1,9 @@
-"""Where the experts and examples named on the command line are."""
+"""Folders named on the command line."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from phatgoose.errors import ConfigError
-from phatgoose.experts.sources import expert_sources
-
-__all__ = ["by_name", "expert_sources"]
 
 
 def by_name(folders: Iterable[Path]) -> dict[str, Path]:

@@ -70,7 +70,7 @@ class Modifier(Router):
     def __init__(self, inner: Router | None = None) -> None:
         self.inner = inner
         if inner is not None:
-            self.defaults = inner.defaults  # type: ignore[misc]
+            self.defaults = inner.defaults  # type: ignore[misc]  # this instance's own
 
     def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
         if self.inner is not None:

@@ -80,7 +80,7 @@ class ContextEvidence(Modifier):
     ) -> None:
         super().__init__(inner)
         if inner is not None:  # its scores stay what they are
-            self.standardises = inner.standardises  # type: ignore[misc]
+            self.standardises = inner.standardises  # type: ignore[misc]  # likewise
         self.strength = self.usual_strength if strength is None else strength
         self.readers: list[str] = []  # the base's linear modules that read the first input
         self.background: Background | None = None

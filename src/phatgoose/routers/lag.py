@@ -11,7 +11,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts import Expert
 from phatgoose.ops import choose_experts
 from phatgoose.routers.base import Router
-from phatgoose.routers.spectral import norms, right_singular
+from phatgoose.routers.spectral import norms, scaled_vectors
 
 
 @final
@@ -31,16 +31,14 @@ class LagRouter(Router):
         self.candidates = candidates
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " RI"]:
-        values, vectors = right_singular(expert.modules[module])
-        return (values.unsqueeze(1) * vectors).float().flatten()
+        return scaled_vectors(expert.modules[module])
 
     def score(
         self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E RI"]
     ) -> Float[Tensor, "T E"]:
-        first = F.normalize(signatures[:, : x.shape[-1]], dim=-1)  # the top vector, as in Arrow
-        arrow = (x.float() @ first.T).abs()
-        if len(signatures) <= self.candidates:
-            return norms(x, signatures)
-        kept = choose_experts(arrow, self.candidates).experts
         scores = norms(x, signatures)
+        if len(signatures) <= self.candidates:
+            return scores
+        first = F.normalize(signatures[:, : x.shape[-1]], dim=-1)  # the top vector, as in Arrow
+        kept = choose_experts((x.float() @ first.T).abs(), self.candidates).experts
         return torch.full_like(scores, -torch.inf).scatter(1, kept, scores.gather(1, kept))

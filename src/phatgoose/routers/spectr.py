@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phatgoose.experts import Expert
 from phatgoose.routers.base import Router
-from phatgoose.routers.spectral import norms, right_singular
+from phatgoose.routers.spectral import norms, right_singular, scaled_vectors
 
 
 @final
@@ -20,8 +20,7 @@ class SpectrRouter(Router):
     name = "spectr"
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " RI"]:
-        values, vectors = right_singular(expert.modules[module])
-        return (values.unsqueeze(1) * vectors).float().flatten()
+        return scaled_vectors(expert.modules[module])
 
     def score(
         self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E RI"]

@@ -27,6 +27,12 @@ def right_singular(lora: LoraModule) -> tuple[Float[Tensor, " R"], Float[Tensor,
     return values, torch.nn.functional.pad(vectors, (0, 0, 0, rank - len(vectors)))
 
 
+def scaled_vectors(lora: LoraModule) -> Float[Tensor, " RI"]:
+    """S Vᵀ of scale · B A = U S Vᵀ, in fp32 and flattened: what `norms` takes for ‖B A x‖."""
+    values, vectors = right_singular(lora)
+    return (values.unsqueeze(1) * vectors).float().flatten()
+
+
 def norms(x: Float[Tensor, "T I"], signatures: Float[Tensor, "E W"]) -> Float[Tensor, "T E"]:
     """‖M x‖ in fp32 for signatures that are matrices M [R I], flattened; W = R * I."""
     width = x.shape[-1]
