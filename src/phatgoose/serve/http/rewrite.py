@@ -1,0 +1,54 @@
+"""Requests in vLLM's own fields, and what we cannot say in them."""
+
+from typing import Any
+
+from phatgoose.serve.http.choice import FIELD, Choice
+from phatgoose.serve.http.live import Contents
+from phatgoose.serve.http.refusal import Refusal
+
+
+def rewritten(
+    body: dict[str, Any], choice: Choice, contents: Contents, *, served: str
+) -> dict[str, Any]:
+    """The body for vLLM: the pool's model, a salt for its prefix cache, and what workers need."""
+    new = {key: value for key, value in body.items() if key != FIELD}
+    if "model" in new:
+        new["model"] = served
+    new["cache_salt"] = choice.salt(contents.fingerprint, body.get("cache_salt"))
+    wanted = choice.for_worker()
+    if wanted is not None:
+        new["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), FIELD: wanted}
+    return new
+
+
+def check(body: dict[str, Any], choice: Choice, path: str) -> None:
+    """Raise Refusal for what would not do as it says."""
+
+    def no(message: str) -> Refusal:
+        return Refusal(400, message, reason="bad_request", param=FIELD)
+
+    extra = body.get("vllm_xargs")
+    if extra is not None and not isinstance(extra, dict):
+        raise Refusal(400, "vllm_xargs is an object.", reason="bad_request", param="vllm_xargs")
+    if extra and FIELD in extra:
+        raise no(f"Say {FIELD} beside vllm_xargs, not in it.")
+    salt = body.get("cache_salt")
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise Refusal(
+            400, "cache_salt is a text, not empty.", reason="bad_request", param="cache_salt"
+        )
+    if choice != Choice() and body.get("use_beam_search"):
+        raise no("Beam search takes no choice of experts: vLLM does not tell the workers of it.")
+    if choice.routing and path.endswith("/responses"):
+        raise no(f"{FIELD}.routing is not told by this route. Use /v1/chat/completions.")
+
+
+def mentions(found: Any) -> bool:
+    """Whether a body says `phatgoose` where we or vLLM would read it."""
+    if not isinstance(found, dict):
+        return False
+    sampling = found.get("sampling_params")
+    places = [found, found.get("vllm_xargs"), found.get("extra_args"), sampling]
+    if isinstance(sampling, dict):
+        places.append(sampling.get("extra_args"))
+    return any(isinstance(place, dict) and FIELD in place for place in places)
