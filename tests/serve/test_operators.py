@@ -37,13 +37,24 @@ def make_layer(tokens, seed=0, mean=0.5):
     }
 
 
-def add(layer, statistics=None, *, top_k=2, null_score=None, backend="torch"):
+def add(
+    layer,
+    statistics=None,
+    *,
+    prior=None,
+    tally=None,
+    top_k=2,
+    null_score=None,
+    backend="torch",
+):
     output = layer["output"].clone()
     torch.ops.phatgoose.add_routed_(
         output,
         layer["x"],
         statistics,
         *(layer[key] for key in ("signatures", "sums", "opened", "a", "b")),
+        prior,
+        tally,
         IN,
         top_k,
         0.9,
@@ -54,11 +65,11 @@ def add(layer, statistics=None, *, top_k=2, null_score=None, backend="torch"):
     return output
 
 
-def added_by_parts(layer, top_k=2, null_score=None):
+def added_by_parts(layer, top_k=2, null_score=None, prior=None):
     """By the operators for single parts, of the reference backend."""
     gates = [layer[key] for key in ("signatures", "sums", "opened", "a")]
     experts, _, *down = library.gated_down(
-        layer["x"], *gates, top_k, 0.9, False, null_score, None, "reference"
+        layer["x"], *gates, top_k, 0.9, False, null_score, prior, "reference"
     )
     outputs = [part.clone() for part in layer["output"].split(OUT, dim=1)]
     for part, output in enumerate(outputs):
@@ -108,7 +119,7 @@ def test_as_torch_wants_operators(tokens):
     arguments = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
     torch.library.opcheck(
         torch.ops.phatgoose.add_routed_.default,
-        (layer["output"], layer["x"], None, *arguments, IN, 2, 1.0, False, None, "torch"),
+        (layer["output"], layer["x"], None, *arguments, *tables, IN, 2, 1.0, False, None, "torch"),
     )
 
 
@@ -122,7 +133,9 @@ def test_one_graph_for_any_number_of_tokens():
 
     def run(output, x, gates):
         output = output + 0.0
-        torch.ops.phatgoose.add_routed_(output, x, None, *gates, IN, 2, 0.9, False, None, "torch")
+        torch.ops.phatgoose.add_routed_(
+            output, x, None, *gates, None, None, IN, 2, 0.9, False, None, "torch"
+        )
         return output
 
     fast = torch.compile(run, backend=backend, fullgraph=True)
