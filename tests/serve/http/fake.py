@@ -78,16 +78,23 @@ class FakeEngine:
         self.resets = True
         self.hold = None  # an event that answers wait for
         self.ours = True
+        self.notes = True
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         self.calls.append(method)
         if not self.ours:
             raise AttributeError(f"no method {method}")
         if method == "phatgoose_routing":
-            return [self.routings.get(*args) for _ in self.workers]
+            none = {"error": f"{args[0]}: no routing of such a request was recorded."}
+            return [self.routings.get(*args, none) for _ in self.workers]
         if method in ("phatgoose_commit", "phatgoose_remove"):
             assert self.paused and not self.running and not self.cache, "changed under requests"
-        return [getattr(worker, method)(*args) for worker in self.workers]
+        if method == "phatgoose_totals" and not self.notes:
+            return [{"error": "not recorded"} for _ in self.workers]
+        answers = [getattr(worker, method)(*args) for worker in self.workers]
+        if method == "phatgoose_pool":
+            answers = [{**answer, "routing": self.notes} for answer in answers]
+        return answers
 
     async def pause_generation(self, *, mode, clear_cache):
         assert mode == "wait"

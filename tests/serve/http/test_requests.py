@@ -4,7 +4,10 @@ import json
 
 import pytest
 
-from phatgoose.serve.http.choice import Choice, choose
+from phatgoose.serve.choice import Choice
+from phatgoose.serve.http import rewrite
+from phatgoose.serve.http.choice import choose, salt
+from phatgoose.serve.http.live import Contents
 from phatgoose.serve.http.refusal import Refusal
 from tests.serve.http.fake import FakeEngine, Server
 
@@ -70,12 +73,21 @@ async def test_an_answer_outlives_its_routing():
         server.engine.routings = _Forgetful()
         reply = await server.ask(phatgoose={"routing": "shares"})
         assert reply.json["choices"][0]["text"] == "a+b"
-        assert "no worker knows" in reply.json["phatgoose"]["error"]
+        assert "no routing of such" in reply.json["phatgoose"]["error"]
 
 
 class _Forgetful(dict):
-    def get(self, key):
-        return None
+    def get(self, key, default=None):
+        return default
+
+
+async def test_a_server_that_does_not_note_routing():
+    engine = FakeEngine()
+    engine.notes = False
+    async with Server(engine) as server:
+        assert await server.text() == "a+b"
+        assert (await server.ask(phatgoose={"routing": "shares"})).status == 400
+        assert (await server.call("GET", "/v1/experts")).json["entropy"] is None
 
 
 async def test_what_vllm_gets():
@@ -115,27 +127,26 @@ async def test_cached_prompts_are_those_of_the_same_experts():
 
 async def test_without_the_salt_the_cache_would_be_stale(monkeypatch):
     """The control: the fake cache finds a missing salt out."""
-    monkeypatch.setattr(Choice, "salt", lambda *_: "x")
+    monkeypatch.setattr(rewrite, "salt", lambda *_: "x")
     async with Server() as server:
         assert await server.text() == "a+b"
         assert await server.text(model="pool/a") == "a+b"
 
 
 BAD = [
-    ({"phatgoose": ["a"]}, "is an object"),
-    ({"phatgoose": {"allowed": ["a"]}}, "no 'allowed'"),
+    ({"phatgoose": ["a"]}, "a JSON object, got list"),
+    ({"phatgoose": {"allowed": ["a"]}}, "no setting 'allowed'"),
     ({"phatgoose": {"allow": "a"}}, "a list of experts' names"),
     ({"phatgoose": {"allow": [1]}}, "a list of experts' names"),
-    ({"phatgoose": {"allow": ["c"]}}, "no expert 'c'"),
-    ({"phatgoose": {"deny": ["c"]}}, "no expert 'c'"),
-    ({"phatgoose": {"allow": []}}, "leaves no expert"),
+    ({"phatgoose": {"allow": ["c"]}}, "c: no expert of this name"),
+    ({"phatgoose": {"deny": ["c"]}}, "c: no expert of this name"),
+    ({"phatgoose": {"allow": []}}, '"allow" is empty'),
     ({"phatgoose": {"deny": ["a", "b"]}}, "leaves no expert"),
     ({"phatgoose": {"allow": ["a"], "deny": ["a"]}}, "leaves no expert"),
     ({"phatgoose": {"base": 1}}, "true or false"),
-    ({"phatgoose": {"base": True, "allow": ["a"]}}, "no experts to allow"),
+    ({"phatgoose": {"base": True, "allow": ["a"]}}, "leaves out every expert"),
     ({"phatgoose": {"routing": "all"}}, "one of shares, tokens"),
     ({"model": "pool/a", "phatgoose": {"allow": ["b"]}}, "says which experts"),
-    ({"model": "pool/a", "phatgoose": {"allow": []}}, "says which experts"),
     ({"model": "base", "phatgoose": {"deny": ["b"]}}, "says which experts"),
     ({"vllm_xargs": {"phatgoose": "{}"}}, "beside vllm_xargs"),
     ({"vllm_xargs": 3}, "vllm_xargs is an object"),
@@ -245,8 +256,9 @@ def test_the_salt_depends_on_all_that_matters():
         choose(body, served="pool", names=names)
         for body in ({}, {"model": "base"}, {"model": "pool/a"}, {"model": "pool/b"})
     ]
+    experts = [{"name": name} for name in names]
     salts = {
-        kind.salt(fingerprint, given)
+        salt(kind, Contents(0, fingerprint, 2, 8, experts), given)
         for kind in kinds
         for fingerprint in ("1", "2")
         for given in (None, "mine", "yours")

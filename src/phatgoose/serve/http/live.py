@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from phatgoose.serve.http.gate import Gate
@@ -25,6 +25,7 @@ class Contents:
     capacity: int
     max_rank: int
     experts: list[dict[str, Any]] = field(default_factory=list)
+    routing: bool = True  # whether workers note which experts serve what
 
     @property
     def names(self) -> list[str]:
@@ -103,18 +104,21 @@ class LivePool:
 
     async def routing(self, request: str) -> dict[str, Any]:
         """Which experts served a request of the engine, now that it has ended."""
-        answers = [answer for answer in await self._rpc("phatgoose_routing", request) if answer]
-        if not answers:
-            raise LookupError(f"no worker knows the routing of {request}")
-        shares = [answer.get("shares", {}) for answer in answers]
+        answers = await self._rpc("phatgoose_routing", request)
+        knowing = [answer for answer in answers if "shares" in answer]
+        if not knowing:
+            raise LookupError(answers[0].get("error", "no worker knows"))
+        shares = [answer["shares"] for answer in knowing]
         names = {name for share in shares for name in share}
         # Tensor-parallel ranks say the same; pipeline stages speak of a part of the layers each.
-        mean = {n: sum(share.get(n, 0.0) for share in shares) / len(shares) for n in names}
+        mean = {n: round(sum(s.get(n, 0.0) for s in shares) / len(shares), 6) for n in names}
         ordered = sorted(mean.items(), key=lambda item: (-item[1], item[0]))
-        return {**answers[0], "shares": dict(ordered)}
+        return {**knowing[0], "shares": dict(ordered)}
 
     async def sample(self) -> None:
         """Add what was routed since the last time to the metrics and the shares."""
+        if not self.contents.routing:
+            return
         totals = (await self._rpc("phatgoose_totals"))[0]
         count = float(totals["count"])
         grown = self._recent.add(Totals(totals["tokens"], totals["entropy"] * count, count))
@@ -185,7 +189,11 @@ class LivePool:
             log.critical("%s", json.dumps({"event": "pool_broken", "error": why[:500]}))
 
     async def _read(self) -> Contents:
-        answers = [Contents(**answer) for answer in await self._rpc("phatgoose_pool")]
+        known = [field.name for field in fields(Contents)]
+        answers = [
+            Contents(**{name: answer[name] for name in known if name in answer})
+            for answer in await self._rpc("phatgoose_pool")
+        ]
         prints = sorted({answer.fingerprint for answer in answers})
         if len(prints) != 1:
             raise RuntimeError(f"phatgoose: the workers serve different pools: {prints}")

@@ -13,12 +13,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phatgoose.errors import first_line
+from phatgoose.serve.choice import Choice
 from phatgoose.serve.http import told
 from phatgoose.serve.http.access import Access
 from phatgoose.serve.http.admin import Experts
 from phatgoose.serve.http.answers import Answer, Routing
 from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
-from phatgoose.serve.http.choice import BASE, FIELD, Choice, choose
+from phatgoose.serve.http.choice import BASE, FIELD, choose
 from phatgoose.serve.http.live import LivePool
 from phatgoose.serve.http.metrics import Metrics
 from phatgoose.serve.http.refusal import Refusal
@@ -122,7 +123,7 @@ class PoolMiddleware:
         async with self.pool.request() as contents:
             body = read_object(raw)
             choice = choose(body, served=self._served, names=contents.names)
-            check(body, choice, scope["path"])
+            check(body, choice, contents, path=scope["path"])
             asked = body.get("model") or self._served
             scope, routing = self._asking(scope, choice)
             new = json.dumps(rewritten(body, choice, contents, served=self._served)).encode()

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from phatgoose.serve.http.choice import FIELD, Choice
+from phatgoose.serve.choice import Choice
+from phatgoose.serve.http.choice import FIELD, salt
 from phatgoose.serve.http.live import Contents
 from phatgoose.serve.http.refusal import Refusal
 
@@ -14,14 +15,13 @@ def rewritten(
     new = {key: value for key, value in body.items() if key != FIELD}
     if "model" in new:
         new["model"] = served
-    new["cache_salt"] = choice.salt(contents.fingerprint, body.get("cache_salt"))
-    wanted = choice.for_worker()
-    if wanted is not None:
-        new["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), FIELD: wanted}
+    new["cache_salt"] = salt(choice, contents, body.get("cache_salt"))
+    if choice != Choice():
+        new["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), FIELD: choice.text()}
     return new
 
 
-def check(body: dict[str, Any], choice: Choice, path: str) -> None:
+def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str) -> None:
     """Raise Refusal for what would not do as it says."""
 
     def no(message: str) -> Refusal:
@@ -32,13 +32,15 @@ def check(body: dict[str, Any], choice: Choice, path: str) -> None:
         raise Refusal(400, "vllm_xargs is an object.", reason="bad_request", param="vllm_xargs")
     if extra and FIELD in extra:
         raise no(f"Say {FIELD} beside vllm_xargs, not in it.")
-    salt = body.get("cache_salt")
-    if salt is not None and not (isinstance(salt, str) and salt):
+    given = body.get("cache_salt")
+    if given is not None and not (isinstance(given, str) and given):
         raise Refusal(
             400, "cache_salt is a text, not empty.", reason="bad_request", param="cache_salt"
         )
     if choice != Choice() and body.get("use_beam_search"):
         raise no("Beam search takes no choice of experts: vLLM does not tell the workers of it.")
+    if choice.routing and not contents.routing:
+        raise no("This server does not note which experts serve what.")
     if choice.routing and path.endswith("/responses"):
         raise no(f"{FIELD}.routing is not told by this route. Use /v1/chat/completions.")
 
