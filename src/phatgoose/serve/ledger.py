@@ -80,12 +80,14 @@ class Ledger:
         vLLM appends "-" and 8 letters to an id, puts "0_", "1_", ... before those of several
         answers, and its server "-0", "-1", ... after those of several prompts.
         """
-        of_this = re.compile(rf"(\d+_)?{re.escape(request)}(-\d+)?(-[0-9a-f]{{8}})?")
+        pattern = rf"(?:(\d+)_)?{re.escape(request)}(?:-(\d+))?(?:-[0-9a-f]{{8}})?"
         found = []
         for records in (self._finished, self._running):
-            for name in [name for name in records if of_this.fullmatch(name)]:
-                found.append((name, records.pop(name)))
-        return sorted(found, key=lambda one: _order(one[0]))
+            for name in list(records):
+                if match := re.fullmatch(pattern, name):
+                    answer, prompt = (int(number or 0) for number in match.groups())
+                    found.append((prompt, answer, name, records.pop(name)))
+        return [(name, record) for _, _, name, record in sorted(found, key=lambda one: one[:3])]
 
     def settle(self, names: Sequence[str | None]) -> None:
         """Put what was counted so far under the experts' names, before slots change hands."""
@@ -136,9 +138,3 @@ def _by_position(record: Record, names: Sequence[str | None]) -> list[str | None
         columns |= dict(enumerate(best.tolist(), first))
     length = max(columns, default=-1) + 1
     return [names[columns[at]] if at in columns else None for at in range(length)]
-
-
-def _order(request: str) -> list[tuple[int, int | str]]:
-    """Numbers within an id as numbers: the tenth answer comes after the ninth."""
-    pieces = re.split(r"(\d+)", request)
-    return [(0, int(p)) if p.isdigit() else (1, p) for p in pieces if p]

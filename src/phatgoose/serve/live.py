@@ -1,7 +1,8 @@
 """What a worker of ours adds to vLLM's: requests that choose, and a pool that changes."""
 
+import itertools
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,8 +11,10 @@ from phatgoose.errors import ConfigError, PhatgooseError, first_line
 from phatgoose.experts import load_expert
 from phatgoose.serve.ledger import report
 from phatgoose.serve.settings import ServeSettings
-from phatgoose.serve.slots import Slots
 from phatgoose.serve.steering import Steering
+
+if TYPE_CHECKING:
+    from phatgoose.serve.slots import Slots  # wants vLLM, which the tests of this module do not
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class RoutedRunner:
         steering = self.phatgoose_steering
         if steering is not None:
             ends = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
-            counts = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+            counts = [end - start for start, end in itertools.pairwise(ends)]
             steering.place(batch.req_ids[: batch.num_reqs], counts)
         return batch
 
@@ -64,7 +67,7 @@ class LiveWorker:
     nothing on this rank.
     """
 
-    phatgoose_slots: Slots
+    phatgoose_slots: "Slots"
     phatgoose_steering: Steering
 
     def load_model(self, *arguments: Any, **more: Any) -> None:
@@ -134,7 +137,7 @@ class LiveWorker:
         return {"error": None}
 
 
-def hand_over(model: nn.Module, slots: Slots, steering: Steering) -> None:
+def hand_over(model: nn.Module, slots: "Slots", steering: Steering) -> None:
     object.__setattr__(model, HANDLE, (slots, steering))
 
 
@@ -154,6 +157,11 @@ def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
     """
     if settings.record_routing and not chooses:
         raise ConfigError('phatgoose: "routing" wants worker_cls="phatgoose.serve.worker.Worker".')
+    if not settings.experts and not chooses:
+        raise ConfigError(
+            "phatgoose: experts is empty, and only worker_cls="
+            '"phatgoose.serve.worker.Worker" can add some.'
+        )
     if not chooses:
         return
     parallel, cache = config.parallel_config, config.cache_config

@@ -1,4 +1,4 @@
-"""`worker_cls="phatgoose.serve.worker.Worker"`: vLLM's worker for this platform, and ours on top."""
+"""vLLM's worker for this platform with ours on top: worker_cls="phatgoose.serve.worker.Worker"."""
 
 from typing import Any
 
