@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("vllm") is None:
         skip = pytest.mark.skip(reason="vLLM is not installed here: make test-vllm")
         for item in items:
-            if {"engine", "load"} & set(getattr(item, "fixturenames", ())):
+            if {"engine", "load", "server", "starts"} & set(getattr(item, "fixturenames", ())):
                 item.add_marker(skip)
 
 

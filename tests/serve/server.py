@@ -101,3 +101,11 @@ class Server:
 
     def tail(self):
         return self.log.read_text(errors="replace")[-6000:]
+
+
+def runs(pid):
+    """Whether a process is there, and no mere entry that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

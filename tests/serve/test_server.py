@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose import default
 from phatgoose.experts.lora import WEIGHTS_FILE
 from phatgoose.models import load_base
-from tests.serve.server import ADMIN_KEY, API_KEY, Server
+from tests.serve.server import ADMIN_KEY, API_KEY, Server, runs
 from tests.serve.test_offline import NEAR_TIE
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def client(server):
 @pytest.fixture(scope="module")
 def prompts():
     rows = [json.loads(line)["inputs"] for line in default.DEMO.read_text().splitlines()]
-    return [f"{text}\n" for text in rows] + ["Give the plural of each word: ink, eruption\n"]
+    return [f"{text}\n" for text in rows[:3]] + ["Give the plural of each word: ink, eruption\n"]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_every_choice_is_right_on_a_warm_cache(client, prompts, expected):
 
 def test_shares_and_tokens_of_an_answer(client, prompts):
     found = complete(client, prompts[0], "pool/snips", routing="shares")
-    assert found.phatgoose == {"shares": {"snips": 1.0}}
+    assert found.phatgoose["shares"] == {"snips": 1.0}
     found = complete(client, prompts[0], allow=["snips", "ud_pos"], routing="tokens")
     (tokens,) = found.phatgoose["tokens"]
     # The last token of the answer is not read again.
@@ -266,8 +266,10 @@ def test_health_and_metrics(client, server, prompts):
     assert f"phatgoose_experts_loaded {len(names_at_start())}.0" in text
     assert "phatgoose_refusals_total" in text
     assert "vllm:num_requests_running" in text
-    shares = server.call("GET", "/v1/experts", key=API_KEY)[1]["data"]
-    assert sum(entry["share"] for entry in shares) == pytest.approx(1, abs=1e-3)
+    listed = server.call("GET", "/v1/experts", key=API_KEY)[1]["data"]
+    shares = {entry["id"]: entry["share"] for entry in listed}
+    assert shares["snips"] > 0
+    assert sum(shares.values()) <= 1.001  # those of experts that went meanwhile are missing
 
 
 def test_without_its_worker_the_server_ends(client, server):
@@ -291,17 +293,29 @@ def test_without_its_worker_the_server_ends(client, server):
     assert "ended without being told to" in server.tail()
 
 
-def test_it_ends_well_when_told_to(tmp_path, tmp_path_factory):
-    found = Server(tmp_path, "--enforce-eager")
-    try:
-        found.wait()
-        assert found.call("GET", "/v1/models", key=API_KEY)[0] == 200
-        started = set(found.processes())
-        assert found.end(signal.SIGTERM) == 0
-        time.sleep(1)
-        assert not any(os.path.exists(f"/proc/{pid}") for pid in started)
-    finally:
+@pytest.fixture
+def starts(tmp_path):
+    """starts(word, ...): a server that was started, and is gone afterwards."""
+    mine = []
+
+    def start(*words):
+        mine.append(Server(tmp_path, *words))
+        return mine[-1]
+
+    yield start
+    for found in mine:
         found.kill()
+
+
+def test_it_ends_well_when_told_to(starts):
+    found = starts("--enforce-eager").wait()
+    assert found.call("GET", "/v1/models", key=API_KEY)[0] == 200
+    started = set(found.processes())
+    assert found.end(signal.SIGTERM) == 0
+    end = time.monotonic() + 20
+    while (left := [pid for pid in started if runs(pid)]) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not left
 
 
 @pytest.mark.parametrize(
@@ -311,10 +325,7 @@ def test_it_ends_well_when_told_to(tmp_path, tmp_path_factory):
         (["--base", "/no/such/base", "--experts", str(default.EXPERTS)], "/no/such/base"),
     ],
 )
-def test_it_does_not_start_on_what_is_not_there(tmp_path, words, message):
-    found = Server(tmp_path, *words)
-    try:
-        assert found.process.wait(120) != 0
-        assert message in found.log.read_text()
-    finally:
-        found.kill()
+def test_it_does_not_start_on_what_is_not_there(starts, words, message):
+    found = starts(*words)
+    assert found.process.wait(120) != 0
+    assert message in found.log.read_text()

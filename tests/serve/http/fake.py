@@ -25,6 +25,7 @@ class FakeWorker:
         self.names, self.prepared, self.generation = list(names), None, 0
         self.bad = set(bad)  # folders that this rank refuses
         self.breaks = False  # midway
+        self.reads = ""  # what it finds on its disk
         self.tokens = dict.fromkeys(names, 0.0)
 
     def phatgoose_pool(self):
@@ -43,7 +44,7 @@ class FakeWorker:
         if any(bad in folder for bad in self.bad):
             return {"error": f"{name}: holds NaN"}
         self.prepared = name
-        return {"error": None, "sha256": name * 2}
+        return {"error": None, "sha256": name * 2 + self.reads}
 
     def phatgoose_commit(self):
         if self.breaks:

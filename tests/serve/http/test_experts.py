@@ -245,6 +245,16 @@ async def test_what_one_rank_refuses_no_rank_has(root, rank):
         assert await server.text() == "a+b"
 
 
+async def test_what_is_not_the_same_on_all_ranks_is_refused(root):
+    engine = FakeEngine()
+    engine.workers[1].reads = "other"
+    async with Server(engine) as server:
+        reply = await add(server)
+        assert reply.status == 400
+        assert "not the same for all workers" in reply.json["error"]["message"]
+        assert [worker.prepared for worker in engine.workers] == [None, None]
+
+
 async def test_a_cache_that_cannot_be_reset_stops_the_change(root):
     async with Server() as server:
         server.engine.resets = False

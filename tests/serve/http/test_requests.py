@@ -40,14 +40,14 @@ async def test_routing_in_the_answer(path):
     async with Server() as server:
         body = {"model": "pool", "prompt": "hi", "phatgoose": {"routing": "shares"}}
         reply = await server.call("POST", path, body)
-        assert reply.json["phatgoose"] == {"shares": {"a": 0.5, "b": 0.5}}
+        assert reply.json["phatgoose"] == {"generation": 0, "shares": {"a": 0.5, "b": 0.5}}
         reply = await server.call("POST", path, {**body, "stream": True, "model": "pool/b"})
         *events, last = reply.events
         assert last == {
             **{key: events[0][key] for key in ("id", "object", "created")},
             "model": "pool/b",
             "choices": [],
-            "phatgoose": {"shares": {"b": 1.0}},
+            "phatgoose": {"generation": 0, "shares": {"b": 1.0}},
         }
         assert all("phatgoose" not in event for event in events)
 
@@ -198,6 +198,7 @@ async def test_responses_have_choices_and_no_routing():
         {"phatgoose": {"base": True}},
         {"vllm_xargs": {"phatgoose": "{}"}},
         {"sampling_params": {"extra_args": {"phatgoose": "{}"}}},
+        {"requests": [{"vllm_xargs": {"phatgoose": "{}"}}]},
     ],
 )
 async def test_no_choice_slips_past_the_salt(body):

@@ -84,7 +84,14 @@ class LivePool:
                     reason="full",
                 )
             try:
-                await self._ask_all("phatgoose_prepare", name, folder, param="source")
+                held = await self._ask_all("phatgoose_prepare", name, folder, param="source")
+                if len({answer["sha256"] for answer in held}) > 1:
+                    raise Refusal(
+                        400,
+                        f"{folder}: is not the same for all workers. Do they share its disk?",
+                        reason="expert",
+                        param="source",
+                    )
                 after = await self._change(lambda: self._ask_all("phatgoose_commit"))
             except BaseException:
                 if not self.broken:
@@ -138,7 +145,7 @@ class LivePool:
                 log.error("%s", json.dumps({"event": "totals_lost", "error": str(error)[:500]}))
                 return
 
-    async def _change(self, act: Callable[[], Awaitable[None]]) -> Contents:
+    async def _change(self, act: Callable[[], Awaitable[Any]]) -> Contents:
         """Act while nothing runs and nothing is cached, and see that all workers agree."""
         try:
             async with self._gate.change(self._drain):
@@ -162,7 +169,7 @@ class LivePool:
                 reason="busy",
             ) from None
 
-    async def _act(self, act: Callable[[], Awaitable[None]]) -> Contents:
+    async def _act(self, act: Callable[[], Awaitable[Any]]) -> Contents:
         before = self.contents
         try:
             await act()
@@ -205,11 +212,15 @@ class LivePool:
         )
         return answers[0]
 
-    async def _ask_all(self, method: str, *arguments: str, param: str | None = None) -> None:
+    async def _ask_all(
+        self, method: str, *arguments: str, param: str | None = None
+    ) -> list[dict[str, Any]]:
         """A step that every worker has to say yes to. Raises Refusal with the first no."""
-        for answer in await self._rpc(method, *arguments):
-            if answer and answer.get("error"):
+        answers = await self._rpc(method, *arguments)
+        for answer in answers:
+            if answer["error"]:
                 raise Refusal(400, str(answer["error"]), reason="expert", param=param)
+        return answers
 
     async def _rpc(self, method: str, *arguments: str) -> list[Any]:
         return list(await self._engine.collective_rpc(method, args=arguments))

@@ -20,7 +20,7 @@ from phatgoose.serve.http.admin import Experts
 from phatgoose.serve.http.answers import Answer, Routing
 from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
 from phatgoose.serve.http.choice import BASE, FIELD, choose
-from phatgoose.serve.http.live import LivePool
+from phatgoose.serve.http.live import Contents, LivePool
 from phatgoose.serve.http.metrics import Metrics
 from phatgoose.serve.http.refusal import Refusal
 from phatgoose.serve.http.rewrite import check, mentions, rewritten
@@ -69,8 +69,7 @@ class PoolMiddleware:
             await refusal.response()(scope, receive, send)
 
     def _handler(self, scope: Scope) -> Handler:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        method = scope["method"]
+        path, method = self._path(scope), scope["method"]
         if path == EXPERTS or path.startswith(EXPERTS + "/"):
             name = path.removeprefix(EXPERTS).removeprefix("/")
             return Experts(self.pool, self._access, served=self._served, name=name)
@@ -81,6 +80,11 @@ class PoolMiddleware:
         if method == "GET" and path == "/health" and self.pool.broken:
             raise Refusal(503, self.pool.broken, reason="broken")
         return self.app
+
+    @staticmethod
+    def _path(scope: Scope) -> str:
+        path: str = scope["path"]
+        return path.removeprefix(scope.get("root_path", ""))
 
     @property
     def pool(self) -> LivePool:
@@ -123,23 +127,29 @@ class PoolMiddleware:
         async with self.pool.request() as contents:
             body = read_object(raw)
             choice = choose(body, served=self._served, names=contents.names)
-            check(body, choice, contents, path=scope["path"])
+            check(body, choice, contents, path=self._path(scope))
             asked = body.get("model") or self._served
-            scope, routing = self._asking(scope, choice)
+            scope, routing = self._asking(scope, choice, contents)
             new = json.dumps(rewritten(body, choice, contents, served=self._served)).encode()
             answer = Answer(send, served=self._served, asked=asked, routing=routing)
             await self.app(resized(scope, len(new)), replay(new, receive), answer)
 
-    def _asking(self, scope: Scope, choice: Choice) -> tuple[Scope, Routing | None]:
+    def _asking(
+        self, scope: Scope, choice: Choice, contents: Contents
+    ) -> tuple[Scope, Routing | None]:
         """The request by a name of its own, by which its routing is found afterwards."""
-        form = ROUTED[scope["path"].removeprefix(scope.get("root_path", ""))]
+        form = ROUTED[self._path(scope)]
         if choice.routing is None or form is None:
             return scope, None
         headers = MutableHeaders(raw=list(scope["headers"]))
-        given = headers.get("x-request-id")
-        name = "-".join(filter(None, [given, secrets.token_hex(8)]))
+        name = "-".join(filter(None, [headers.get("x-request-id"), secrets.token_hex(8)]))
         headers["x-request-id"] = name
-        return {**scope, "headers": headers.raw}, lambda: self.pool.routing(form.format(name))
+
+        async def routing() -> dict[str, Any]:
+            found = await self.pool.routing(form.format(name))
+            return {"generation": contents.generation, **found}
+
+        return {**scope, "headers": headers.raw}, routing
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Other routes use the whole pool; a choice there would slip past the cache's key."""
@@ -149,10 +159,12 @@ class PoolMiddleware:
             return
         raw = await read_body(receive)
         try:
-            found = json.loads(raw)
-        except (ValueError, RecursionError):
-            found = None  # vLLM says what is wrong with it
-        if mentions(found):
+            says = mentions(json.loads(raw))
+        except ValueError:
+            says = False  # vLLM says what is wrong with it
+        except RecursionError:
+            raise Refusal(400, "The body nests too deep.", reason="bad_request") from None
+        if says:
             raise Refusal(
                 400,
                 f"{FIELD} is for {', '.join(ROUTED)}.",

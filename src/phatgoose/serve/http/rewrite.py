@@ -46,11 +46,7 @@ def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str
 
 
 def mentions(found: Any) -> bool:
-    """Whether a body says `phatgoose` where we or vLLM would read it."""
-    if not isinstance(found, dict):
-        return False
-    sampling = found.get("sampling_params")
-    places = [found, found.get("vllm_xargs"), found.get("extra_args"), sampling]
-    if isinstance(sampling, dict):
-        places.append(sampling.get("extra_args"))
-    return any(isinstance(place, dict) and FIELD in place for place in places)
+    """Whether a body says `phatgoose` anywhere, for workers would read it in several places."""
+    if isinstance(found, dict):
+        return FIELD in found or any(map(mentions, found.values()))
+    return isinstance(found, list) and any(map(mentions, found))
