@@ -80,6 +80,7 @@ def test_offline_on_two_ranks(world, engine):
         "stale": ask(prompts, "all"),
         "out": {"remove": "e5"},
         "restored": ask(prompts, "all"),
+        "bad": {"unchecked": True, "ask": [[p, {"allow": ["nobody"]}] for p in prompts]},
         "add": {"add": str(late)},
         "added": ask(prompts, "all", "one"),
         "full": {"add": str(one_disk)},
@@ -120,6 +121,7 @@ def test_offline_on_two_ranks(world, engine):
         assert_right(found["stale"], [with_late], right)
     assert found["out"] is None
     assert_right(found["restored"], ["all"], right)
+    assert [answer["tokens"] for answer in found["bad"]] == [[0] * TOKENS] * len(prompts)
     assert found["add"] is None
     assert_right(found["added"], [with_late, "one"], right)
 
