@@ -3,7 +3,7 @@
 A script is a list of steps, and its result a list of what each step gave:
 
     {"ask": [[prompt, choice], ...]}     the answers, all in one batch
-    {"salted": false, "ask": ...}        the same by one who forgets the salt
+    {"unchecked": true, "ask": ...}      by one who checks nothing, nor salts the prompts
     {"add": folder} {"remove": name}     what went wrong, or null
     {"rpc": [method, argument, ...]}     of every rank
     {"while": {"ask": ...}, "then": step}   step happens while answers are under way
@@ -56,7 +56,7 @@ class Offline:
 
     def run(self, step):
         if "ask" in step:
-            return self.ask(step["ask"], step.get("salted", True))
+            return self.ask(step["ask"], unchecked=step.get("unchecked", False))
         if "rpc" in step:
             method, *arguments = step["rpc"]
             return self.llm.collective_rpc(method, args=tuple(arguments))
@@ -67,13 +67,15 @@ class Offline:
         except PhatgooseError as error:
             return str(error)
 
-    def ask(self, requests, salted):
+    def ask(self, requests, *, unchecked):
         prompts, params = [], []
         for ids, choice in requests:
             given, extra = [{"prompt_token_ids": ids}], None
-            if choice is not None:
+            if choice is not None and unchecked:
+                extra = {"phatgoose": json.dumps(choice)}
+            elif choice is not None:
                 given, extra = self.pool.ask(given, **choice)
-            prompts += given if salted else [{"prompt_token_ids": ids}]
+            prompts += given
             params.append(sampling(self.tokens, extra))
         answers = self.llm.generate(prompts, params, use_tqdm=False)
         return [

@@ -21,17 +21,21 @@ from phatgoose.serve.steering import Steering
 log = logging.getLogger(__name__)
 
 
-def load_pool(model_config: Any, settings: ServeSettings) -> tuple[ExpertPool, nn.Module]:
+def load_pool(
+    model_config: Any, settings: ServeSettings, *, grows: bool
+) -> tuple[ExpertPool, nn.Module]:
     """The experts, all of which are for the base that vLLM is about to load; and its skeleton.
 
-    Raises what `route` and `load_expert` raise.
+    Raises what `route` and `load_expert` raise. A pool that grows may be smaller than top_k.
     """
     pool = ExpertPool.load(expert_sources(settings.experts))
-    wanted, room = settings.routing.kept(len(pool)), max(len(pool), settings.capacity or 0)
+    wanted, room = settings.routing.kept(len(pool)), len(pool)
+    if grows and settings.capacity:
+        room = max(room, settings.capacity)
     if wanted > room:
         raise RoutingError(
-            f"phatgoose: top_k is {wanted}, the pool has {len(pool)} experts. Choose top_k of at "
-            f"most {len(pool)}, or add experts."
+            f"phatgoose: top_k is {wanted}, the pool has {len(pool)} experts and room for {room}. "
+            f"Choose top_k of at most {room}, or add experts."
         )
     base = skeleton(model_config)
     for expert in pool:

@@ -40,7 +40,9 @@ class PhatgooseLoader(BaseModelLoader):  # type: ignore[misc]
             return draft
         chooses = is_ours(vllm_config.parallel_config.worker_cls)
         check_ways(vllm_config, settings, chooses=chooses)
-        pool, bare = load_pool(model_config, settings)  # may fail, so it comes before the weights
+        pool, bare = load_pool(
+            model_config, settings, grows=chooses
+        )  # may fail: before the weights
         model: nn.Module = inner.load_model(**base)
         slots = Slots(model, bare, model_config.model, settings)
         attach(model, pool, slots)

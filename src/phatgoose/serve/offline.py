@@ -17,10 +17,20 @@ from phatgoose.serve.steering import KEY
 
 
 class ServedPool:
-    """What the engine serves now. Nothing is kept here, so two of these are as good as one."""
+    """What the engine serves now. Nothing is kept here, so two of these are as good as one.
+
+    Raises RoutingError where the engine's workers are not ours.
+    """
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
+        try:
+            self.describe()
+        except Exception as error:  # of a kind that depends on how vLLM runs its workers
+            raise RoutingError(
+                "phatgoose: this engine's workers are not ours, so requests cannot choose and the "
+                'pool cannot change. Start it with worker_cls="phatgoose.serve.worker.Worker".'
+            ) from error
 
     @property
     def names(self) -> list[str]:

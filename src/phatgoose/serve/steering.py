@@ -74,8 +74,7 @@ class Steering:
             everything = torch.zeros(len(self.names))
             rows = torch.stack([self._rows.get(request, everything) for request in requests])
             which = torch.arange(len(requests)).repeat_interleave(torch.tensor(counts))
-            device = self.prior.device
-            torch.index_select(rows.to(device), 0, which.to(device), out=self.prior[:tokens])
+            torch.index_select(self._there(rows), 0, self._there(which), out=self.prior[:tokens])
             self.prior[tokens : max(tokens, self._written)].zero_()
             self._written = tokens
         elif self._written:
@@ -92,6 +91,11 @@ class Steering:
                 "phatgoose: this vLLM runs models in a way that the settings of requests do not "
                 "reach. Serve without worker_cls, or with a version of vLLM that was tested."
             )
+
+    def _there(self, table: Tensor) -> Tensor:
+        """A copy where the model is, for which a GPU's work that was queued need not be done."""
+        table = table.pin_memory() if self.prior.is_cuda else table
+        return table.to(self.prior.device, non_blocking=True)
 
     def _start(self, new: Any, wanted: Any) -> None:
         try:

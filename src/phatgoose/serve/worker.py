@@ -6,12 +6,16 @@ from vllm.platforms import current_platform
 
 from phatgoose.serve.live import LiveWorker
 
-Base: Any
-if current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as Base
-else:
-    from vllm.v1.worker.gpu_worker import Worker as Base
+
+def _of_this_platform() -> Any:
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker as GPUWorker
+
+    return GPUWorker
 
 
-class Worker(LiveWorker, Base):
+class Worker(LiveWorker, _of_this_platform()):  # type: ignore[misc]
     """See `LiveWorker`."""
