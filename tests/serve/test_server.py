@@ -308,10 +308,20 @@ def starts(tmp_path):
 
 
 def test_it_ends_well_when_told_to(starts):
+    """Once the request under way has its answer, with nothing left behind."""
     found = starts("--enforce-eager").wait()
-    assert found.call("GET", "/v1/models", key=API_KEY)[0] == 200
+    body = {"model": "pool", "prompt": "The", "max_tokens": 300, "ignore_eos": True}
+    answers = []
+    ask = threading.Thread(
+        target=lambda: answers.append(found.call("POST", "/v1/completions", body, API_KEY))
+    )
+    ask.start()
+    time.sleep(1)
     started = set(found.processes())
     assert found.end(signal.SIGTERM) == 0
+    ask.join()
+    ((status, answer),) = answers
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 300)
     end = time.monotonic() + 20
     while (left := [pid for pid in started if runs(pid)]) and time.monotonic() < end:
         time.sleep(0.2)

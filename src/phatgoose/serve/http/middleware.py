@@ -70,6 +70,9 @@ class PoolMiddleware:
 
     def _handler(self, scope: Scope) -> Handler:
         path, method = self._path(scope), scope["method"]
+        broken = self._pool.broken if self._pool else None
+        if broken and (method != "GET" or path == "/health"):
+            raise Refusal(503, broken, reason="broken")
         if path == EXPERTS or path.startswith(EXPERTS + "/"):
             name = path.removeprefix(EXPERTS).removeprefix("/")
             return Experts(self.pool, self._access, served=self._served, name=name)
@@ -77,8 +80,6 @@ class PoolMiddleware:
             return self._answer if path in ROUTED else self._other
         if method == "GET" and path == "/v1/models":
             return self._models
-        if method == "GET" and path == "/health" and self.pool.broken:
-            raise Refusal(503, self.pool.broken, reason="broken")
         return self.app
 
     @staticmethod
