@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,11 +144,7 @@ def hand_over(model: nn.Module, slots: "Slots", steering: Steering) -> None:
 
 def is_ours(worker_cls: Any) -> bool:
     """Whether the engine's workers are ours, so that requests may choose."""
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    return isinstance(worker_cls, str) and issubclass(
-        resolve_obj_by_qualname(worker_cls), LiveWorker
-    )
+    return isinstance(worker_cls, str) and issubclass(resolve_name(worker_cls), LiveWorker)
 
 
 def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:

@@ -64,7 +64,9 @@ class ServedPool:
 
         Raises RoutingError with the reason of the first rank that cannot.
         """
-        name = name or (Path(source).resolve().name if Path(source).is_dir() else str(source))
+        name = name or (
+            Path(source).resolve().name if Path(source).is_dir() else str(source).partition("@")[0]
+        )
         answers = self._call("phatgoose_prepare", name, str(source))
         try:
             _check(answers)
