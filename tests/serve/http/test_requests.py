@@ -188,8 +188,9 @@ async def test_responses_have_choices_and_no_routing():
         body = {"model": "pool/a", "prompt": "hi"}
         reply = await server.call("POST", "/v1/responses", body)
         assert reply.json["choices"][0]["text"] == "a"
-        body["phatgoose"] = {"routing": "shares"}
-        assert (await server.call("POST", "/v1/responses", body)).status == 400
+        for more in ({"phatgoose": {"routing": "shares"}}, {"background": True}):
+            reply = await server.call("POST", "/v1/responses", {**body, **more})
+            assert reply.status == 400
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,8 @@ async def test_other_routes_pass():
         assert json.loads(reply.json["seen"]) == body
         assert (await server.call("GET", "/health")).status == 200
         assert (await server.call("GET", "/nowhere")).status == 404
+        # Starlette's own answer to what its routes do not take.
+        assert (await server.call("OPTIONS", "/v1/experts")).body == b"Not Found"
 
 
 async def test_models():

@@ -62,13 +62,10 @@ class Answer:
             return
         start, self._start = self._start, None
         assert start is not None
-        body = self._body.replace(self._old, self._new, 1)
+        body = json.loads(self._body.replace(self._old, self._new, 1))
         if self._routing is not None:
-            body = json.dumps({**json.loads(body), FIELD: await self._ask()}).encode()
-        headers = MutableHeaders(raw=list(start["headers"]))
-        headers["content-length"] = str(len(body))
-        await self._send({**start, "headers": headers.raw})
-        await self._send({**message, "body": body})
+            body[FIELD] = await self._ask()
+        await send_json(body, start, self._send)
 
     async def _with_event(self, body: bytes) -> bytes:
         if self._first is None and body.startswith(b"data: {"):
@@ -91,6 +88,15 @@ class Answer:
         except Exception as error:
             log.exception("phatgoose: the routing of a request is lost")
             return {"error": first_line(error)}
+
+
+async def send_json(body: Any, start: Message, send: Send) -> None:
+    """An answer that starts as `start` does, but for its length."""
+    raw = json.dumps(body, separators=(",", ":")).encode()
+    headers = MutableHeaders(raw=list(start["headers"]))
+    headers["content-length"] = str(len(raw))
+    await send({**start, "headers": headers.raw})
+    await send({"type": "http.response.body", "body": raw, "more_body": False})
 
 
 def _model(name: str) -> bytes:

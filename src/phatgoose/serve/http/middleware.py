@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phatgoose.errors import first_line
@@ -17,7 +16,7 @@ from phatgoose.serve.choice import Choice
 from phatgoose.serve.http import told
 from phatgoose.serve.http.access import Access
 from phatgoose.serve.http.admin import Experts
-from phatgoose.serve.http.answers import Answer, Routing
+from phatgoose.serve.http.answers import Answer, Routing, send_json
 from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
 from phatgoose.serve.http.choice import BASE, FIELD, choose
 from phatgoose.serve.http.live import Contents, LivePool
@@ -73,6 +72,8 @@ class PoolMiddleware:
         broken = self._pool.broken if self._pool else None
         if broken and (method != "GET" or path == "/health"):
             raise Refusal(503, broken, reason="broken")
+        if method == "OPTIONS":  # browsers ask vLLM's middleware who may ask
+            return self.app
         if path == EXPERTS or path.startswith(EXPERTS + "/"):
             name = path.removeprefix(EXPERTS).removeprefix("/")
             return Experts(self.pool, self._access, served=self._served, name=name)
@@ -132,8 +133,9 @@ class PoolMiddleware:
             asked = body.get("model") or self._served
             scope, routing = self._asking(scope, choice, contents)
             new = json.dumps(rewritten(body, choice, contents, served=self._served)).encode()
-            answer = Answer(send, served=self._served, asked=asked, routing=routing)
-            await self.app(resized(scope, len(new)), replay(new, receive), answer)
+            if routing is not None or asked != self._served:
+                send = Answer(send, served=self._served, asked=asked, routing=routing)
+            await self.app(resized(scope, len(new)), replay(new, receive), send)
 
     def _asking(
         self, scope: Scope, choice: Choice, contents: Contents
@@ -193,7 +195,7 @@ class PoolMiddleware:
         names = [BASE, *(f"{self._served}/{name}" for name in self.pool.contents.names)]
         for name in names:
             listing["data"].append({**pool, "id": name, "parent": pool["id"]})
-        await JSONResponse(listing)(scope, receive, send)
+        await send_json(listing, start, send)
 
     def _refused(self, refusal: Refusal, scope: Scope) -> None:
         self._metrics.refusals.labels(refusal.reason).inc()

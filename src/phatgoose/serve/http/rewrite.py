@@ -39,6 +39,13 @@ def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str
         )
     if choice != Choice() and body.get("use_beam_search"):
         raise no("Beam search takes no choice of experts: vLLM does not tell the workers of it.")
+    if path.endswith("/responses") and body.get("background"):
+        raise Refusal(
+            400,
+            "A request in the background might outlive the pool that it asks. Leave it out.",
+            reason="bad_request",
+            param="background",
+        )
     if choice.routing and not contents.routing:
         raise no("This server does not note which experts serve what.")
     if choice.routing and path.endswith("/responses"):
