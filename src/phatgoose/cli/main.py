@@ -421,9 +421,9 @@ def _add_experts(commands: Commands) -> None:
 
 SERVING = """Every further option goes to vLLM (--dtype, --max-model-len, ...).
 
-A server on this machine, and a question to it; docs/serving.md has the rest:
+The pool in the package, and a question to it; docs/serving.md has the rest:
 
-  phatgoose serve --admin-key secret --experts-root ~/experts
+  phatgoose serve
 
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{
     "model": "pool", "prompt": "Give the plural of each word: ink, eruption\\n",
