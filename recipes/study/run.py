@@ -153,13 +153,15 @@ def work(args: argparse.Namespace, device: str, todo: Any, done: Any) -> None:
     while (task := todo.get()) is not None:
         phase, job = task
         if phase not in made:
-            made[phase] = make_evaluation(args, *phase, device, None)
+            made = {phase: make_evaluation(args, *phase, device, None)}  # the last one is done
         started = time.monotonic()
         try:
             made[phase].do(job)
         except Exception as error:  # of memory, mostly: the next call tries again
             print(f"{' '.join(phase)}: {job}: {error!r}", file=sys.stderr, flush=True)
             continue
+        finally:
+            torch.cuda.empty_cache()  # others share the GPU
         done.put((phase, job, time.monotonic() - started))
 
 
