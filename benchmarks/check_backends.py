@@ -2,12 +2,12 @@
 
     python benchmarks/check_backends.py [--device cuda] [--cases 12] [--seed 0] [--out FILE]
 
-Random layers (tokens on both sides of every threshold, mixed ranks, odd sizes, closed slots, a null
-score, several layers of one input) in every dtype, by every backend, against the routed sum in
-float64: the experts chosen (where scores are no near tie), the weights and the output. Then a small
-Llama with random experts: compiled with fullgraph=True and, on a GPU, captured as a CUDA graph, it
-gives the same logits as it is, also after the pool has changed within its capacity, without being
-compiled or captured again. The exit status is 1 where anything is off.
+Random layers (tokens on both sides of every threshold, mixed ranks, odd sizes, closed slots, null
+scores, priors, several layers of one input) in every dtype, by every backend, against the routed
+sum in float64: the experts chosen (where scores are no near tie), the weights and the output. Then
+a small Llama with random experts: compiled with fullgraph=True and, on a GPU, captured as a CUDA
+graph, it gives the same logits as it is, also after the pool has changed within its capacity,
+without being compiled or captured again. The exit status is 1 where anything is off.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def make_case(number: random.Random, device: str, dtype: torch.dtype) -> dict[st
         "temperature": number.choice((1.0, 0.5)),
         "unit": number.random() < 0.2,
         "null_score": number.choice((None, None, 0.5)),
+        "prior": number.choice((None, made(tokens, slots, scale=2.0))),
     }
 
 
@@ -69,9 +70,9 @@ def run(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, list[Tensor
     bank.members, bank.ranks = list(range(a.shape[1])), [a.shape[2]] * a.shape[1]
     bank._refresh(slice(None))
     gates, _, _ = bank.view(range(bank.parts))
-    settings = [case[key] for key in ("top_k", "temperature", "unit", "null_score")]
+    settings = [case[key] for key in ("top_k", "temperature", "unit", "null_score", "prior")]
     experts, weights, z, *plan = torch.ops.phatgoose.gated_down(
-        x, *gates, case["open"], a, *settings, None, backend
+        x, *gates, case["open"], a, *settings, backend
     )
     outputs = [output.clone() for output in case["output"]]
     for part, (output, b) in enumerate(zip(outputs, case["b"], strict=True)):
@@ -83,6 +84,8 @@ def exact(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Experts, weights, and the gap to the next candidate [T, S], in float64."""
     x = nn.functional.layer_norm(case["x"].double(), case["x"].shape[1:], eps=EPS)
     scores = torch.einsum("ti,sci->tsc", x, case["signatures"].double()) / math.sqrt(x.shape[1])
+    if case["prior"] is not None:
+        scores += case["prior"].double()[:, None]
     scores = scores.masked_fill(~case["open"], -math.inf)
     slots = scores.shape[2]
     if case["null_score"] is not None:

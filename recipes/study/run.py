@@ -11,8 +11,8 @@ holds .txt or .txt.xz files to pretrain the larger base on. `--step` does one st
     report                all methods, on the experts' test sets and all held-out tasks
     write                 docs/study.md and its figures
 
-`--seconds` bounds choose and report; what was not reached is left out of their tables, and is done
-by the next call.
+`--seconds` bounds choose and report together, the report comes first; what was not reached is left
+out of their tables, and is done by the next call.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from settings import METHODS, sub_pools, variants, with_gates_of
 
 STEPS = ("base", "experts", "rest", "choose", "report", "write")
 POOLS = ("default", "large")
+Phase = tuple[str, str]  # of POOLS, and "choose" or "report"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--limit", type=int, default=100, help="examples a task in report")
     add("--choose-limit", type=int, default=50, help="examples a task in choose")
     add("--probe", type=int, default=30, help="examples a task that oracles choose by")
-    add("--seconds", type=float, default=float("inf"), help="for choose or report of a pool")
+    add("--seconds", type=float, default=float("inf"), help="for choose and report")
     add("--tokens", type=int, help="tokens per batch of ranking")
     add("--rows", type=int, help="prompts per batch of generation")
     add("--docs", type=Path, default=Path("docs"), help="where study.md goes")
@@ -143,80 +144,88 @@ def make_index(
 # ---------------------------------------------------------------- processes
 
 
-def work(
-    args: argparse.Namespace, pool: str, phase: str, device: str, todo: Any, done: Any
-) -> None:
-    """Do jobs of an evaluation until there are none."""
+def work(args: argparse.Namespace, device: str, todo: Any, done: Any) -> None:
+    """Do jobs of evaluations until there are none."""
     torch.set_num_threads(2)
     # Many processes on one GPU: cuDNN's attention has failed to start there.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    evaluation = make_evaluation(args, pool, phase, device, None)
-    while True:
-        try:
-            job = todo.get(timeout=1)
-        except queue.Empty:
-            return
+    made: dict[Phase, Evaluation] = {}
+    while (task := todo.get()) is not None:
+        phase, job = task
+        if phase not in made:
+            made = {phase: make_evaluation(args, *phase, device, None)}  # the last one is done
         started = time.monotonic()
         try:
-            evaluation.do(job)
+            made[phase].do(job)
         except Exception as error:  # of memory, mostly: the next call tries again
-            print(f"{pool} {phase}: {job}: {error!r}", file=sys.stderr, flush=True)
+            print(f"{' '.join(phase)}: {job}: {error!r}", file=sys.stderr, flush=True)
             continue
-        done.put((job, time.monotonic() - started))
+        finally:
+            torch.cuda.empty_cache()  # others share the GPU
+        done.put((phase, job, time.monotonic() - started))
 
 
-def answer(args: argparse.Namespace, pool: str, phase: str) -> None:
-    """Answer a phase in several processes, then write its results."""
+def answer(args: argparse.Namespace, phases: Sequence[Phase]) -> None:
+    """Answer phases in several processes, the first ones first, and write the results of each."""
     started = time.monotonic()
     context = processes.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
     on = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     workers = [
-        context.Process(target=work, args=(args, pool, phase, device, todo, done))
+        context.Process(target=work, args=(args, device, todo, done))
         for _ in range(args.each)
         for device in on
     ]
-    evaluation = make_evaluation(args, pool, phase, on[0], None)
-    jobs = evaluation.jobs()
-    for job in jobs:
-        todo.put(job)
     for worker in workers:
         worker.start()
-    finished: set[str] = set()
-    while any(worker.is_alive() for worker in workers):
+    evaluations = {phase: make_evaluation(args, *phase, on[0], None) for phase in phases}
+    jobs = {phase: evaluation.jobs() for phase, evaluation in evaluations.items()}
+    for task in [(phase, job) for phase in phases for job in jobs[phase]] + [None] * len(workers):
+        todo.put(task)
+    finished: dict[Phase, set[str]] = {phase: set() for phase in phases}
+    while any(worker.is_alive() for worker in workers) or not done.empty():
         if time.monotonic() - started > args.seconds:
             break
         try:
-            job, seconds = done.get(timeout=0.5)
+            phase, job, seconds = done.get(timeout=0.5)
         except queue.Empty:
             continue
-        finished.add(job)
-        rate = jobs[job] / max(seconds, 1e-3)
-        now = time.monotonic() - started
+        finished[phase].add(job)
+        now, rate = time.monotonic() - started, jobs[phase][job] / max(seconds, 1e-3)
         print(
-            f"{now:.0f} s: {pool} {phase}: {job} in {seconds:.0f} s, {rate:.0f} examples/s, "
-            f"{len(finished)}/{len(jobs)}",
+            f"{now:.0f} s: {' '.join(phase)}: {job} in {seconds:.0f} s, {rate:.0f} examples/s, "
+            f"{len(finished[phase])}/{len(jobs[phase])}",
             file=sys.stderr,
             flush=True,
         )
+        if len(finished[phase]) == len(jobs[phase]):  # while the others work on the next
+            finish(args, phase, evaluations.pop(phase), finished[phase])
     for worker in workers:
         worker.kill()
-    while not done.empty():
-        finished.add(done.get()[0])
+    for phase, evaluation in evaluations.items():
+        finish(args, phase, evaluation, finished[phase])
+
+
+def finish(
+    args: argparse.Namespace, phase: Phase, evaluation: Evaluation, finished: set[str]
+) -> None:
+    """Write the results of the methods whose jobs are finished."""
+    jobs = evaluation.jobs()
     reached = [m.name for m in evaluation.methods if needs(m, jobs) <= finished]
     late = {
         m.name: "not reached in the time given" for m in evaluation.methods if m.name not in reached
     }
     evaluation.methods = [m for m in evaluation.methods if m.name in reached]
     if not reached:
-        raise SystemExit(f"{pool} {phase}: no method was finished. Give more --seconds.")
+        print(f"{' '.join(phase)}: no method was finished. Give more --seconds.", file=sys.stderr)
+        return
     evaluation.answer()
     evaluation.finish(late, pictures=False)
     # What settings were not chosen on: the experts' test sets, and every other held-out task.
     heldout = [task for task in evaluation.tasks if task.role == "heldout"]
     own = [task for task in evaluation.tasks if task.role == "own"]
     unseen = {path.name for path in sorted((args.data / "heldout").iterdir())[1::2]}
-    if phase == "report":
+    if phase[1] == "report":
         half = evaluation.summary([*own, *(task for task in heldout if task.name in unseen)])
         write_json(evaluation.out / "unseen-half.json", half)
 
@@ -238,9 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_experts(args)
     if "rest" in args.step:
         build_rest(args, args.pools)
-    for phase in ("choose", "report"):
-        for pool in args.pools if phase in args.step else ():
-            answer(args, pool, phase)
+    steps = [step for step in ("report", "choose") if step in args.step]
+    if steps:
+        answer(args, [(pool, step) for step in steps for pool in args.pools])
     if "write" in args.step:
         from write import write
 

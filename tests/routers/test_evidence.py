@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from phatgoose import ExpertPool, record, route, unroute
-from phatgoose.errors import ConfigError, MissingGateError
+from phatgoose.errors import ConfigError, ExpertFormatError, MissingGateError
 from phatgoose.experts import adapter_hash, identify_base
 from phatgoose.experts.signatures import Signatures
 from phatgoose.routers import (
     AdapterEvidenceRouter,
     EvidenceRouter,
     PhatgooseRouter,
+    entropy,
     make_router,
 )
+from phatgoose.routers.entropy import PENALTY, most_even
 from phatgoose.routers.evidence import SHRINK
 from tests.models import VOCABULARY, make_batch, make_model, save_experts, take_row
 from tests.tolerances import assert_near
@@ -46,6 +48,27 @@ def prompted(model_and_pool):
     return model, with_prompts(model, pool)
 
 
+def newton(x, mean):
+    """log p of the penalised maximum-entropy fit, by Newton's method on its objective."""
+    penalty = PENALTY * x.var(0, correction=0).mean()
+
+    def objective(theta):
+        return (x @ theta).logsumexp(0) - theta @ mean + penalty / 2 * theta @ theta
+
+    theta = torch.zeros_like(mean)
+    for _ in range(60):
+        p = (x @ theta).softmax(0)
+        gradient = p @ x - mean + penalty * theta
+        hessian = torch.cov(x.T, aweights=p, correction=0) + penalty * torch.eye(len(mean))
+        step, size = torch.linalg.solve(hessian, gradient), 1.0
+        while objective(theta - size * step) > objective(theta) and size > 1e-9:
+            size /= 2
+        theta = theta - size * step
+        if gradient.norm() < 1e-10:
+            return (x @ theta).log_softmax(0)
+    raise AssertionError("the reference found nothing")
+
+
 def test_the_table_is_the_log_likelihood_ratio(prompted):
     model, pool = prompted
     background = torch.randint(1, VOCABULARY, (8, 40))
@@ -53,15 +76,34 @@ def test_the_table_is_the_log_likelihood_ratio(prompted):
     router.prepare(model, pool.experts)
     norm = model.model.layers[0].input_layernorm
     x = norm(model.get_input_embeddings().weight).detach().double()
-    text = x[background.flatten()]
-    mean, covariance = text.mean(0), torch.cov(text.T, correction=0)
-    covariance += SHRINK * covariance.diagonal().mean() * torch.eye(len(mean))
-    text_like = torch.distributions.MultivariateNormal(mean, covariance)
+    plain = newton(x, x[background.flatten()].mean(0))
     for expert in pool:
         at = expert.signatures["prompt_mean"].vectors[FIRST].double()
-        prompt_like = torch.distributions.MultivariateNormal(at, covariance)
-        wanted = prompt_like.log_prob(x) - text_like.log_prob(x)
-        assert_near(router.worth[expert.name], wanted, 1e-4)
+        assert_near(router.worth[expert.name], newton(x, at) - plain, 1e-4)
+
+
+def test_many_distributions_in_parts_are_those_alone(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 12, generator=random)
+    means = torch.stack([x[torch.randperm(90, generator=random)[:20]].mean(0) for _ in range(7)])
+    wanted = torch.stack([newton(x.double(), mean.double()) for mean in means])
+    metric = torch.cov(x.double().T)
+    assert_near(most_even(x, means, metric), wanted, 1e-4)
+    assert_near(most_even(x, means, torch.eye(12).double()), wanted, 1e-4)
+    monkeypatch.setattr(entropy, "TOKENS", 32)
+    monkeypatch.setattr(entropy, "FITTED", 3)
+    assert_near(most_even(x, means, metric), wanted, 1e-4)
+    assert_near(most_even(x, means[4:5], metric), wanted[4:5], 1e-4)
+
+
+def test_a_mean_that_no_text_has_is_refused(prompted, monkeypatch):
+    model, pool = prompted
+    monkeypatch.setattr(entropy, "STEPS", 1)
+    with pytest.raises(ConfigError, match=r"5 of 5 distributions.*experts derive"):
+        route(model, pool, "evidence")
+    pool["e1"].signatures["prompt_mean"].vectors[FIRST].fill_(float("nan"))
+    with pytest.raises(ExpertFormatError, match=r"e1: its mean prompt.*experts derive"):
+        route(model, pool, "evidence")
 
 
 def test_an_adapter_s_own_space_is_evidence_without_data(prompted):

@@ -12,6 +12,7 @@ from phatgoose.errors import ConfigError, MissingGateError
 from phatgoose.routers import LagRouter, derivations, make_router
 from phatgoose.routers.inputs import written_by
 from phatgoose.routers.spectral import right_singular
+from phatgoose.routers.zscore import ZScoreRouter
 from tests.models import LINEARS, VOCABULARY, make_batch, make_model, save_experts
 from tests.tolerances import assert_near
 
@@ -150,6 +151,12 @@ def test_arrow_chooses_as_peft_s(tmp_path):
     route(model, pool, "arrow")
     real = batch["attention_mask"].bool()
     assert_near(model(**batch).logits[real], wanted[real], 1e-4)
+
+
+def test_scores_that_leave_experts_out_have_no_zscores(model_and_pool):
+    model, pool = model_and_pool("llama", 4)
+    with pytest.raises(ConfigError, match=r"lag\+zscore: lag leaves experts out.*seqr\+zscore"):
+        route(model, pool, ZScoreRouter(LagRouter(candidates=2)))
 
 
 @pytest.mark.parametrize("name", ["seqr+zscore", "phatgoose+zscore"])

@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from phatgoose.errors import ConfigError, MissingGateError
+from phatgoose.errors import ConfigError, ExpertFormatError, MissingGateError
 from phatgoose.experts import Expert
 from phatgoose.routers.base import Modifier, Router
+from phatgoose.routers.entropy import most_even
 from phatgoose.routers.inputs import first_readers, token_inputs, written_by
 from phatgoose.routers.spectral import right_singular
 from phatgoose.types import TokenContext
@@ -37,23 +38,18 @@ class Background:
 
     share: Float[Tensor, " V"]  # of each token id in it
     mean: Float[Tensor, " I"]
-    variances: Float[Tensor, " I"]  # along the axes of Σ + λI
-    axes: Float[Tensor, "I I"]  # columns
 
     @classmethod
     def measure(cls, inputs: Float[Tensor, "V I"], ids: Int[Tensor, "B L"]) -> "Background":
         share = torch.bincount(ids.flatten().to(inputs.device), minlength=len(inputs)).double()
         share /= share.sum()
         used = share.nonzero().squeeze(1)
-        mean = share[used] @ inputs[used].double()
-        centred = inputs[used].double() - mean
-        covariance = (centred * share[used].unsqueeze(1)).T @ centred
-        covariance.diagonal().add_(SHRINK * covariance.diagonal().mean())
-        return cls(share, mean, *torch.linalg.eigh(covariance))
+        return cls(share, share[used] @ inputs[used].double())
 
-    def power(self, exponent: float) -> Float[Tensor, "I I"]:
-        """(Σ + λI) to a power."""
-        return (self.axes * self.variances**exponent) @ self.axes.T
+    def covariance(self, inputs: Float[Tensor, "V I"]) -> Float[Tensor, "I I"]:
+        used = self.share.nonzero().squeeze(1)
+        centred = inputs[used].double() - self.mean
+        return (centred * self.share[used].unsqueeze(1)).T @ centred
 
 
 class ContextEvidence(Modifier):
@@ -97,8 +93,10 @@ class ContextEvidence(Modifier):
         """Raise MissingGateError where the expert lacks what `weigh` needs."""
 
     @abstractmethod
-    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
-        """What each token id is worth for one expert, given what the first module reads for it."""
+    def weigh(
+        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"]
+    ) -> Float[Tensor, "E V"]:
+        """What each token id is worth for each expert, given what the first module reads for it."""
 
     def prepare(self, model: Any, experts: Sequence[Expert]) -> None:
         super().prepare(model, experts)
@@ -114,8 +112,8 @@ class ContextEvidence(Modifier):
         if self.background is None:
             ids = written_by(model) if self._ids is None else self._ids
             self.background = Background.measure(inputs, ids)
-        for expert in experts:
-            self.worth[expert.name] = self.weigh(expert, inputs)
+        worth = self.weigh(experts, inputs).float()
+        self.worth.update((expert.name, row) for expert, row in zip(experts, worth, strict=True))
         self._table = ((), torch.empty(0))  # a name may stand for another expert now
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " W"]:
@@ -149,29 +147,37 @@ class ContextEvidence(Modifier):
 class PromptsEvidence(ContextEvidence):
     """How much the context reads like an expert's prompts, rather than like any text.
 
-    With m, Σ the mean and covariance of what background text makes the first module read, and m_z
-    the mean over the expert's prompts, an input x is worth w·(x - m) - w·(m_z - m) / 2 with
-    w = (Σ + λI)⁻¹ (m_z - m): the log-likelihood ratio of two Gaussians with one covariance.
+    A token t, read as x_t, is worth log p_z(t) - log p_0(t). Of the distributions over the
+    vocabulary whose mean input is the mean prompt, p_z(t) ∝ exp(θ_z · x_t) is the most even
+    one (`routers.entropy`); p_0 is that of background text, common to all experts, so that it does
+    not decide between them but whether any is better than none (`null_score`).
     Needs of each expert its mean prompt, one vector (`phatgoose experts derive`).
     """
 
     usual_strength = 4.0
 
     def require(self, expert: Expert) -> None:
-        if self.readers[0] not in self._means(expert):
+        again = f"phatgoose experts derive {expert.folder or 'FOLDER'} --tasks TASKS"
+        mean = self._means(expert).get(self.readers[0])
+        if mean is None:
             raise MissingGateError(
-                f"{expert.name}: has no mean prompt at {self.readers[0]}. Measure it: phatgoose "
-                f"experts derive {expert.folder or 'FOLDER'} --tasks TASKS. Or use the "
-                "adapter_evidence router, which needs none."
+                f"{expert.name}: has no mean prompt at {self.readers[0]}. Measure it: {again}. Or "
+                "use the adapter_evidence router, which needs none."
+            )
+        if not mean.isfinite().all():
+            raise ExpertFormatError(
+                f"{expert.name}: its mean prompt at {self.readers[0]} has values that are not "
+                f"finite. Measure it again: {again}"
             )
 
-    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
+    def weigh(
+        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"]
+    ) -> Float[Tensor, "E V"]:
         assert self.background is not None
-        mean = self._means(expert)[self.readers[0]].to(inputs.device).double()
-        shift = mean - self.background.mean
-        direction = self.background.power(-1) @ shift
-        offset = direction @ (self.background.mean + shift / 2)
-        return inputs @ direction.float() - offset.float()
+        means = [self._means(expert)[self.readers[0]].to(inputs.device) for expert in experts]
+        stacked = torch.stack([self.background.mean, *means])
+        found = most_even(inputs, stacked, self.background.covariance(inputs))
+        return found[1:] - found[0]
 
     def _means(self, expert: Expert) -> Mapping[str, Tensor]:
         found = expert.signatures.get("prompt_mean")
@@ -196,17 +202,29 @@ class AdapterEvidence(ContextEvidence):
                 f"({', '.join(self.readers)}), so its weights do not tell which tokens it is for."
             )
 
-    def weigh(self, expert: Expert, inputs: Float[Tensor, "V I"]) -> Float[Tensor, " V"]:
+    def weigh(
+        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"]
+    ) -> Float[Tensor, "E V"]:
+        assert self.background is not None
+        covariance = self.background.covariance(inputs)
+        covariance.diagonal().add_(SHRINK * covariance.diagonal().mean())
+        variances, axes = torch.linalg.eigh(covariance)
+        whitening = (axes * variances**-0.5) @ axes.T
+        return torch.stack([self._weigh(expert, inputs, whitening) for expert in experts])
+
+    def _weigh(
+        self, expert: Expert, inputs: Float[Tensor, "V I"], whitening: Float[Tensor, "I I"]
+    ) -> Float[Tensor, " V"]:
         assert self.background is not None
         found = [expert.modules[name] for name in self.readers if name in expert.modules]
         spaces = torch.cat([right_singular(lora)[1] for lora in found]).to(inputs.device)
         values, basis = torch.linalg.svd(spaces, full_matrices=False)[1:]
         basis = basis[values > 1e-9 * values.max()]
-        projection = (basis @ self.background.power(-0.5)).float()
+        projection = (basis @ whitening).float()
         lengths = ((inputs - self.background.mean.float()) @ projection.T).norm(dim=1).double()
         mean = self.background.share @ lengths
         deviation = (self.background.share @ (lengths - mean) ** 2).sqrt()
-        return ((lengths - mean) / deviation.clamp_min(1e-9)).float()
+        return (lengths - mean) / deviation.clamp_min(1e-9)
 
 
 @final

@@ -60,6 +60,11 @@ class ZScoreRouter(Modifier):
         for module, (count, total, squares) in sums.items():
             mean = total / count
             deviation = (squares / count - mean**2).clamp_min(0).sqrt()
+            if not bool(deviation.isfinite().all()):
+                raise ConfigError(
+                    f"{self.inner.name}+zscore: {self.inner.name} leaves experts out (scores of "
+                    "-inf), so there is no mean to normalise by. Use seqr+zscore or another router."
+                )
             for place, expert in enumerate(of_module[module]):
                 found = torch.stack([mean[place], deviation[place]]).float()
                 self._moments[expert.name, module] = found
