@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -78,6 +79,7 @@ class FakeEngine:
         self.routings = {}
         self.resets = True
         self.hold = None  # an event that answers wait for
+        self.says = None  # the answer, unless it is to be the experts
         self.ours = True
         self.notes = True
 
@@ -125,14 +127,27 @@ class FakeEngine:
                 await self.hold.wait()
             assert set(served) <= set(names), "an expert that went while it served"
             if wanted.get("routing"):
-                share = 1 / len(served) if served else 0.0
-                self.routings[request] = {"shares": dict.fromkeys(served, share)}
+                whose = served or [""]  # the base alone
+                self.routings[request] = {"shares": dict.fromkeys(whose, 1 / len(whose))}
             for worker in self.workers:
                 for name in served:
                     worker.tokens[name] = worker.tokens.get(name, 0.0) + 1 / len(served)
-            return self.cache.setdefault((salt, prompt), "+".join(served) or "base")
+            text = "+".join(served) or "base"
+            return self.cache.setdefault((salt, prompt), self.says or text)
         finally:
             self.running -= 1
+
+
+def words(text):
+    """The fake's tokens."""
+    return re.findall(r"\s?[^\s]+|\s", text)
+
+
+def by_token(routing, prompt, answer):
+    """The routing that a worker would tell: of all tokens but the last, experts taking turns."""
+    names = list(routing["shares"]) or [""]
+    length = len(words(prompt)) + len(answer) - 1
+    return {**routing, "tokens": [[names[at % len(names)] for at in range(length)]]}
 
 
 def fake_vllm(engine, *, served="pool", api_key=None, registry=None):
@@ -151,15 +166,32 @@ def fake_vllm(engine, *, served="pool", api_key=None, registry=None):
         prompt = json.dumps(body.get("prompt", body.get("messages")))
         head = {"id": name, "object": "text_completion", "created": 1, "model": served}
         engine.last = body
-        if not body.get("stream"):
+        echoed = words(body["prompt"]) if body.get("echo") else []
+
+        async def tokens():
             text = await engine.generate(name, prompt, body.get("cache_salt"), extra)
-            return JSONResponse({**head, "choices": [{"index": 0, "text": text}]})
+            if json.loads(extra or "{}").get("routing") == "tokens":
+                found = engine.routings[name]
+                names, length = list(found["shares"]), len(echoed) + len(text) - 1
+                turns = [names[at % len(names)] for at in range(length)]
+                engine.routings[name] = {**found, "tokens": [turns]}
+            return list(text)
+
+        def choice(new):
+            told = {} if body.get("logprobs") is None else {"logprobs": {"tokens": new}}
+            return {"index": 0, "text": "".join(new), **told}
+
+        usage = {"usage": {"prompt_tokens": len(echoed)}}
+        if not body.get("stream"):
+            return JSONResponse({**head, "choices": [choice(echoed + await tokens())], **usage})
 
         async def events():
-            text = await engine.generate(name, prompt, body.get("cache_salt"), extra)
-            for letter in [*text, '"model":"pool" data: [DONE]']:
-                piece = json.dumps({**head, "choices": [{"text": letter}]}, separators=(",", ":"))
-                yield f"data: {piece}\n\n"
+            last = [] if echoed else ['"model":"pool" data: [DONE]']
+            for piece in [*([echoed] if echoed else []), *await tokens(), *last]:
+                event = {**head, "choices": [choice(list(piece) if echoed else [piece])]}
+                yield f"data: {json.dumps(event, separators=(',', ':'))}\n\n"
+            if body.get("stream_options"):
+                yield f"data: {json.dumps({**head, 'choices': [], **usage})}\n\n"
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")

@@ -21,6 +21,7 @@ from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
 from phatgoose.serve.http.choice import BASE, FIELD, choose
 from phatgoose.serve.http.live import Contents, LivePool
 from phatgoose.serve.http.metrics import Metrics
+from phatgoose.serve.http.page import PAGE
 from phatgoose.serve.http.refusal import Refusal
 from phatgoose.serve.http.rewrite import check, mentions, rewritten
 
@@ -74,6 +75,8 @@ class PoolMiddleware:
             raise Refusal(503, broken, reason="broken")
         if method == "OPTIONS":  # browsers ask vLLM's middleware who may ask
             return self.app
+        if method in ("GET", "HEAD") and path in PAGE:
+            return PAGE[path]
         if path == EXPERTS or path.startswith(EXPERTS + "/"):
             name = path.removeprefix(EXPERTS).removeprefix("/")
             return Experts(self.pool, self._access, served=self._served, name=name)
