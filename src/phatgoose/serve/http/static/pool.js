@@ -26,7 +26,7 @@ function say(id, text) {
   $(id).hidden = !text;
 }
 
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
 // An expert keeps its number and colour for as long as the page is open.
 const numbers = new Map();
@@ -134,7 +134,7 @@ function showPool(pool) {
   const idle = experts.every((expert) => !expert.tokens);
   $("window").textContent = !experts.length
     ? "The pool is empty: the base answers alone."
-    : `Share of the tokens of the last ${minutes} minutes` + (idle ? ": none yet." : ".");
+    : `Share of the tokens of the last ${minutes} minutes, by routing weight` + (idle ? ": none yet." : ".");
   $("experts").hidden = !experts.length;
   const sorted = [...experts].sort((a, b) => b.share - a.share || numberOf(a.id) - numberOf(b.id));
   $("experts").tBodies[0].replaceChildren(...sorted.map(row));
@@ -235,7 +235,7 @@ function gather(answer, part) {
 
 async function send() {
   const body = request();
-  const answer = { text: "", tokens: [], prompted: 0, routing: null };
+  const answer = { prompt: body.prompt, text: "", tokens: [], prompted: 0, routing: null };
   $("result").hidden = false;
   $("legend-box").hidden = true;
   $("token").textContent = "";
@@ -286,7 +286,8 @@ $("prompt").addEventListener("keydown", (event) => {
 
 // -- an answer, token by token ------------------------------------------------------------------
 
-function show({ text, tokens, prompted, routing }) {
+function show({ prompt, prompted, routing, ...answer }) {
+  const tokens = mended(answer.tokens, prompt, prompted);
   const names = routing?.tokens?.[0];
   if (!names) {
     if (prompted) $("answer").textContent = tokens.slice(prompted).join("");
@@ -331,8 +332,18 @@ function tokenOf(token, at, names) {
   return hued(span, name);
 }
 
-// A line break has an expert too, so it is seen.
-const visible = (token) => token.split(/(?=\n)/).flatMap((t) => (t[0] === "\n" ? [mark("i", "↵"), t] : [t]));
+// Line breaks have an expert too, and so has a part of a letter, which comes as nothing: marks show them.
+function visible(token) {
+  if (!token) return [mark("i", "·")];
+  return token.split(/(?=\n)/).flatMap((t) => (t[0] === "\n" ? [mark("i", "↵"), t] : [t]));
+}
+
+// vLLM has no text for a prompt that begins with a part of a letter; it is what the others leave.
+function mended(tokens, prompt, prompted) {
+  const rest = tokens.slice(1, prompted).join("");
+  if (!tokens[0]?.includes("\ufffd") || !prompt.endsWith(rest)) return tokens;
+  return [prompt.slice(0, prompt.length - rest.length), ...tokens.slice(1)];
+}
 
 function mark(tag, text) {
   const made = make(tag, "mark", text);
