@@ -102,8 +102,8 @@ def test_experts_and_a_coloured_answer(chromium):
         assert [mark.strip() for mark in page.locator("sub").all_inner_texts()] == list("1212")
         legend = page.locator("#legend li").all_inner_texts()
         assert [text.split() for text in legend] == [
-            ["1", "a", "50.0", "%"],
-            ["2", "b", "50.0", "%"],
+            ["1", "a", "50.0%"],
+            ["2", "b", "50.0%"],
         ]
         sent = server.engine.last
         assert sent["stream"] and json.loads(sent["vllm_xargs"]["phatgoose"]) == {
@@ -208,6 +208,23 @@ def test_it_tells_of_empty_pools_and_servers_gone(chromium):
         page.get_by_role("button", name="Send").click()
         page.locator("#failure").get_by_text("The server cannot be reached.").wait_for()
         page.locator("#trouble").get_by_text("The server cannot be reached.").wait_for()
+
+
+def test_parts_of_letters(chromium):
+    """What vLLM tells of tokens that are bytes of a letter: nothing, but for the first of all."""
+    told = {"tokens": ["\ufffd", "", "n", "", "ï"]}
+    answer = {
+        "choices": [{"index": 0, "text": "Ünï", "logprobs": told}],
+        "usage": {"prompt_tokens": 3},
+        "phatgoose": {"shares": {"a": 1.0}, "tokens": [["a"] * 4]},
+    }
+    with Behind() as server, opened(chromium, server.url) as page:
+        page.route("**/v1/completions", lambda route: route.fulfill(json=answer))
+        page.get_by_label("stream").uncheck()
+        ask(page, "Ün")
+        assert [text for text, _ in tokens(page, "asked")] == ["Ü", "", "n"]
+        assert [text for text, _ in tokens(page, "answer")] == ["", "ï"]
+        assert page.locator("#asked").inner_text().replace("\n", "") == "1Ü·n"
 
 
 def test_errors_in_a_stream_and_a_stop(chromium):

@@ -293,7 +293,9 @@ function show({ prompt, prompted, routing, ...answer }) {
     if (prompted) $("answer").textContent = tokens.slice(prompted).join("");
     throw new Error(`Which experts served this is not known: ${routing?.error ?? "not told"}`);
   }
-  const spans = tokens.map((token, at) => tokenOf(token, at, names));
+  const spans = tokens.map((token, at) =>
+    tokenOf(token, names[at], at === 0 || at === prompted || names[at] !== names[at - 1]),
+  );
   $("asked").replaceChildren(...spans.slice(0, prompted));
   $("answer").replaceChildren(...spans.slice(prompted));
   spans.forEach((span, at) => {
@@ -319,14 +321,13 @@ function show({ prompt, prompted, routing, ...answer }) {
   showShares(routing.shares);
 }
 
-function tokenOf(token, at, names) {
-  const name = names[at];
+function tokenOf(token, name, numbered) {
   const told = typeof name === "string";
   const span = make("span", told ? "token" : "token none", ...visible(token));
   span.tabIndex = -1;
   span.title = told ? called(name) : NOT_READ;
   if (!told) return span;
-  if (names[at - 1] !== name || at === 0) {
+  if (numbered) {
     span.prepend(mark("sub", name ? `${numberOf(name)}` : "–")); // not by colour alone
   }
   return hued(span, name);
