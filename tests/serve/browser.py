@@ -30,7 +30,7 @@ def browsing():
 def opened(chromium, url, **settings):
     """A page, which must not complain of anything: scripts that fail or are refused show here."""
     context = chromium.new_context(**{"viewport": DESK, **settings})
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)
     page = context.new_page()
     complaints = []
     page.on("pageerror", lambda error: complaints.append(str(error)))

@@ -276,8 +276,8 @@ def test_health_and_metrics(client, server, prompts):
 
 
 def test_the_page_in_a_browser(server, prompts, expected):
-    """By keys alone: the key, a prompt, its coloured answer. `docs/pool-page.png` is a copy of the
-    screenshot."""
+    """By keys alone: the key, a prompt, its coloured answer. `docs/pool-page.png` is the
+    screenshot, with fewer colours."""
     shot = ROOT / "out" / "pool-page.png"
     with browsing() as chromium, opened(chromium, server.url, device_scale_factor=1.5) as page:
         page.set_default_timeout(60_000)
@@ -288,13 +288,11 @@ def test_the_page_in_a_browser(server, prompts, expected):
         page.keyboard.type(prompts[0])  # Enter is a line break here
         page.keyboard.press("Control+Enter")
         page.locator("#legend li").first.wait_for()
-        pieces = page.locator("#answer .token").evaluate_all(
-            "all => all.map(token => [token.lastChild.textContent, token.title])"
-        )
-        page.keyboard.press("Tab")
-        page.keyboard.press("Tab")
-        page.keyboard.press("Tab")
-        page.keyboard.press("Tab")
+        seen = "all => all.map(token => [token.lastChild.textContent, token.title])"
+        pieces = page.locator("#answer .token").evaluate_all(seen)
+        asked = page.locator("#asked .token").evaluate_all(seen)
+        for _ in range(4):
+            page.keyboard.press("Tab")
         page.keyboard.press("Tab")  # to the answer's first token
         told = page.locator("#token").inner_text()
         # Shares are sampled every five seconds and asked for every five.
@@ -303,10 +301,10 @@ def test_the_page_in_a_browser(server, prompts, expected):
         page.screenshot(path=shot, full_page=True)
     text = "".join(piece for piece, _ in pieces)
     assert text.startswith(expected(names_at_start())[0])
-    served = [name for _, name in pieces[:-1]]
-    assert set(served) <= set(names_at_start())
-    assert len(set(served)) > 1
-    assert told == f"answer token 1, {json.dumps(pieces[0][0])}: {served[0]}"
+    assert {name for _, name in pieces[:-1]} == {"snips"}  # whose task it is
+    assert len({name for _, name in asked}) > 1
+    assert {name for _, name in asked} <= set(names_at_start())
+    assert told == f"answer token 1, {json.dumps(pieces[0][0])}: snips"
 
 
 def test_without_its_worker_the_server_ends(client, server):

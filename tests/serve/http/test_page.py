@@ -25,7 +25,8 @@ class Behind:
         app = fake_vllm(self.engine, api_key=api_key, registry=registry)
         app.add_middleware(PoolMiddleware, metrics=Metrics(registry))
         uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        settings = {"port": 0, "log_level": "error", "timeout_graceful_shutdown": 1}
+        self.server = uvicorn.Server(uvicorn.Config(app, **settings))
         self.thread = threading.Thread(target=self.server.run)
 
     def __enter__(self):
@@ -38,7 +39,7 @@ class Behind:
         return self
 
     def __exit__(self, *_):
-        self.server.should_exit = self.server.force_exit = True
+        self.server.should_exit = True
         self.thread.join()
 
 
