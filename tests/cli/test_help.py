@@ -29,8 +29,18 @@ COMMANDS = [
     "experts import",
     "experts push",
     "experts pull",
+    "serve",
 ]
-HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "numpy",
+    "matplotlib",
+    "huggingface_hub",
+    "starlette",
+    "vllm",
+)
 # Prints help for every command in turn, then which heavy modules that has loaded.
 ALL_HELP = f"""
 import json, sys
@@ -108,6 +118,8 @@ def test_the_module_runs_and_tells_its_version():
         "train --data data.jsonl",
         "train --out x",
         "train --data data.jsonl --out x --save-dtype float8",
+        "serve --top-k all",
+        "serve --port http",
     ],
 )
 def test_wrong_usage(run, words):

@@ -92,6 +92,22 @@ def test_room_reserved_beforehand_is_used():
     assert_holds(bank, [(0, (0, 1)), (2, (0, 1))])
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from([(), (0,), (1,), (0, 1)])), max_size=8)
+)
+def test_slots_that_change_hands(changes):
+    bank, held = make_bank(), [(seed, (0, 1)) for seed in range(3)]
+    bank.reserve(3, 4)
+    for seed in range(3):
+        add(bank, seed, seed)
+    buffers = [buffer.data_ptr() for buffer in bank.buffers()]
+    for seed, (slot, parts) in enumerate(changes, 3):
+        bank.replace(slot, {p: (make_signature(seed, p), make_lora(seed, p)) for p in parts})
+        held[slot] = (seed, parts)
+        assert_holds(bank, held)
+    assert [buffer.data_ptr() for buffer in bank.buffers()] == buffers
+
+
 def test_growing_keeps_what_is_there_and_takes_spare_room():
     bank = make_bank()
     sizes = set()

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,16 +23,29 @@ def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("vllm") is None:
         skip = pytest.mark.skip(reason="vLLM is not installed here: make test-vllm")
         for item in items:
-            if {"engine", "load"} & set(getattr(item, "fixturenames", ())):
+            if {"engine", "load", "server", "starts"} & set(getattr(item, "fixturenames", ())):
                 item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory):
-    """engine(model, settings, rounds, ...): the answers of a vLLM engine that serves the pool."""
+    """engine(model, settings, rounds, ...): the answers of a vLLM engine that serves the pool.
+
+    With `runs`, another module than `tests.serve.engine`, `rounds` are what that module takes.
+    """
     cache = tmp_path_factory.mktemp("vllm")
 
-    def run(model, settings, rounds, *, tokens=24, fails=False, environment=None, **llm):
+    def run(
+        model,
+        settings,
+        rounds,
+        *,
+        runs="tests.serve.engine",
+        tokens=24,
+        fails=False,
+        environment=None,
+        **llm,
+    ):
         folder = tmp_path_factory.mktemp("engine")
         ranks = llm.get("tensor_parallel_size", 1)
         job = {
@@ -49,7 +63,7 @@ def engine(tmp_path_factory):
         }
         (folder / "job.json").write_text(json.dumps(job))
         done = subprocess.run(
-            [sys.executable, "-m", "tests.serve.engine", folder / "job.json", folder / "out.json"],
+            [sys.executable, "-m", runs, folder / "job.json", folder / "out.json"],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -89,7 +103,7 @@ def load(tmp_path_factory):
     load_general_plugins()
     meeting = f"file://{tmp_path_factory.mktemp('group') / 'meeting'}"
 
-    def run(model, settings):
+    def run(model, settings, **more):
         config = EngineArgs(
             model=str(model),
             dtype="float32",
@@ -98,6 +112,7 @@ def load(tmp_path_factory):
             skip_tokenizer_init=True,
             enforce_eager=True,
             additional_config={} if settings is None else {"phatgoose": settings},
+            **more,
         ).create_engine_config()
         with set_current_vllm_config(config):
             if not torch.distributed.is_initialized():
@@ -119,13 +134,15 @@ def reference():
 
     def answer(model, experts, prompts, *, tokens=24, **settings):
         if not experts:
-            return [_greedy(model, prompt, tokens) for prompt in prompts]
+            return [{**_greedy(model, prompt, tokens), "gap": math.inf} for prompt in prompts]
         route(model, ExpertPool.load(experts), **settings)
         with _watching(model) as gaps:
             answers = []
             for prompt in prompts:
                 gaps.clear()
-                answers.append({**_greedy(model, prompt, tokens), "gap": min(gaps)})
+                answers.append(
+                    {**_greedy(model, prompt, tokens), "gap": min(gaps, default=math.inf)}
+                )
         unroute(model)
         return answers
 

@@ -37,13 +37,24 @@ def make_layer(tokens, seed=0, mean=0.5):
     }
 
 
-def add(layer, statistics=None, *, top_k=2, null_score=None, backend="torch"):
+def add(
+    layer,
+    statistics=None,
+    *,
+    prior=None,
+    tally=None,
+    top_k=2,
+    null_score=None,
+    backend="torch",
+):
     output = layer["output"].clone()
     torch.ops.phatgoose.add_routed_(
         output,
         layer["x"],
         statistics,
         *(layer[key] for key in ("signatures", "sums", "opened", "a", "b")),
+        prior,
+        tally,
         IN,
         top_k,
         0.9,
@@ -99,6 +110,35 @@ def test_shares_of_the_features_add_up(tokens, ranks, mean):
         assert_near(layer["output"] + found, added_by_parts(layer), BOUND.output)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_token_has_its_own_candidates(shared):
+    """A batch of tokens that close different slots, and each token alone with these closed."""
+    layer = make_layer(40)
+    closed = torch.rand(40, SLOTS, generator=torch.Generator().manual_seed(1)) < 0.5
+    closed[:2] = torch.tensor([[True], [False]])  # none is left, all are
+    prior = torch.zeros(50, SLOTS)  # room for more tokens than come
+    prior[:40].masked_fill_(closed, -torch.inf)
+    tally = torch.zeros(50, 1 + SLOTS)
+    statistics = None
+    if shared:
+        statistics = torch.ops.phatgoose.gate_statistics(layer["x"], layer["signatures"])
+    found = add(layer, statistics, prior=prior, tally=tally)
+    for token in range(40):
+        alone = {**layer, "opened": layer["opened"] & ~closed[token]}
+        alone |= {key: layer[key][token : token + 1] for key in ("output", "x")}
+        assert_near(found[token : token + 1], added_by_parts(alone), BOUND.output)
+    assert torch.equal(found[0], layer["output"][0])
+    # Every open part of a token gives away a weight of one.
+    parts = (layer["opened"].unsqueeze(0) & ~closed.unsqueeze(1)).any(-1).sum(-1)
+    assert_near(tally[:40].sum(-1), parts.float(), BOUND.output)
+    assert not tally[:40, 1:][closed].any() and not tally[40:].any()
+
+
+def test_more_tokens_than_rows():
+    with pytest.raises(ValueError, match="3 tokens in a forward, room for 2"):
+        add(make_layer(3), prior=torch.zeros(2, SLOTS))
+
+
 @pytest.mark.parametrize("tokens", [2, 131])
 def test_as_torch_wants_operators(tokens):
     layer = make_layer(tokens)
@@ -106,9 +146,10 @@ def test_as_torch_wants_operators(tokens):
         torch.ops.phatgoose.gate_statistics.default, (layer["x"], layer["signatures"])
     )
     arguments = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
+    tables = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
     torch.library.opcheck(
         torch.ops.phatgoose.add_routed_.default,
-        (layer["output"], layer["x"], None, *arguments, IN, 2, 1.0, False, None, "torch"),
+        (layer["output"], layer["x"], None, *arguments, *tables, IN, 2, 1.0, False, None, "torch"),
     )
 
 
@@ -120,9 +161,13 @@ def test_one_graph_for_any_number_of_tokens():
         compiled.append(graph)
         return graph.forward
 
-    def run(output, x, gates):
+    prior, tally = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
+    prior[:, 0] = -torch.inf
+
+    def run(output, x, gates, tally):
+        settings = (IN, 2, 0.9, False, None, "torch")
         output = output + 0.0
-        torch.ops.phatgoose.add_routed_(output, x, None, *gates, IN, 2, 0.9, False, None, "torch")
+        torch.ops.phatgoose.add_routed_(output, x, None, *gates, prior, tally, *settings)
         return output
 
     fast = torch.compile(run, backend=backend, fullgraph=True)
@@ -131,5 +176,9 @@ def test_one_graph_for_any_number_of_tokens():
         for name in ("output", "x"):
             torch._dynamo.mark_dynamic(layer[name], 0)
         gates = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
-        assert torch.equal(fast(layer["output"], layer["x"], gates), add(layer))
+        mine = torch.zeros_like(tally)
+        wanted = add(layer, prior=prior, tally=mine)
+        assert torch.equal(fast(layer["output"], layer["x"], gates, tally.zero_()), wanted)
+        assert torch.equal(tally, mine)
+        assert mine[:tokens].any() and not mine[tokens:].any()
     assert len(compiled) == 1

@@ -57,6 +57,7 @@ def test_settings_are_wanted(world, load):
     ("settings", "error", "message"),
     [
         ({"top_k": 2}, RoutingError, "top_k is 2, the pool has 1 experts"),
+        ({"top_k": 2, "capacity": 2}, RoutingError, "top_k is 2, the pool has 1 experts"),
         ({"top_k": 1, "max_rank": 1}, ConfigError, "max_rank is 1, .* needs 3"),
         ({"top_k": 1, "experts": ["no/such"]}, ExpertNotFoundError, "no/such"),
         ({"top_k": 1, "backend": "triton"}, ConfigError, "triton"),

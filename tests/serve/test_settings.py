@@ -13,6 +13,14 @@ def test_what_is_not_given_is_what_route_has():
     assert settings.router == "phatgoose"
     assert settings.routing == RoutingSettings()
     assert settings.base_load_format == "auto"
+    assert not settings.record_routing
+
+
+def test_a_pool_may_start_empty():
+    room = {"targets": ["q_proj"], "capacity": 2, "max_rank": 4}
+    settings = ServeSettings.read({"experts": [], "routing": True, **room})
+    assert (settings.experts, settings.targets) == ((), ("q_proj",))
+    assert settings.record_routing
 
 
 def test_what_is_given():
@@ -29,7 +37,10 @@ def test_what_is_given():
         (None, "wants its settings in additional_config"),
         (["a"], "list in their place"),
         ({}, "experts must be a list"),
-        ({"experts": []}, "experts must be a list"),
+        ({"experts": []}, "experts is empty"),
+        ({"experts": [], "targets": ["q_proj"], "capacity": 2}, "targets, capacity and max_rank"),
+        ({"experts": ["a"], "targets": "q_proj"}, "targets must be a list"),
+        ({"experts": ["a"], "routing": 1}, "routing is true or false"),
         ({"experts": "folder"}, "experts must be a list"),
         ({"experts": ["a", 1]}, "experts must be a list"),
         ({"experts": ["a"], "topk": 2}, "no setting 'topk'"),

@@ -21,7 +21,12 @@ ROUTER = "router by name (docs/routers.md)"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, more = parser.parse_known_args(argv)
+    if hasattr(arguments, "more"):  # of a command that hands on what is not its own
+        arguments.more = more
+    elif more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     # torch is loaded only from here on, so that help and usage errors are instant.
     module, function = arguments.run.split(":")
     try:
@@ -61,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_analysis(commands)
     _add_training(commands)
     _add_experts(commands)
+    _add_serving(commands)
     return parser
 
 
@@ -411,3 +417,58 @@ def _add_experts(commands: Commands) -> None:
     pull = _command(verbs, "pull", "experts:pull", "download an expert from the Hub")
     pull.add_argument("hub_id", help="owner/name or owner/name@revision")
     pull.add_argument("--out", required=True, help="folder to put it in")
+
+
+SERVING = """Every further option goes to vLLM (--dtype, --max-model-len, ...).
+
+The pool in the package, and a question to it; docs/serving.md has the rest:
+
+  phatgoose serve
+
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{
+    "model": "pool", "prompt": "Give the plural of each word: ink, eruption\\n",
+    "max_tokens": 16, "temperature": 0, "phatgoose": {"routing": "shares"}}'
+"""
+
+
+def _add_serving(commands: Commands) -> None:
+    text = "serve a pool by vLLM: OpenAI's API, every token routed, experts that come and go"
+    serve = commands.add_parser(
+        "serve",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=SERVING,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    serve.set_defaults(run="serving:serve", more=[])
+    add = serve.add_argument
+    add("--base", help="base model: folder or Hub id (the one in the package)")
+    add(
+        "--experts",
+        nargs="+",
+        metavar="EXPERT",
+        help="expert folders, folders of expert folders, or Hub ids (those in the package)",
+    )
+    add("--router", help="phatgoose or average_activation (phatgoose)")
+    add("--top-k", type=int, help="experts per token and layer (the router's own: 2)")
+    add("--temperature", type=float, help="of the routing softmax (the router's own: 1)")
+    add("--scale", choices=("softmax", "unit"), help="weights of the kept experts (softmax)")
+    add("--null-score", type=float, help="score of using no expert (no candidate)")
+    add(
+        "--capacity",
+        type=int,
+        help="experts there is room for (as many as there are; with an admin key 8 more)",
+    )
+    add("--max-rank", type=int, help="rank there is room for (the longest there is)")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, default=8000, help="(8000)")
+    add("--api-key", help="that every request needs ($VLLM_API_KEY; none)")
+    add("--admin-key", help="to add and remove experts ($PHATGOOSE_ADMIN_KEY; nobody may)")
+    add("--experts-root", help="folder that experts may be added from ($PHATGOOSE_EXPERTS_ROOT)")
+    add(
+        "--allow-hub",
+        nargs="+",
+        metavar="ORG_OR_ID",
+        help="owners, or owner/name, that experts may be added from ($PHATGOOSE_ALLOW_HUB)",
+    )

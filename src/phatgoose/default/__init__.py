@@ -7,6 +7,8 @@ BASE = FOLDER / "base"
 EXPERTS = FOLDER / "experts"
 DEMO = FOLDER / "demo.jsonl"  # one prompt of several skills, with its reference answer
 
+CHAT_TEMPLATE = FOLDER / "chat.jinja"  # a line a message: the base was not trained to chat
+
 
 def expert_folders() -> list[Path]:
     """The folders of the experts in the package, by name."""

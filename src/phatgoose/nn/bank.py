@@ -126,11 +126,21 @@ class Bank(nn.Module):
         self, member: int, parts: Mapping[int, tuple[Float[Tensor, " I"], LoraModule]]
     ) -> None:
         """Put an expert, the pool's number `member`, into the next slot: signature and LoRA."""
-        slot = len(self.members)
-        rank = max(lora.rank for _, lora in parts.values())
-        self.reserve(slot + 1, rank, max(len(signature) for signature, _ in parts.values()))
+        slot, rank = len(self.members), _rank(parts)
+        width = max((len(signature) for signature, _ in parts.values()), default=0)
+        self.reserve(slot + 1, rank, width)
         self.members.append(member)
         self.ranks.append(rank)
+        self._write(slot, parts)
+
+    def replace(
+        self, slot: int, parts: Mapping[int, tuple[Float[Tensor, " I"], LoraModule]]
+    ) -> None:
+        """Put another expert, or none, into a slot; it must not need more room than there is."""
+        self.ranks[slot] = _rank(parts)
+        self._write(slot, parts)
+
+    def _write(self, slot: int, parts: Mapping[int, tuple[Tensor, LoraModule]]) -> None:
         for part, (signature, lora) in parts.items():
             self.signatures[part, slot].zero_()[: len(signature)] = signature
             self.a[part, slot].zero_()[: lora.rank] = lora.a
@@ -203,6 +213,10 @@ class Bank(nn.Module):
         self.sums = self.signatures.sum(-1)
         self._split()
         return self
+
+
+def _rank(parts: Mapping[int, tuple[Tensor, LoraModule]]) -> int:
+    return max((lora.rank for _, lora in parts.values()), default=0)
 
 
 def _grown(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:

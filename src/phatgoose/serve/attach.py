@@ -1,67 +1,104 @@
 """Putting a pool into a model that vLLM has loaded."""
 
 import copy
-import hashlib
-import json
 import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError, first_line
-from phatgoose.experts import Expert, LoraModule, identify_base
+from phatgoose.errors import ConfigError, RoutingError, first_line
 from phatgoose.experts.sources import expert_sources
-from phatgoose.experts.verify import check_modules
 from phatgoose.nn import Bank
 from phatgoose.pool import ExpertPool
 from phatgoose.serve import layers
-from phatgoose.serve.layers import Layers, Part
-from phatgoose.serve.method import BANK, RoutedMethod
-from phatgoose.serve.settings import ServeSettings, served_router
+from phatgoose.serve.layers import Layers
+from phatgoose.serve.method import BANK, PRIOR, TALLY, RoutedMethod
+from phatgoose.serve.settings import ServeSettings
+from phatgoose.serve.slots import Piece, Slots, check_base, digest, write
+from phatgoose.serve.steering import Steering
 
 log = logging.getLogger(__name__)
 
-Piece = tuple[int, Part, LoraModule, Tensor]  # the expert's number in the pool, where, and what
 
+def load_pool(
+    model_config: Any, settings: ServeSettings, *, grows: bool
+) -> tuple[ExpertPool, nn.Module]:
+    """The experts, all of which are for the base that vLLM is about to load; and its skeleton.
 
-def load_pool(model_config: Any, settings: ServeSettings) -> ExpertPool:
-    """The experts, all of which are for the base that vLLM is about to load.
-
-    Raises what `route` and `load_expert` raise.
+    Raises what `route` and `load_expert` raise. A pool that grows may be smaller than top_k.
     """
     pool = ExpertPool.load(expert_sources(settings.experts))
-    wanted = settings.routing.kept(len(pool))
-    if wanted > len(pool):
+    wanted, room = settings.routing.kept(len(pool)), len(pool)
+    if grows and settings.capacity:
+        room = max(room, settings.capacity)
+    if wanted > room:
         raise RoutingError(
-            f"phatgoose: top_k is {wanted}, the pool has {len(pool)} experts. Choose top_k of at "
-            f"most {len(pool)}, or add experts."
+            f"phatgoose: top_k is {wanted}, the pool has {len(pool)} experts and room for {room}. "
+            f"Choose top_k of at most {room}, or add experts."
         )
     base = skeleton(model_config)
     for expert in pool:
         check_base(expert, base, model_config.model)
-    return pool
+    return pool, base
 
 
-def attach(model: nn.Module, pool: ExpertPool, settings: ServeSettings) -> str:
-    """Route the layers that the pool's experts adapt; return a hash of the shapes that came of it.
+def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
+    """Route the layers that the pool's experts adapt, or that `targets` names.
 
-    `model` is this rank's. Raises MissingGateError, and RoutingError where vLLM has no layer that
-    can be routed; nothing is changed then.
+    `model` is this rank's. Raises MissingGateError, ConfigError where there is no room for the
+    pool, and RoutingError where vLLM has no layer that can be routed; nothing is changed then.
     """
-    pieces = _pieces(Layers(model), pool, settings)
-    made = {}
-    for name, mine in pieces.items():
-        made[name] = _bank(model.get_submodule(name), mine, settings)
-    for name, bank in made.items():
+    settings = slots.settings
+    by_expert = [slots.pieces(expert) for expert in pool]
+    by_layer: dict[str, list[Piece]] = {}
+    for pieces in by_expert:
+        for name, mine in pieces.items():
+            by_layer.setdefault(name, []).extend(mine)
+    parts = {name: mine[0][0].parts for name, mine in by_layer.items()}
+    parts |= {part.layer: part.parts for part in Layers(model).named(settings.targets)}
+    capacity = settings.capacity or len(pool)
+    if len(pool) > capacity:
+        raise ConfigError(f"phatgoose: capacity is {capacity}, the pool needs {len(pool)}.")
+    longest = max((lora.rank for mine in by_layer.values() for _, lora, _ in mine), default=0)
+    banks = {}
+    for name, count in parts.items():
+        rank = max((lora.rank for _, lora, _ in by_layer.get(name, [])), default=longest)
+        if settings.max_rank and rank > settings.max_rank:
+            raise ConfigError(f"phatgoose: max_rank is {settings.max_rank}, {name} needs {rank}.")
+        banks[name] = _bank(model.get_submodule(name), count, settings)
+        banks[name].reserve(capacity, settings.max_rank or rank)
+    shares = [slots.shares(pieces) for pieces in by_expert]
+    for slot in range(capacity):
+        for name, bank in banks.items():
+            write(bank, slot, shares[slot].get(name) if slot < len(pool) else None)
+    slots.fill(banks, [slots.resident(expert) for expert in pool], capacity)
+    for name, bank in banks.items():
         layer: Any = model.get_submodule(name)
         layer.add_module(BANK, bank)
         layer.quant_method = RoutedMethod(
             layer.quant_method, bank, settings.routing, features=layer.input_size
         )
         layer.requires_unquantized_input = True  # nobody may quantise what the gates read
-    log.info("routing %d layers among %s", len(made), ", ".join(pool.names))
-    return _hash({name: _shapes(bank) for name, bank in made.items()})
+    log.info("routing %d layers among %s", len(banks), ", ".join(pool.names) or "no experts")
+
+
+def steer(slots: Slots, tokens: int) -> Steering:
+    """Give all banks a prior, and a tally if wanted, for forwards of up to so many tokens."""
+    device = next((bank.a.device for bank in slots.banks.values()), torch.get_default_device())
+    steering = Steering(tokens, len(slots.residents), device, routing=slots.settings.record_routing)
+    for bank in slots.banks.values():
+        bank.register_buffer(PRIOR, steering.prior, persistent=False)
+        if steering.ledger is not None:
+            bank.register_buffer(TALLY, steering.ledger.tally, persistent=False)
+    steering.names = slots.names
+    slots.on_change = steering.rename
+    return steering
+
+
+def layout(slots: Slots) -> str:
+    """A hash of the shapes of all that the layers read."""
+    return digest({name: _shapes(bank) for name, bank in slots.banks.items()})
 
 
 def skeleton(model_config: Any) -> nn.Module:
@@ -80,58 +117,14 @@ def skeleton(model_config: Any) -> nn.Module:
     return model
 
 
-def check_base(expert: Expert, base: nn.Module, name: str) -> None:
-    """Raise IncompatibleExpertError unless the expert was made for this base."""
-    difference = expert.base and expert.base.difference(identify_base(base, name=name))
-    if difference:
-        raise IncompatibleExpertError(
-            f"{expert.name}: was made for another base than {name}: {difference}."
-        )
-    for problem in check_modules(expert, base):
-        raise IncompatibleExpertError(problem)
-
-
-def _pieces(found: Layers, pool: ExpertPool, settings: ServeSettings) -> dict[str, list[Piece]]:
-    """By layer of this rank, its share of the experts that adapt it, in the pool's order."""
-    router = served_router(settings.router)
-    pieces: dict[str, list[Piece]] = {}
-    for member, expert in enumerate(pool):
-        for module, lora in expert.modules.items():
-            signature = router.signature(expert, module)
-            part = found.find(module, expert.name)
-            if part is not None:
-                pieces.setdefault(part.layer, []).append((member, part, lora, signature))
-    return pieces
-
-
-def _bank(layer: Any, pieces: list[Piece], settings: ServeSettings) -> Bank:
-    """A bank of this layer's parts, filled with this rank's share of the experts."""
-    parts = pieces[0][1].parts
-    experts: dict[int, dict[int, tuple[Tensor, LoraModule]]] = {}
-    totals: dict[int, dict[int, Tensor]] = {}
-    for member, part, lora, signature in pieces:
-        share, mine = layers.share_of(layer, part, lora, signature)
-        experts.setdefault(member, {})[part.number] = (mine, share)
-        totals.setdefault(member, {})[part.number] = signature.sum()
-    rank = max(lora.rank for _, _, lora, _ in pieces)
-    room = (settings.capacity or len(experts), settings.max_rank or rank)
-    for found, most, key in ((len(experts), room[0], "capacity"), (rank, room[1], "max_rank")):
-        if found > most:
-            raise ConfigError(f"phatgoose: {key} is {most}, {pieces[0][1].layer} needs {found}.")
-    bank = Bank(
+def _bank(layer: Any, parts: int, settings: ServeSettings) -> Bank:
+    return Bank(
         layers.input_size(layer),
         layers.output_sizes(layer, parts),
         device=_device(layer),
         dtype=layer.params_dtype,
         backend=settings.routing.backend,
     )
-    bank.reserve(*room)
-    for slot, (member, adapted) in enumerate(experts.items()):
-        bank.append(member, adapted)
-        # Of the whole signature: a rank that holds a share of it needs the sum for its scores.
-        for number, total in totals[member].items():
-            bank.sums[number, slot] = total
-    return bank
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -141,7 +134,3 @@ def _device(layer: nn.Module) -> torch.device:
 
 def _shapes(bank: Bank) -> list[Any]:
     return [sorted((name, list(b.shape), str(b.dtype)) for name, b in bank.named_buffers())]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from phatgoose.errors import RoutingError
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts import LoraModule
 
 # Subclasses may lay out their weights in ways of their own, so a class has to be one of these.
@@ -67,8 +67,26 @@ class Layers:
             if self._is_elsewhere(name):
                 return None
             raise RoutingError(f"{who}: adapts {module}, {self._why_not(name)}")
-        part = self._parts[name]
-        layer = self._modules[part.layer]
+        return self._checked(self._parts[name], module, who)
+
+    def named(self, targets: Sequence[str]) -> list[Part]:
+        """All modules whose names end in one of `targets`, "q_proj" say.
+
+        Raises ConfigError for a target that no module of the model has, else what `find` raises.
+        """
+        found = []
+        for target in targets:
+            mine = [n for n in self._parts if n == target or n.endswith("." + target)]
+            if not mine and not any(isinstance(m, PPMissingLayer) for m in self._modules.values()):
+                raise ConfigError(
+                    f"phatgoose: targets has {target!r}, and vLLM's {type(self._model).__name__} "
+                    "has no linear layer whose name ends so."
+                )
+            found += [self._checked(self._parts[name], name, "targets") for name in mine]
+        return found
+
+    def _checked(self, part: Part, module: str, who: str) -> Part:
+        name, layer = part.layer, self._modules[part.layer]
         if type(layer) not in KNOWN or name.rpartition(".")[2] in NEVER_RUN:
             raise RoutingError(
                 f"{who}: adapts {module}, which vLLM computes in a {type(layer).__name__} that is "

@@ -8,8 +8,10 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from phatgoose.serve import LOAD_FORMAT
-from phatgoose.serve.attach import attach, load_pool
+from phatgoose.serve.attach import attach, layout, load_pool, steer
+from phatgoose.serve.live import check_ways, hand_over, is_ours
 from phatgoose.serve.settings import ServeSettings
+from phatgoose.serve.slots import Slots
 
 # Beside the settings, where it enters the key of vLLM's compile cache: a graph that was compiled
 # for other shapes must not be taken for this model.
@@ -36,9 +38,18 @@ class PhatgooseLoader(BaseModelLoader):  # type: ignore[misc]
         if model_config is not vllm_config.model_config:  # a draft of speculative decoding
             draft: nn.Module = inner.load_model(**base)
             return draft
-        pool = load_pool(model_config, settings)  # may fail, so it comes before the weights
+        chooses = is_ours(vllm_config.parallel_config.worker_cls)
+        check_ways(vllm_config, settings, chooses=chooses)
+        pool, bare = load_pool(
+            model_config, settings, grows=chooses
+        )  # may fail: before the weights
         model: nn.Module = inner.load_model(**base)
-        extra[LAYOUT] = attach(model, pool, settings)
+        slots = Slots(model, bare, model_config.model, settings)
+        attach(model, pool, slots)
+        if chooses:
+            tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            hand_over(model, slots, steer(slots, tokens))
+        extra[LAYOUT] = layout(slots)
         return model
 
     def _inner(self, load_format: str) -> Any:

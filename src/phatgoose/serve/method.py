@@ -11,6 +11,8 @@ from phatgoose.nn import Bank, RoutingSettings
 from phatgoose.serve import operators  # noqa: F401  (defines them)
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules
+# Of the bank's buffers, those that all banks of a model share; see `Steering` and `Ledger`.
+PRIOR, TALLY = "prior", "tally"
 
 
 class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
@@ -54,6 +56,8 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             opened,
             a,
             [bank.b(part) for part in range(bank.parts)],
+            getattr(bank, PRIOR, None),
+            getattr(bank, TALLY, None),
             self.features,
             settings.kept(opened.shape[1]),
             settings.temperature,

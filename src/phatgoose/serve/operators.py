@@ -50,6 +50,8 @@ def _add_routed(
     open_slots: Tensor,
     a: Tensor,
     b: list[Tensor],
+    prior: Tensor | None,
+    tally: Tensor | None,
     features: int,
     top_k: int,
     temperature: float,
@@ -61,14 +63,22 @@ def _add_routed(
 
     signatures, sums, open_slots and a as `phatgoose::gated_down` wants them; b is one [C, O, R] a
     part. With `statistics`, x and a are a share of the `features`, and so is what is added.
+    prior and tally are fp32 and have a row for each token the engine may put into a forward: prior
+    [N, C] is added to the scores of every part, and the chosen experts' weights are added to tally
+    [N, 1 + C], whose first column is for the weight of "no expert". Raises ValueError where T > N.
     """
+    prior, tally = (_rows(table, len(x)) for table in (prior, tally))
+    if prior is not None:
+        prior = prior[:, : open_slots.shape[1]]
     if statistics is None:
         x = x.to(signatures.dtype) if backend == "triton" else x
-        experts, _, *down = library.gated_down(
-            x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, None, backend
+        experts, weights, *down = library.gated_down(
+            x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, prior, backend
         )
     else:
-        scores = scores_of(statistics, sums, features).masked_fill_(~open_slots, -torch.inf)
+        scores = scores_of(statistics, sums, features)
+        scores = scores if prior is None else scores.add_(prior.unsqueeze(1))
+        scores.masked_fill_(~open_slots, -torch.inf)
         routing = choose_experts(
             scores,
             top_k,
@@ -76,13 +86,21 @@ def _add_routed(
             scale="unit" if unit else "softmax",
             null_score=null_score,
         )
-        experts = routing.experts
-        down = library.routed_down(x, a, experts, routing.weights, backend)
+        experts, weights = routing.experts, routing.weights
+        down = library.routed_down(x, a, experts, weights, backend)
+    if tally is not None:
+        tally.scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
     first = 0
     for part, up in enumerate(b):
         mine = output[:, first : first + up.shape[1]]
         library.routed_up_(mine, up, down[0], experts, down[1], down[2], part, backend)
         first += up.shape[1]
+
+
+def _rows(table: Tensor | None, tokens: int) -> Tensor | None:
+    if table is not None and tokens > len(table):
+        raise ValueError(f"phatgoose: {tokens} tokens in a forward, room for {len(table)}.")
+    return None if table is None else table[:tokens]
 
 
 _library.define(
@@ -96,8 +114,8 @@ torch.library.register_fake(
 )
 _library.define(
     "add_routed_(Tensor(a!) output, Tensor x, Tensor? statistics, Tensor signatures, Tensor sums,"
-    " Tensor open_slots, Tensor a, Tensor[] b, int features, int top_k, float temperature,"
-    " bool unit, float? null_score, str backend) -> ()",
+    " Tensor open_slots, Tensor a, Tensor[] b, Tensor? prior, Tensor(b!)? tally, int features,"
+    " int top_k, float temperature, bool unit, float? null_score, str backend) -> ()",
 )
 _library.impl("add_routed_", _add_routed, "CompositeExplicitAutograd")
 torch.library.register_fake("phatgoose::add_routed_", lambda *arguments: None, lib=_library)

@@ -20,6 +20,8 @@ class ServeSettings:
     routing: RoutingSettings
     capacity: int | None = None  # experts a layer has room for; None: as many as it has
     max_rank: int | None = None  # None: the longest of the layer's experts
+    targets: tuple[str, ...] = ()  # kinds of layers, "q_proj" say, with room for experts to come
+    record_routing: bool = False  # "routing" in the configuration: keep shares; see `Ledger`
     base_load_format: str = "auto"  # how vLLM is to load the base
 
     @classmethod
@@ -31,19 +33,28 @@ class ServeSettings:
                 '{"phatgoose": {"experts": [...]}}, and there are '
                 + ("none." if config is None else f"{type(config).__name__} in their place.")
             )
-        own = ("experts", "router", "capacity", "max_rank", "base_load_format")
-        unknown = sorted(set(config) - {*own, *ROUTING})
+        own = ("experts", "router", "capacity", "max_rank", "targets", "base_load_format")
+        known = (*own, "routing", *ROUTING)
+        unknown = sorted(set(config) - set(known))
         if unknown:
             raise ConfigError(
                 f"phatgoose: there is no setting {unknown[0]!r} in additional_config. Choose from: "
-                f"{', '.join((*own, *ROUTING))}."
+                f"{', '.join(known)}."
             )
-        experts = config.get("experts")
-        names = isinstance(experts, list | tuple) and all(isinstance(e, str) for e in experts)
-        if not names or not experts:
+        lists = {"experts": "folders or Hub ids", "targets": "the last parts of modules' names"}
+        for key, what in lists.items():
+            value = config.get(key, [] if key == "targets" else None)
+            if not (isinstance(value, list | tuple) and all(isinstance(e, str) for e in value)):
+                raise ConfigError(f"phatgoose: {key} must be a list of {what}, got {value!r}.")
+        if not config["experts"] and not all(
+            config.get(key) for key in ("targets", "capacity", "max_rank")
+        ):
             raise ConfigError(
-                f"phatgoose: experts must be a list of folders or Hub ids, got {experts!r}."
+                "phatgoose: experts is empty. To start without any, say what there is to be room "
+                "for: targets, capacity and max_rank."
             )
+        if not isinstance(config.get("routing", False), bool):
+            raise ConfigError(f"phatgoose: routing is true or false, got {config['routing']!r}.")
         for key in ("capacity", "max_rank"):
             value = config.get(key)
             if value is not None and not (type(value) is int and value >= 1):
@@ -51,8 +62,10 @@ class ServeSettings:
         router = served_router(config.get("router", cls.router))
         given = {key: config[key] for key in ROUTING if config.get(key) is not None}
         mine = {key: config[key] for key in own if config.get(key) is not None}
+        mine["targets"] = tuple(mine.get("targets", ()))
         return cls(
-            **{**mine, "experts": tuple(experts)},
+            **{**mine, "experts": tuple(config["experts"])},
+            record_routing=config.get("routing", False),
             routing=RoutingSettings(**{**router.defaults, **given}),
         )
 

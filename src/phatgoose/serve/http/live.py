@@ -1,0 +1,236 @@
+"""The pool that the engine serves: what it is made of, and how it changes while requests come."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from phatgoose.serve.http.gate import Gate
+from phatgoose.serve.http.metrics import Metrics
+from phatgoose.serve.http.recent import EVERY, Recent, Totals
+from phatgoose.serve.http.refusal import Refusal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The pool between two changes, as all workers say."""
+
+    generation: int
+    fingerprint: str
+    capacity: int
+    max_rank: int
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    routing: bool = True  # whether workers note which experts serve what
+
+    @property
+    def names(self) -> list[str]:
+        return [expert["name"] for expert in self.experts]
+
+
+class LivePool:
+    """Speaks to the workers through vLLM's engine client, by `collective_rpc`."""
+
+    def __init__(self, engine: Any, metrics: Metrics, *, drain: float) -> None:
+        self._engine, self._metrics, self._drain = engine, metrics, drain
+        self._changing = asyncio.Lock()
+        self._gate = Gate()
+        self._recent = Recent()
+        self._contents: Contents | None = None
+        self.broken: str | None = None  # why nothing can be served any more
+
+    @property
+    def contents(self) -> Contents:
+        assert self._contents is not None, "start comes first"
+        return self._contents
+
+    @property
+    def recent(self) -> Recent:
+        return self._recent
+
+    async def start(self) -> None:
+        """Ask what is served. Raises where the workers are not ours or do not agree."""
+        await self._read()
+        await self.sample()
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[Contents]:
+        """The pool, which stays what it is until the request has ended. Raises Refusal."""
+        async with self._gate.request():
+            if self.broken:  # since it came to the gate
+                raise Refusal(503, self.broken, reason="broken")
+            yield self.contents
+
+    async def add(self, name: str, folder: str) -> Contents:
+        """Add an expert once all workers hold it and no request is under way. Raises Refusal."""
+        async with self._changing:
+            before = self.contents
+            if name in before.names:
+                raise Refusal(
+                    409,
+                    f"The pool has an expert {name!r}. Remove it first, or give another name.",
+                    reason="exists",
+                    param="name",
+                )
+            if len(before.experts) >= before.capacity:
+                raise Refusal(
+                    409,
+                    f"The pool is full with {before.capacity} experts. Remove one, or start the "
+                    "server with a larger --capacity.",
+                    reason="full",
+                )
+            try:
+                held = await self._ask_all("phatgoose_prepare", name, folder, param="source")
+                if len({answer["sha256"] for answer in held}) > 1:
+                    raise Refusal(
+                        400,
+                        f"{folder}: is not the same for all workers. Do they share its disk?",
+                        reason="expert",
+                        param="source",
+                    )
+                after = await self._change(lambda: self._ask_all("phatgoose_commit"))
+            except BaseException:
+                if not self.broken:
+                    await self._rpc("phatgoose_abort")
+                raise
+            self._tell("added", name, after)
+            return after
+
+    async def remove(self, name: str) -> Contents:
+        """Remove an expert once no request is under way. Raises Refusal."""
+        async with self._changing:
+            if name not in self.contents.names:
+                raise Refusal(404, f"The pool has no expert {name!r}.", reason="unknown_expert")
+            after = await self._change(lambda: self._ask_all("phatgoose_remove", name))
+            self._tell("removed", name, after)
+            return after
+
+    async def routing(self, request: str) -> dict[str, Any]:
+        """Which experts served a request of the engine, now that it has ended."""
+        answers = await self._rpc("phatgoose_routing", request)
+        knowing = [answer for answer in answers if "shares" in answer]
+        if not knowing:
+            raise LookupError(answers[0].get("error", "no worker knows"))
+        shares = [answer["shares"] for answer in knowing]
+        names = {name for share in shares for name in share}
+        # Tensor-parallel ranks say the same; pipeline stages speak of a part of the layers each.
+        mean = {n: round(sum(s.get(n, 0.0) for s in shares) / len(shares), 6) for n in names}
+        ordered = sorted(mean.items(), key=lambda item: (-item[1], item[0]))
+        return {**knowing[0], "shares": dict(ordered)}
+
+    async def sample(self) -> None:
+        """Add what was routed since the last time to the metrics and the shares."""
+        if not self.contents.routing:
+            return
+        totals = (await self._rpc("phatgoose_totals"))[0]
+        count = float(totals["count"])
+        grown = self._recent.add(Totals(totals["tokens"], totals["entropy"] * count, count))
+        over = self._recent.grown()
+        self._metrics.routed(grown.tokens, over.entropy / over.count if over.count else None)
+
+    def watch(self) -> "asyncio.Task[None]":
+        """Sample every few seconds, until cancelled."""
+        return asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(EVERY)
+            try:
+                await self.sample()
+            except Exception as error:
+                log.error("%s", json.dumps({"event": "totals_lost", "error": str(error)[:500]}))
+
+    async def _change(self, act: Callable[[], Awaitable[Any]]) -> Contents:
+        """Act while nothing runs and nothing is cached, and see that all workers agree."""
+        try:
+            async with self._gate.change(self._drain):
+                try:
+                    # Other routes than ours reach the engine too.
+                    await asyncio.wait_for(
+                        self._engine.pause_generation(mode="wait", clear_cache=True), self._drain
+                    )
+                    # Before the change, so that a failure changes nothing; nothing runs between.
+                    if not await self._engine.reset_prefix_cache():
+                        raise Refusal(503, "The prefix cache is in use. Try again.", reason="busy")
+                    return await self._act(act)
+                finally:
+                    if not self.broken:
+                        await self._engine.resume_generation()
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Refusal(
+                503,
+                f"Requests are still running after {self._drain:g} seconds, so nothing was "
+                "changed. Try again.",
+                reason="busy",
+            ) from None
+
+    async def _act(self, act: Callable[[], Awaitable[Any]]) -> Contents:
+        before = self.contents
+        try:
+            await act()
+        except Exception as error:
+            # Refused by all workers alike, it is an answer; else some have changed and some not.
+            if await self._read_or_break() == before:
+                raise
+            self._break(f"a change failed midway: {error}")
+            raise Refusal(503, self.broken or "", reason="broken") from error
+        if await self._read_or_break() is None:
+            raise Refusal(503, self.broken or "", reason="broken")
+        return self.contents
+
+    async def _read_or_break(self) -> Contents | None:
+        try:
+            return await self._read()
+        except Exception as error:
+            self._break(str(error))
+            return None
+
+    def _break(self, why: str) -> None:
+        if not self.broken:
+            self.broken = f"The pool is no longer the same on all workers ({why}). Restart."
+            log.critical("%s", json.dumps({"event": "pool_broken", "error": why[:500]}))
+
+    async def _read(self) -> Contents:
+        known = [field.name for field in fields(Contents)]
+        answers = [
+            Contents(**{name: answer[name] for name in known if name in answer})
+            for answer in await self._rpc("phatgoose_pool")
+        ]
+        prints = sorted({answer.fingerprint for answer in answers})
+        if len(prints) != 1:
+            raise RuntimeError(f"phatgoose: the workers serve different pools: {prints}")
+        self._contents = answers[0]
+        self._metrics.pool(
+            loaded=len(answers[0].experts),
+            capacity=answers[0].capacity,
+            generation=answers[0].generation,
+        )
+        return answers[0]
+
+    async def _ask_all(
+        self, method: str, *arguments: str, param: str | None = None
+    ) -> list[dict[str, Any]]:
+        """A step that every worker has to say yes to. Raises Refusal with the first no."""
+        answers = await self._rpc(method, *arguments)
+        for answer in answers:
+            if answer["error"]:
+                raise Refusal(400, str(answer["error"]), reason="expert", param=param)
+        return answers
+
+    async def _rpc(self, method: str, *arguments: str) -> list[Any]:
+        return list(await self._engine.collective_rpc(method, args=arguments))
+
+    def _tell(self, action: str, name: str, after: Contents) -> None:
+        self._metrics.changes.labels("add" if action == "added" else "remove").inc()
+        event = {
+            "event": f"expert_{action}",
+            "expert": name,
+            "generation": after.generation,
+            "fingerprint": after.fingerprint,
+            "experts": len(after.experts),
+        }
+        log.info("%s", json.dumps(event))

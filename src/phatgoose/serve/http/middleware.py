@@ -1,0 +1,211 @@
+"""What the pool adds to vLLM's own server, as a middleware in front of all its routes."""
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from phatgoose.errors import first_line
+from phatgoose.serve.choice import Choice
+from phatgoose.serve.http import told
+from phatgoose.serve.http.access import Access
+from phatgoose.serve.http.admin import Experts
+from phatgoose.serve.http.answers import Answer, Routing, send_json
+from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
+from phatgoose.serve.http.choice import BASE, FIELD, choose
+from phatgoose.serve.http.live import Contents, LivePool
+from phatgoose.serve.http.metrics import Metrics
+from phatgoose.serve.http.refusal import Refusal
+from phatgoose.serve.http.rewrite import check, mentions, rewritten
+
+log = logging.getLogger(__name__)
+
+# What a request asks of a route, and what vLLM calls it inside the engine.
+ROUTED = {
+    "/v1/completions": "cmpl-{}",
+    "/v1/chat/completions": "chatcmpl-{}",
+    "/v1/responses": None,  # one answer may be many requests of the engine
+}
+EXPERTS = "/v1/experts"
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class PoolMiddleware:
+    """For vLLM's flag --middleware; `phatgoose serve` says it.
+
+    Needs vLLM's workers to be ours, and refuses to start where they are not.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
+        self.app = app
+        self._metrics = metrics or Metrics()
+        self._pool: LivePool | None = None
+        self._access = Access()
+        self._served = ""
+        self._watching: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            try:
+                await self.app(scope, receive, self._starting(scope, send))
+            finally:
+                if self._watching is not None:
+                    self._watching.cancel()
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self._handler(scope)(scope, receive, send)
+        except Refusal as refusal:
+            self._refused(refusal, scope)
+            await refusal.response()(scope, receive, send)
+
+    def _handler(self, scope: Scope) -> Handler:
+        path, method = self._path(scope), scope["method"]
+        broken = self._pool.broken if self._pool else None
+        if broken and (method != "GET" or path == "/health"):
+            raise Refusal(503, broken, reason="broken")
+        if method == "OPTIONS":  # browsers ask vLLM's middleware who may ask
+            return self.app
+        if path == EXPERTS or path.startswith(EXPERTS + "/"):
+            name = path.removeprefix(EXPERTS).removeprefix("/")
+            return Experts(self.pool, self._access, served=self._served, name=name)
+        if method == "POST":
+            return self._answer if path in ROUTED else self._other
+        if method == "GET" and path == "/v1/models":
+            return self._models
+        return self.app
+
+    @staticmethod
+    def _path(scope: Scope) -> str:
+        path: str = scope["path"]
+        return path.removeprefix(scope.get("root_path", ""))
+
+    @property
+    def pool(self) -> LivePool:
+        if self._pool is None:
+            raise Refusal(503, "The server has not started yet.", reason="starting")
+        return self._pool
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def _starting(self, scope: Scope, send: Send) -> Send:
+        async def wrapped(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                try:
+                    await self._start(scope["app"].state)
+                except Exception as error:
+                    text = f"phatgoose: the pool cannot be served: {first_line(error)}"
+                    log.critical("%s", text)
+                    message = {"type": "lifespan.startup.failed", "message": text}
+            await send(message)
+
+        return wrapped
+
+    async def _start(self, state: Any) -> None:
+        self._access = Access.read(os.environ, state.args.api_key)
+        self._served = (state.args.served_model_name or [state.args.model])[0]
+        if self._served == BASE:
+            raise ValueError(f"{BASE!r} is the name of the bare base, not of the pool")
+        pool = LivePool(state.engine_client, self._metrics, drain=self._access.drain)
+        await pool.start()
+        self._pool = pool
+        self._watching = pool.watch()
+        told.listen()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request that the pool serves, told to the workers in vLLM's own fields."""
+        self._access.check_user(Headers(scope=scope))
+        raw = await read_body(receive)
+        async with self.pool.request() as contents:
+            body = read_object(raw)
+            choice = choose(body, served=self._served, names=contents.names)
+            check(body, choice, contents, path=self._path(scope))
+            asked = body.get("model") or self._served
+            scope, routing = self._asking(scope, choice, contents)
+            new = json.dumps(rewritten(body, choice, contents, served=self._served)).encode()
+            if routing is not None or asked != self._served:
+                send = Answer(send, served=self._served, asked=asked, routing=routing)
+            await self.app(resized(scope, len(new)), replay(new, receive), send)
+
+    def _asking(
+        self, scope: Scope, choice: Choice, contents: Contents
+    ) -> tuple[Scope, Routing | None]:
+        """The request by a name of its own, by which its routing is found afterwards."""
+        form = ROUTED[self._path(scope)]
+        if choice.routing is None or form is None:
+            return scope, None
+        headers = MutableHeaders(raw=list(scope["headers"]))
+        name = "-".join(filter(None, [headers.get("x-request-id"), secrets.token_hex(8)]))
+        headers["x-request-id"] = name
+
+        async def routing() -> dict[str, Any]:
+            found = await self.pool.routing(form.format(name))
+            return {"generation": contents.generation, **found}
+
+        return {**scope, "headers": headers.raw}, routing
+
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Other routes use the whole pool; a choice there would slip past the cache's key."""
+        kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+        if not kind.endswith("json"):
+            await self.app(scope, receive, send)
+            return
+        raw = await read_body(receive)
+        try:
+            says = mentions(json.loads(raw))
+        except ValueError:
+            says = False  # vLLM says what is wrong with it
+        except RecursionError:
+            raise Refusal(400, "The body nests too deep.", reason="bad_request") from None
+        if says:
+            raise Refusal(
+                400,
+                f"{FIELD} is for {', '.join(ROUTED)}.",
+                reason="bad_request",
+                param=FIELD,
+            )
+        await self.app(scope, replay(raw, receive), send)
+
+    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """vLLM's list, in which the pool's experts and the bare base are models too."""
+        found: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            found.append(message)
+
+        await self.app(scope, receive, keep)
+        start = next(m for m in found if m["type"] == "http.response.start")
+        body = b"".join(m.get("body", b"") for m in found if m["type"] == "http.response.body")
+        if start["status"] != 200:
+            for message in found:
+                await send(message)
+            return
+        listing = json.loads(body)
+        (pool, *_) = listing["data"]
+        names = [BASE, *(f"{self._served}/{name}" for name in self.pool.contents.names)]
+        for name in names:
+            listing["data"].append({**pool, "id": name, "parent": pool["id"]})
+        await send_json(listing, start, send)
+
+    def _refused(self, refusal: Refusal, scope: Scope) -> None:
+        self._metrics.refusals.labels(refusal.reason).inc()
+        event = {
+            "event": "refused",
+            "reason": refusal.reason,
+            "status": refusal.status,
+            "method": scope["method"],
+            "path": scope["path"],
+            "client": (scope.get("client") or [None])[0],
+            "message": refusal.message[:500],
+        }
+        log.warning("%s", json.dumps(event))

@@ -1,0 +1,59 @@
+"""Requests in vLLM's own fields, and what we cannot say in them."""
+
+from typing import Any
+
+from phatgoose.serve.choice import Choice
+from phatgoose.serve.http.choice import FIELD, salt
+from phatgoose.serve.http.live import Contents
+from phatgoose.serve.http.refusal import Refusal
+
+
+def rewritten(
+    body: dict[str, Any], choice: Choice, contents: Contents, *, served: str
+) -> dict[str, Any]:
+    """The body for vLLM: the pool's model, a salt for its prefix cache, and what workers need."""
+    new = {key: value for key, value in body.items() if key != FIELD}
+    if "model" in new:
+        new["model"] = served
+    new["cache_salt"] = salt(choice, contents, body.get("cache_salt"))
+    if choice != Choice():
+        new["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), FIELD: choice.text()}
+    return new
+
+
+def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str) -> None:
+    """Raise Refusal for what would not do as it says."""
+
+    def no(message: str) -> Refusal:
+        return Refusal(400, message, reason="bad_request", param=FIELD)
+
+    extra = body.get("vllm_xargs")
+    if extra is not None and not isinstance(extra, dict):
+        raise Refusal(400, "vllm_xargs is an object.", reason="bad_request", param="vllm_xargs")
+    if extra and FIELD in extra:
+        raise no(f"Say {FIELD} beside vllm_xargs, not in it.")
+    given = body.get("cache_salt")
+    if given is not None and not (isinstance(given, str) and given):
+        raise Refusal(
+            400, "cache_salt is a text, not empty.", reason="bad_request", param="cache_salt"
+        )
+    if choice != Choice() and body.get("use_beam_search"):
+        raise no("Beam search takes no choice of experts: vLLM does not tell the workers of it.")
+    if path.endswith("/responses") and body.get("background"):
+        raise Refusal(
+            400,
+            "A request in the background might outlive the pool that it asks. Leave it out.",
+            reason="bad_request",
+            param="background",
+        )
+    if choice.routing and not contents.routing:
+        raise no("This server does not note which experts serve what.")
+    if choice.routing and path.endswith("/responses"):
+        raise no(f"{FIELD}.routing is not told by this route. Use /v1/chat/completions.")
+
+
+def mentions(found: Any) -> bool:
+    """Whether a body says `phatgoose` anywhere, for workers would read it in several places."""
+    if isinstance(found, dict):
+        return FIELD in found or any(map(mentions, found.values()))
+    return isinstance(found, list) and any(map(mentions, found))

@@ -1,0 +1,25 @@
+"""Whether the server was told to stop. vLLM's exit code is 0 also where its engine has died."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+_told: list[int] = []
+
+
+def listen() -> None:
+    """Note SIGINT and SIGTERM, then do what was done before; to be called in the main thread once
+    vLLM has set its handlers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before: Any = signal.getsignal(number)
+
+        def note(found: int, frame: FrameType | None, before: Any = before) -> None:
+            _told.append(found)
+            if callable(before):
+                before(found, frame)
+
+        signal.signal(number, note)
+
+
+def to_stop() -> bool:
+    return bool(_told)

@@ -1,0 +1,184 @@
+"""What a worker of ours adds to vLLM's: requests that choose, and a pool that changes."""
+
+import itertools
+import logging
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from phatgoose.errors import ConfigError, PhatgooseError, first_line
+from phatgoose.experts import load_expert
+from phatgoose.serve.ledger import report
+from phatgoose.serve.settings import ServeSettings
+from phatgoose.serve.steering import Steering
+
+if TYPE_CHECKING:
+    from phatgoose.serve.slots import Slots  # wants vLLM, which the tests of this module do not
+
+log = logging.getLogger(__name__)
+
+HANDLE = "phatgoose_live"  # the model's attribute by which the loader tells the worker
+
+
+class RoutedRunner:
+    """Goes before a model runner of vLLM's: tells the layers who is in the batch.
+
+    All of it happens outside of the model, so outside of compiled code and CUDA graphs. vLLM has
+    two kinds of runners: V1 says "override `_model_forward`", and V2 has a step of its own that
+    puts the batch in order, `prepare_inputs`.
+    """
+
+    phatgoose_steering: Steering | None = None
+
+    def execute_model(self, scheduler_output: Any, *arguments: Any, **more: Any) -> Any:
+        run = super().execute_model  # type: ignore[misc]
+        steering = self.phatgoose_steering
+        if steering is None or more.get("dummy_run"):
+            return run(scheduler_output, *arguments, **more)
+        self._phatgoose_step = scheduler_output
+        steering.begin(scheduler_output)
+        result = run(scheduler_output, *arguments, **more)
+        steering.end(scheduler_output)
+        return result
+
+    def _model_forward(self, *arguments: Any, **more: Any) -> Any:
+        steering = self.phatgoose_steering
+        if steering is not None:
+            scheduled = self._phatgoose_step.num_scheduled_tokens
+            requests = list(self.input_batch.req_ids)  # type: ignore[attr-defined]
+            steering.place(requests, [scheduled[request] for request in requests])
+        return super()._model_forward(*arguments, **more)  # type: ignore[misc]
+
+    def prepare_inputs(self, *arguments: Any, **more: Any) -> Any:
+        batch = super().prepare_inputs(*arguments, **more)  # type: ignore[misc]
+        steering = self.phatgoose_steering
+        if steering is not None:
+            ends = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
+            counts = [end - start for start, end in itertools.pairwise(ends)]
+            steering.place(batch.req_ids[: batch.num_reqs], counts)
+        return batch
+
+
+class LiveWorker:
+    """Goes before a worker of vLLM's. Its methods are called by name, through `collective_rpc`.
+
+    They take strings and give JSON. What cannot be done is an "error" in the answer, and changes
+    nothing on this rank.
+    """
+
+    phatgoose_slots: "Slots"
+    phatgoose_steering: Steering
+
+    def load_model(self, *arguments: Any, **more: Any) -> None:
+        super().load_model(*arguments, **more)  # type: ignore[misc]
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        handle = getattr(runner.get_model(), HANDLE, None)
+        if handle is None:
+            raise ConfigError(
+                'phatgoose: the worker is ours, and the model is not. Load it with load_format="'
+                'phatgoose", or leave worker_cls out.'
+            )
+        self.phatgoose_slots, self.phatgoose_steering = handle
+        kind = type(runner)
+        runner.__class__ = type(f"Routed{kind.__name__}", (RoutedRunner, kind), {})
+        runner.phatgoose_steering = self.phatgoose_steering
+
+    def phatgoose_pool(self) -> dict[str, Any]:
+        """The experts, and how many there may be; the same on every rank."""
+        recorded = self.phatgoose_steering.ledger is not None
+        return {**self.phatgoose_slots.describe(), "routing": recorded}
+
+    def phatgoose_prepare(self, name: str, source: str) -> dict[str, str | None]:
+        """Check an expert and hold it ready under `name`; nothing that is served changes.
+
+        One that was held before is forgotten. The hash of what was read is to be the same on all
+        ranks.
+        """
+        try:
+            self.phatgoose_slots.abort()
+            resident = self.phatgoose_slots.prepare(load_expert(source, name=name))
+        except Exception as error:  # a rank that raised would leave the others waiting
+            return _failed(error)
+        return {"error": None, "sha256": resident.sha256}
+
+    def phatgoose_commit(self) -> dict[str, str | None]:
+        """Serve the expert that was prepared, from the next forward on."""
+        return self._phatgoose_change(self.phatgoose_slots.commit)
+
+    def phatgoose_abort(self) -> dict[str, str | None]:
+        """Forget the expert that was prepared, if there is one."""
+        return self._phatgoose_change(self.phatgoose_slots.abort)
+
+    def phatgoose_remove(self, name: str) -> dict[str, str | None]:
+        return self._phatgoose_change(lambda: self.phatgoose_slots.remove(name))
+
+    def phatgoose_routing(self, request_id: str) -> dict[str, Any]:
+        """Which experts served a request that asked for it; forgets it. See `Ledger.take`."""
+        ledger = self.phatgoose_steering.ledger
+        found = [] if ledger is None else ledger.take(request_id)
+        if not found:
+            return {"error": f"{request_id}: no routing of such a request was recorded."}
+        return report(found)
+
+    def phatgoose_totals(self) -> dict[str, Any]:
+        """Since the start: tokens by expert (in shares) and mean entropy of the shares, in nats."""
+        steering = self.phatgoose_steering
+        if steering.ledger is None:
+            return {"error": 'phatgoose: not recorded. Set "routing": true.'}
+        return steering.ledger.totals(steering.names)
+
+    def _phatgoose_change(self, change: Any) -> dict[str, str | None]:
+        try:
+            with torch.inference_mode():
+                change()
+        except Exception as error:
+            return _failed(error)
+        return {"error": None}
+
+
+def hand_over(model: nn.Module, slots: "Slots", steering: Steering) -> None:
+    object.__setattr__(model, HANDLE, (slots, steering))
+
+
+def is_ours(worker_cls: Any) -> bool:
+    """Whether the engine's workers are ours, so that requests may choose."""
+    return isinstance(worker_cls, str) and issubclass(resolve_name(worker_cls), LiveWorker)
+
+
+def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
+    """Raise ConfigError where a row of the batch would not be a token that we can tell.
+
+    `config` is vLLM's.
+    """
+    if settings.record_routing and not chooses:
+        raise ConfigError('phatgoose: "routing" wants worker_cls="phatgoose.serve.worker.Worker".')
+    if not settings.experts and not chooses:
+        raise ConfigError(
+            "phatgoose: experts is empty, and only worker_cls="
+            '"phatgoose.serve.worker.Worker" can add some.'
+        )
+    if not chooses:
+        return
+    parallel, cache = config.parallel_config, config.cache_config
+    ways = {
+        "microbatches (dbo)": getattr(parallel, "use_ubatching", False),
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "sequence parallel mixtures": getattr(parallel, "use_sequence_parallel_moe", False),
+        "kv_sharing_fast_prefill": getattr(cache, "kv_sharing_fast_prefill", False),
+        "encoder-decoder models": config.model_config.is_encoder_decoder,
+        "routing with pipeline parallelism": settings.record_routing
+        and parallel.pipeline_parallel_size > 1,
+    }
+    for way, is_on in ways.items():
+        if is_on:
+            raise ConfigError(
+                f"phatgoose: with {way} requests cannot choose experts. Serve without it, or "
+                "without worker_cls."
+            )
+
+
+def _failed(error: Exception) -> dict[str, str | None]:
+    log.warning("refused: %s", error, exc_info=not isinstance(error, PhatgooseError))
+    return {"error": f"{type(error).__name__}: {first_line(error)}"}

@@ -1,0 +1,228 @@
+"""The pool of a running model: which expert is in which slot, and how that changes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError
+from phatgoose.experts import Expert, LoraModule, adapter_hash, identify_base
+from phatgoose.experts.verify import check_modules, check_numbers
+from phatgoose.nn import Bank
+from phatgoose.serve import layers
+from phatgoose.serve.layers import Layers, Part
+from phatgoose.serve.settings import ServeSettings, served_router
+
+Piece = tuple[Part, LoraModule, Tensor]
+
+
+@dataclass(frozen=True)
+class Resident:
+    """An expert in a slot, without its tensors."""
+
+    name: str
+    source: str | None  # the folder it was loaded from
+    sha256: str  # of what it adds and what it is chosen by
+    rank: int
+    modules: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of an expert at one layer: by part, and each whole signature's sum."""
+
+    parts: Mapping[int, tuple[Tensor, LoraModule]]
+    sums: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    resident: Resident
+    slot: int
+    shares: Mapping[str, Share]
+
+
+class Slots:
+    """Experts by slot. A slot has the same number in the banks of all layers and ranks.
+
+    An expert is prepared, which may fail and changes nothing, then committed, which cannot fail
+    and writes into buffers that stay where they are.
+    """
+
+    def __init__(
+        self, model: nn.Module, base: nn.Module, base_name: str, settings: ServeSettings
+    ) -> None:
+        self.settings = settings
+        self.banks: dict[str, Bank] = {}
+        self.generation = 0
+        self.residents: list[Resident | None] = []
+        self.prepared: Prepared | None = None
+        self.on_change: Callable[[Sequence[str | None]], None] = lambda names: None
+        self._model, self._base, self._base_name = model, base, base_name
+        self._layers = Layers(model)
+        self._router = served_router(settings.router)
+
+    @property
+    def names(self) -> list[str | None]:
+        """By slot."""
+        return [resident.name if resident else None for resident in self.residents]
+
+    def pieces(self, expert: Expert) -> dict[str, list[Piece]]:
+        """By layer of this rank, the modules the expert adapts there.
+
+        Raises MissingGateError, or RoutingError; see `Layers.find`.
+        """
+        found: dict[str, list[Piece]] = {}
+        for module, lora in expert.modules.items():
+            signature = self._router.signature(expert, module)
+            part = self._layers.find(module, expert.name)
+            if part is not None:
+                found.setdefault(part.layer, []).append((part, lora, signature))
+        return found
+
+    def shares(self, pieces: Mapping[str, list[Piece]]) -> dict[str, Share]:
+        """What this rank needs of the pieces."""
+        made = {}
+        for name, mine in pieces.items():
+            layer = self._model.get_submodule(name)
+            parts, sums = {}, {}
+            for part, lora, signature in mine:
+                share, local = layers.share_of(layer, part, lora, signature)
+                parts[part.number] = (local, share)
+                # Of the whole signature: a rank that holds a share of it needs the sum to score.
+                sums[part.number] = signature.sum()
+            made[name] = Share(parts, sums)
+        return made
+
+    def resident(self, expert: Expert) -> Resident:
+        hashed = hashlib.sha256(adapter_hash(expert.modules).encode())
+        for name in sorted(expert.modules):
+            signature = self._router.signature(expert, name).detach().to("cpu", torch.float32)
+            hashed.update(name.encode() + signature.contiguous().numpy().tobytes())
+        return Resident(
+            name=expert.name,
+            source=str(expert.folder) if expert.folder else None,
+            sha256=hashed.hexdigest(),
+            rank=max(module.rank for module in expert.modules.values()),
+            modules=len(expert.modules),
+        )
+
+    def fill(self, banks: dict[str, Bank], residents: Sequence[Resident], capacity: int) -> None:
+        """Take over banks that hold these experts in their first slots."""
+        self.banks = banks
+        self.residents = [*residents, *[None] * (capacity - len(residents))]
+
+    def prepare(self, expert: Expert) -> Resident:
+        """Check an expert and hold it ready, in place of one held before.
+
+        Raises ConfigError where there is no room for it, IncompatibleExpertError, and what `pieces`
+        raises.
+        """
+        self.prepared = None
+        if expert.name in self.names:
+            raise ConfigError(f"{expert.name}: the pool has an expert of this name. Remove it.")
+        if None not in self.residents:
+            raise ConfigError(
+                f"{expert.name}: all {len(self.residents)} slots are taken. Remove an expert, or "
+                "start with a larger capacity."
+            )
+        for problem in check_numbers(expert):
+            raise IncompatibleExpertError(problem)
+        check_base(expert, self._base, self._base_name)
+        pieces = self.pieces(expert)
+        for name, mine in pieces.items():
+            self._check_room(expert, name, mine)
+        resident = self.resident(expert)
+        self.prepared = Prepared(resident, self.residents.index(None), self.shares(pieces))
+        return resident
+
+    def commit(self) -> None:
+        """Write the prepared expert into its slot. Raises ConfigError if there is none."""
+        if self.prepared is None:
+            raise ConfigError("phatgoose: no expert is prepared, so there is none to commit.")
+        ready, self.prepared = self.prepared, None
+        for name, bank in self.banks.items():
+            write(bank, ready.slot, ready.shares.get(name))
+        self._changed(ready.slot, ready.resident)
+
+    def abort(self) -> None:
+        self.prepared = None
+
+    def remove(self, name: str) -> None:
+        """Close an expert's slot, for the next one. Raises ConfigError if it is not there."""
+        if name not in self.names:
+            raise ConfigError(
+                f"{name}: no expert of this name in the pool. It has: "
+                f"{', '.join(filter(None, self.names))}."
+            )
+        slot = self.names.index(name)
+        for bank in self.banks.values():
+            write(bank, slot, None)
+        self._changed(slot, None)
+
+    def describe(self) -> dict[str, Any]:
+        """For people and other programs; the same on every rank."""
+        return {
+            "generation": self.generation,
+            "fingerprint": self.fingerprint(),
+            "capacity": len(self.residents),
+            "max_rank": self.settings.max_rank
+            or max((bank.a.shape[2] for bank in self.banks.values()), default=0),
+            "experts": [asdict(resident) for resident in self.residents if resident],
+        }
+
+    def fingerprint(self) -> str:
+        """Of all that decides how a token is served: experts in any order, router, settings."""
+        experts = sorted(
+            (resident.name, resident.sha256) for resident in self.residents if resident
+        )
+        return digest([experts, self.settings.router, asdict(self.settings.routing)])
+
+    def _check_room(self, expert: Expert, name: str, mine: list[Piece]) -> None:
+        bank = self.banks.get(name)
+        if bank is None:
+            raise RoutingError(
+                f"{expert.name}: adapts {name}, which no expert did at the start, so there is no "
+                'room at it. Name its kind in "targets" of additional_config["phatgoose"].'
+            )
+        rank, room = max(lora.rank for _, lora, _ in mine), bank.a.shape[2]
+        if rank > room:
+            raise ConfigError(
+                f"{expert.name}: has rank {rank} at {name}, there is room for {room}. Start with "
+                f"max_rank of at least {rank}."
+            )
+
+    def _changed(self, slot: int, resident: Resident | None) -> None:
+        self.residents[slot] = resident
+        self.generation += 1
+        self.on_change(self.names)
+
+
+def write(bank: Bank, slot: int, share: Share | None) -> None:
+    """Put a share of an expert, or nothing, into a slot, the next one after the last included."""
+    parts = share.parts if share else {}
+    if slot == len(bank):
+        bank.append(slot, parts)
+    else:
+        bank.replace(slot, parts)
+    for number, total in (share.sums if share else {}).items():
+        bank.sums[number, slot] = total
+
+
+def check_base(expert: Expert, base: nn.Module, name: str) -> None:
+    """Raise IncompatibleExpertError unless the expert was made for this base."""
+    difference = expert.base and expert.base.difference(identify_base(base, name=name))
+    if difference:
+        raise IncompatibleExpertError(
+            f"{expert.name}: was made for another base than {name}: {difference}."
+        )
+    for problem in check_modules(expert, base):
+        raise IncompatibleExpertError(problem)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

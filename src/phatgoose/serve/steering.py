@@ -1,0 +1,130 @@
+"""What each request of a batch wants of the pool, put where the layers read it."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.serve.choice import Choice
+from phatgoose.serve.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+KEY = "phatgoose"  # of a request's settings in SamplingParams.extra_args
+
+
+class Steering:
+    """The prior of a running model: a row for each token of a forward, -inf closes a slot.
+
+    One fp32 buffer [N, C], which every layer reads, also within a CUDA graph. It is all zeros, and
+    left alone, while no request wants anything.
+    """
+
+    def __init__(self, tokens: int, capacity: int, device: torch.device, *, routing: bool) -> None:
+        self.prior = torch.zeros(tokens, capacity, device=device)
+        self.ledger = Ledger(tokens, capacity, device) if routing else None
+        self.names: list[str | None] = [None] * capacity  # by slot
+        self._choices: dict[str, Choice] = {}  # of running requests that want something
+        self._rows: dict[str, Tensor] = {}  # and their priors [C], on the host
+        self._written = 0  # rows of `prior` that may be other than zero
+        self._first: dict[str, int] = {}
+        self._placed: tuple[Sequence[str], Sequence[int]] | None = None
+
+    def rename(self, names: Sequence[str | None]) -> None:
+        """The pool has changed: these are the experts now, by slot."""
+        if self.ledger is not None:
+            self.ledger.settle(self.names)
+        self.names = list(names)
+        for request, choice in self._choices.items():
+            try:
+                self._rows[request] = self._row(choice)
+            except ConfigError as error:
+                log.error("request %s goes on with the base alone: %s", request, error)
+                self._rows[request] = torch.full((len(self.names),), -torch.inf)
+
+    def begin(self, step: Any) -> None:
+        """Take note of the requests in vLLM's `SchedulerOutput` for the next forward."""
+        self._placed = None
+        for request in step.finished_req_ids:
+            self._choices.pop(request, None)
+            self._rows.pop(request, None)
+            if self.ledger is not None:
+                self.ledger.finish(request)
+        for new in step.scheduled_new_reqs:
+            self._choices.pop(new.req_id, None)
+            self._rows.pop(new.req_id, None)
+            wanted = (getattr(new.sampling_params, "extra_args", None) or {}).get(KEY)
+            if wanted is not None:
+                self._start(new, wanted)
+        if self.ledger is not None:
+            self._first = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
+            again = step.scheduled_cached_reqs
+            self._first |= dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
+
+    def place(self, requests: Sequence[str], counts: Sequence[int]) -> None:
+        """Before a forward: the requests in the order of their tokens, and how many of each."""
+        self._placed = requests, counts
+        tokens = sum(counts)
+        if self.ledger is not None:
+            self.ledger.clear(tokens)
+        if self._rows and any(request in self._rows for request in requests):
+            everything = torch.zeros(len(self.names))
+            rows = torch.stack([self._rows.get(request, everything) for request in requests])
+            which = torch.arange(len(requests)).repeat_interleave(torch.tensor(counts))
+            torch.index_select(self._there(rows), 0, self._there(which), out=self.prior[:tokens])
+            self.prior[tokens : max(tokens, self._written)].zero_()
+            self._written = tokens
+        elif self._written:
+            self.prior[: self._written].zero_()
+            self._written = 0
+
+    def end(self, step: Any) -> None:
+        """After the forward."""
+        if self._placed is not None:
+            if self.ledger is not None:
+                self.ledger.add(*self._placed, self._first)
+        elif any(request in self._rows for request in step.num_scheduled_tokens):
+            raise RoutingError(
+                "phatgoose: this vLLM runs models in a way that the settings of requests do not "
+                "reach. Serve without worker_cls, or with a version of vLLM that was tested."
+            )
+
+    def _there(self, table: Tensor) -> Tensor:
+        """A copy where the model is, for which a GPU's work that was queued need not be done."""
+        table = table.pin_memory() if self.prior.is_cuda else table
+        return table.to(self.prior.device, non_blocking=True)
+
+    def _start(self, new: Any, wanted: Any) -> None:
+        try:
+            choice = Choice.read(wanted)
+            row = self._row(choice)
+            if choice.routing and self.ledger is None:
+                raise ConfigError(
+                    "phatgoose: a request wants its routing, which is not recorded. Set "
+                    '"routing": true in additional_config["phatgoose"].'
+                )
+        except ConfigError as error:
+            # Whoever sends requests is to check them; one that slips through must neither be served
+            # by other experts nor stop the engine.
+            log.error("request %s is refused, its answer is left empty: %s", new.req_id, error)
+            new.sampling_params = _silent(new.sampling_params)
+            return
+        self._choices[new.req_id], self._rows[new.req_id] = choice, row
+        if self.ledger is not None and choice.routing:
+            self.ledger.start(new.req_id, self.names, with_tokens=choice.routing == "tokens")
+
+    def _row(self, choice: Choice) -> Tensor:
+        routed = choice.routed([name for name in self.names if name is not None])
+        closed = [name not in routed for name in self.names]
+        return torch.zeros(len(closed)).masked_fill_(torch.tensor(closed), -torch.inf)
+
+
+def _silent(params: Any) -> Any:
+    """Sampling that can only stop: vLLM has no way for a worker to turn down a request."""
+    params = params.clone()
+    params.allowed_token_ids = [min(params.all_stop_token_ids, default=0)]
+    params.min_tokens = 0
+    return params

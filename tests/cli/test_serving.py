@@ -1,0 +1,121 @@
+"""serve: the command line that vLLM gets. tests/serve/test_server.py starts a server."""
+
+import importlib.util
+import json
+
+import pytest
+
+from phatgoose import default
+from phatgoose.cli.main import build_parser
+from phatgoose.cli.serving import SPARE, vllm_flags
+from phatgoose.errors import ConfigError
+from phatgoose.serve.http import access
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.delenv(access.ADMIN_KEY, raising=False)
+
+
+def flags(*words):
+    """By name, with what follows; and those that were handed on."""
+    arguments, more = build_parser().parse_known_args(["serve", *words])
+    arguments.more = more
+    found = vllm_flags(arguments)
+    ours = found[: len(found) - len([word for word in more if word in found[-len(more) :]])]
+    named = dict(zip(ours[::2], ours[1::2], strict=True))
+    config = json.loads(named["--additional-config"])
+    return named, config, found
+
+
+def test_alone_it_serves_the_pool_in_the_package():
+    named, config, _ = flags()
+    assert named["--model"] == str(default.BASE)
+    assert named["--chat-template"] == str(default.CHAT_TEMPLATE)
+    assert named["--served-model-name"] == "pool"
+    assert named["--load-format"] == "phatgoose"
+    assert named["--host"] == "127.0.0.1"
+    experts = [str(path) for path in default.expert_folders()]
+    assert config == {"phatgoose": {"routing": True, "experts": experts}}
+
+
+def test_what_is_given():
+    named, config, _ = flags(
+        *"--base b --experts x y --router average_activation --top-k 3 --temperature 0.5".split(),
+        *"--scale unit --null-score 0.1 --capacity 9 --max-rank 8 --port 1".split(),
+    )
+    assert named["--model"] == "b"
+    assert named["--port"] == "1"
+    assert "--chat-template" not in named
+    assert config["phatgoose"] == {
+        "routing": True,
+        "experts": ["x", "y"],
+        "router": "average_activation",
+        "top_k": 3,
+        "temperature": 0.5,
+        "scale": "unit",
+        "null_score": 0.1,
+        "capacity": 9,
+        "max_rank": 8,
+    }
+
+
+def test_where_experts_may_be_added_there_is_room(monkeypatch):
+    _, config, _ = flags("--experts", "x", "--admin-key", "k")
+    assert config["phatgoose"]["capacity"] == 1 + SPARE
+    monkeypatch.setenv(access.ADMIN_KEY, "k")
+    assert flags("--experts", "x")[1]["phatgoose"]["capacity"] == 1 + SPARE
+
+
+def test_keys_are_not_on_the_command_line():
+    _, _, found = flags("--api-key", "secret1", "--admin-key", "secret2")
+    assert not any("secret" in word for word in found)
+
+
+def test_the_rest_is_for_vllm():
+    more = ["--dtype", "float32", "-tp", "2", "--max-model-len=512", "--enforce-eager"]
+    _, _, found = flags("--experts", "x", *more, "--port", "1")
+    assert found[-len(more) :] == more
+
+
+def test_names_and_templates_that_vllm_is_given_stand():
+    _, _, found = flags("--served-model-name", "mine", "--chat_template=t.jinja")
+    assert found.count("--served-model-name") == 1
+    assert "--chat-template" not in found
+
+
+@pytest.mark.parametrize("flag", ["--additional-config", "--additional_config"])
+def test_settings_without_a_flag(flag):
+    text = json.dumps({"other": 1, "phatgoose": {"targets": ["q_proj"], "top_k": 1}})
+    for words in ([flag, text], [f"{flag}={text}"]):
+        _, config, _ = flags("--experts", "x", "--top-k", "2", *words)
+        assert config["other"] == 1
+        assert config["phatgoose"]["targets"] == ["q_proj"]
+        assert config["phatgoose"]["top_k"] == 2  # the flag wins
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["some/model"], "Say --base"),
+        (["--model", "x"], "Say --base"),
+        (["--load_format=auto"], "base_load_format"),
+        (["--worker-cls", "x"], "ours"),
+        (["--api-server-count", "2"], "one front end"),
+        (["--headless"], "vLLM itself"),
+        (["--additional-config", "{"], "must be a JSON object"),
+        (["--additional-config"], "must be a JSON object"),
+        (["--additional-config", "[]"], "must be a JSON object"),
+        (["--additional-config", '{"phatgoose": 3}'], "must be a JSON object"),
+    ],
+)
+def test_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        flags(*words)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm(run):
+    result = run("serve")
+    assert (result.code, result.out) == (1, "")
+    assert "pip install 'phatgoose[vllm]'" in result.err

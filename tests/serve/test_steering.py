@@ -1,0 +1,188 @@
+"""What a batch of requests that choose makes of the prior, and which experts it says served them.
+
+Steps of vLLM's scheduler and its model runners are imitated here; `test_live.py` has real ones.
+"""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from phatgoose.errors import RoutingError
+from phatgoose.serve.ledger import Ledger, report
+from phatgoose.serve.live import RoutedRunner
+from phatgoose.serve.steering import Steering
+
+CPU = torch.device("cpu")
+
+
+class Params(SimpleNamespace):
+    def clone(self):
+        return Params(**vars(self))
+
+
+def step(new=(), again=(), finished=(), scheduled=()):
+    """As vLLM's scheduler describes a step; `new` are ids with settings, `again` with positions."""
+    params = [
+        Params(
+            extra_args=None if wanted is None else {"phatgoose": wanted},
+            all_stop_token_ids={7, 9},
+            min_tokens=3,
+        )
+        for _, wanted in new
+    ]
+    return SimpleNamespace(
+        finished_req_ids=set(finished),
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, sampling_params=given, num_computed_tokens=0)
+            for (name, _), given in zip(new, params, strict=True)
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[name for name, _ in again], num_computed_tokens=[at for _, at in again]
+        ),
+        num_scheduled_tokens=dict(scheduled),
+    )
+
+
+@pytest.fixture
+def steering():
+    made = Steering(12, 3, CPU, routing=True)
+    made.rename(["a", "b", None])
+    return made
+
+
+def is_open(steering):
+    return (steering.prior == 0.0).int().tolist()
+
+
+def test_rows_follow_the_batch(steering):
+    assert is_open(steering) == [[1, 1, 1]] * 12
+    steering.begin(step(new=[("x", '{"allow": ["b"]}'), ("y", None), ("z", '{"base": true}')]))
+    steering.place(["y", "x", "z"], [2, 3, 1])
+    assert is_open(steering) == [[1, 1, 1]] * 2 + [[0, 1, 0]] * 3 + [[0, 0, 0]] + [[1, 1, 1]] * 6
+    steering.begin(step(again=[("x", 3), ("y", 2)], finished=["z"]))
+    steering.place(["x", "y"], [1, 1])
+    assert is_open(steering) == [[0, 1, 0]] + [[1, 1, 1]] * 11
+    steering.begin(step(new=[("x", None)], finished=["x", "y"]))  # the same id again
+    steering.place(["x"], [1])
+    assert is_open(steering) == [[1, 1, 1]] * 12
+
+
+def test_rows_follow_the_pool(steering):
+    steering.begin(step(new=[("x", '{"deny": ["a"]}'), ("y", '{"allow": ["a"]}')]))
+    steering.rename([None, "b", "c"])
+    steering.place(["x", "y"], [1, 1])
+    assert is_open(steering)[:2] == [[0, 0, 0], [0, 0, 0]]  # what they name is gone: no other
+    steering.rename(["c", "b", "a"])
+    steering.place(["x", "y"], [1, 1])
+    assert is_open(steering)[:2] == [[1, 1, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "wanted", ["{", '{"allow": ["nobody"]}', '{"routing": "all"}', '{"deny": ["a", "b"]}', 3]
+)
+def test_a_bad_request_is_answered_by_nothing(wanted, steering):
+    asked = step(new=[("x", wanted)])
+    given = asked.scheduled_new_reqs[0].sampling_params
+    steering.begin(asked)
+    params = asked.scheduled_new_reqs[0].sampling_params
+    assert (params.allowed_token_ids, params.min_tokens) == ([7], 0)
+    assert given.min_tokens == 3  # the scheduler's own is left as it was
+
+
+def test_routing_that_is_not_recorded():
+    steering = Steering(4, 1, CPU, routing=False)
+    steering.rename(["a"])
+    asked = step(new=[("x", '{"routing": "shares"}')])
+    steering.begin(asked)
+    assert asked.scheduled_new_reqs[0].sampling_params.allowed_token_ids == [7]
+
+
+def test_a_runner_that_does_not_tell_the_batch(steering):
+    asked = step(new=[("x", '{"base": true}')], scheduled=[("x", 2)])
+    steering.begin(asked)
+    with pytest.raises(RoutingError, match="do not reach"):
+        steering.end(asked)
+    other = step(again=[("y", 1)], scheduled=[("y", 1)])
+    steering.begin(other)
+    steering.end(other)
+
+
+def test_shares(steering):
+    ledger = steering.ledger
+    asked = step(new=[("x", '{"routing": "tokens"}'), ("y", None)])
+    steering.begin(asked)
+    steering.place(["y", "x"], [1, 2])
+    ledger.tally[:3] = torch.tensor([[0.0, 4.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0], [0.0] * 4])
+    steering.end(asked)
+    asked = step(again=[("x", 4)])  # two tokens came from the prefix cache
+    steering.begin(asked)
+    steering.place(["x"], [1])
+    assert not ledger.tally[0].any()
+    ledger.tally[0] = torch.tensor([2.0, 6.0, 0.0, 0.0])
+    steering.end(asked)
+    found = report(ledger.take("x"))
+    assert found["shares"] == pytest.approx({"": 1.25 / 3, "a": 1.0 / 3, "b": 0.75 / 3})
+    assert found["tokens"] == [["b", "", None, None, "a"]]
+    assert not ledger.take("x")
+
+    steering.rename(["c", "b", None])
+    totals = ledger.totals(steering.names)
+    assert totals["tokens"] == pytest.approx({"a": 2.0, "b": 0.75, "c": 0.0})
+    assert totals["base"] == pytest.approx(1.25)
+    assert totals["count"] == 4
+    two = -(0.25 * torch.tensor(0.25).log() + 0.75 * torch.tensor(0.75).log())
+    assert totals["entropy"] == pytest.approx(float(2 * two / 4), rel=1e-6)
+    json.dumps([found, totals])
+
+
+def test_requests_go_by_several_names():
+    ledger = Ledger(4, 1, CPU)
+    ids = [f"{n}_cmpl-1-{p}-0123abcd" for n in (10, 2) for p in (0, 1)]
+    for name in [*ids, "cmpl-11-0-0123abcd", "other"]:
+        ledger.start(name, ["a"], with_tokens=False)
+    ledger.finish(ids[0])
+    assert [name for name, _ in ledger.take("cmpl-1")] == [ids[2], ids[0], ids[3], ids[1]]
+    assert [name for name, _ in ledger.take("cmpl-11")] == ["cmpl-11-0-0123abcd"]
+    assert not ledger.take("cmpl-1")
+
+
+class FirstRunner:
+    """As vLLM's V1: the batch is in order once `_model_forward` is called."""
+
+    def execute_model(self, scheduler_output, intermediate_tensors=None):
+        self.input_batch = SimpleNamespace(req_ids=["y", "x"])
+        return self._model_forward(input_ids=3)
+
+    def _model_forward(self, input_ids):
+        return input_ids, is_open(self.phatgoose_steering)
+
+
+class SecondRunner:
+    """As vLLM's V2: `prepare_inputs` gives the batch, and not to dummy runs."""
+
+    def execute_model(self, scheduler_output, intermediate_tensors=None, dummy_run=False):
+        if not dummy_run:
+            self.prepare_inputs(scheduler_output)
+        return 3, is_open(self.phatgoose_steering)
+
+    def prepare_inputs(self, scheduler_output):
+        ends = np.array([0, 2, 3, 3])  # padded to three requests
+        return SimpleNamespace(req_ids=["y", "x"], num_reqs=2, query_start_loc_np=ends)
+
+
+@pytest.mark.parametrize("kind", [FirstRunner, SecondRunner])
+def test_runners(kind, steering):
+    runner = kind()
+    runner.__class__ = type("Routed", (RoutedRunner, kind), {})
+    runner.phatgoose_steering = steering
+    asked = step(new=[("x", '{"base": true}'), ("y", None)], scheduled=[("x", 1), ("y", 2)])
+    result, opened = runner.execute_model(asked)
+    assert result == 3
+    assert opened[:3] == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
+    assert steering.ledger.totals(steering.names)["count"] == 3
+    if kind is SecondRunner:
+        runner.execute_model(step(), dummy_run=True)
+        assert steering.ledger.totals(steering.names)["count"] == 3
