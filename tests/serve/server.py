@@ -11,8 +11,16 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+# Of pytest's processes, each puts its engines on a core of its own.
+FIRST_CORE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
 STARTS = 300  # seconds that a start may take on a busy machine
 API_KEY, ADMIN_KEY = "user-key", "admin-key"
+
+
+def on_cores(ranks=1):
+    """vLLM's setting for an engine whose ranks have a core each."""
+    cores = [(FIRST_CORE + rank) % 2 for rank in range(ranks)]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))}
 
 
 class Server:
@@ -38,6 +46,7 @@ class Server:
                     "PHATGOOSE_ADMIN_KEY": ADMIN_KEY,
                     "VLLM_CPU_KVCACHE_SPACE": "1",
                     "VLLM_NO_USAGE_STATS": "1",
+                    **on_cores(),
                     **(environment or {}),
                 },
             )
