@@ -171,7 +171,14 @@ def _watching(model):
 
     def look(site, x):
         bank, settings = site.bank, site.state.settings
-        scores = gate_scores(x.flatten(0, -2), bank.signatures[site.part])
+        signatures = bank.signatures[site.part]
+        if site.state.router.standardises:
+            scores = gate_scores(x.flatten(0, -2), signatures)
+        else:  # evidence alone
+            scores = x.new_zeros(x[..., 0].numel(), len(signatures))
+        prior = site.state.prior(*site.state.keeper.find(site.name, x))
+        if prior is not None:
+            scores = scores + site._of_slots(prior, scores.shape[1])
         scores = scores[:, bank.open[site.part]]
         if settings.null_score is not None:
             null = scores.new_full((len(scores), 1), settings.null_score)

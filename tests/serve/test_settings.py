@@ -50,7 +50,13 @@ def test_what_is_given():
         ({"experts": ["a"], "router": "no such"}, "no router is called"),
         ({"experts": ["a"], "router": 3}, "router must be a name"),
         ({"experts": ["a"], "router": "arrow"}, "cannot be served"),
-        ({"experts": ["a"], "router": "phatgoose+evidence"}, "cannot be served"),
+        ({"experts": ["a"], "router": "arrow+evidence"}, "cannot be served"),
+        ({"experts": ["a"], "router": "phatgoose+adapter_evidence"}, "cannot be served"),
+        ({"experts": ["a"], "router": "phatgoose+evidence+evidence"}, "cannot be served"),
+        (
+            {"experts": ["a"], "router": "phatgoose+evidence", "null_score": 0.1},
+            "there is no null_score",
+        ),
         ({"experts": ["a"], "router": "phatgoose_mixed"}, "wants to run the base first"),
     ],
 )

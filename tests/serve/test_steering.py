@@ -103,7 +103,7 @@ def test_routing_that_is_not_recorded():
 def test_a_runner_that_does_not_tell_the_batch(steering):
     asked = step(new=[("x", '{"base": true}')], scheduled=[("x", 2)])
     steering.begin(asked)
-    with pytest.raises(RoutingError, match="do not reach"):
+    with pytest.raises(RoutingError, match="nor the settings"):
         steering.end(asked)
     other = step(again=[("y", 1)], scheduled=[("y", 1)])
     steering.begin(other)
@@ -154,10 +154,10 @@ class FirstRunner:
 
     def execute_model(self, scheduler_output, intermediate_tensors=None):
         self.input_batch = SimpleNamespace(req_ids=["y", "x"])
-        return self._model_forward(input_ids=3)
+        return self._model_forward(input_ids=torch.arange(3))
 
     def _model_forward(self, input_ids):
-        return input_ids, is_open(self.phatgoose_steering)
+        return len(input_ids), is_open(self.phatgoose_steering)
 
 
 class SecondRunner:
@@ -170,7 +170,9 @@ class SecondRunner:
 
     def prepare_inputs(self, scheduler_output):
         ends = np.array([0, 2, 3, 3])  # padded to three requests
-        return SimpleNamespace(req_ids=["y", "x"], num_reqs=2, query_start_loc_np=ends)
+        return SimpleNamespace(
+            req_ids=["y", "x"], num_reqs=2, query_start_loc_np=ends, input_ids=torch.arange(3)
+        )
 
 
 @pytest.mark.parametrize("kind", [FirstRunner, SecondRunner])

@@ -2,18 +2,21 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError, RoutingError, first_line
+from phatgoose.experts import Expert
 from phatgoose.experts.sources import expert_sources
 from phatgoose.nn import Bank
 from phatgoose.pool import ExpertPool
 from phatgoose.serve import layers
 from phatgoose.serve.layers import Layers
 from phatgoose.serve.method import BANK, PRIOR, TALLY, RoutedMethod
+from phatgoose.serve.readings import Readings
 from phatgoose.serve.settings import ServeSettings
 from phatgoose.serve.slots import Piece, Slots, check_base, digest, write
 from phatgoose.serve.steering import Steering
@@ -83,7 +86,7 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
     log.info("routing %d layers among %s", len(banks), ", ".join(pool.names) or "no experts")
 
 
-def steer(slots: Slots, tokens: int) -> Steering:
+def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Steering:
     """Give all banks a prior, and a tally if wanted, for forwards of up to so many tokens."""
     device = next((bank.a.device for bank in slots.banks.values()), torch.get_default_device())
     steering = Steering(tokens, len(slots.residents), device, routing=slots.settings.record_routing)
@@ -93,7 +96,72 @@ def steer(slots: Slots, tokens: int) -> Steering:
             bank.register_buffer(TALLY, steering.ledger.tally, persistent=False)
     steering.names = slots.names
     slots.on_change = steering.rename
+    if slots.evidence is not None:
+        steering.readings = read_contexts(slots, pool, model_config, steering)
     return steering
+
+
+def read_contexts(
+    slots: Slots, pool: ExpertPool, model_config: Any, steering: Steering
+) -> Readings:
+    """Weigh all token ids for the experts, and for those to come as they come.
+
+    Text that the base writes, the reference for "no expert at all", cancels out between experts,
+    so here every token id once will do for it.
+    """
+    evidence, device = slots.evidence, steering.prior.device
+    assert evidence is not None
+
+    def weigh(experts: Sequence[Expert]) -> dict[str, Tensor]:
+        first: Any = first_layer(model_config).to(device)
+        count = first.get_input_embeddings().weight.shape[0]
+        like = type(evidence)(strength=evidence.strength, background=torch.arange(count)[None])
+        with torch.inference_mode(False):
+            like.prepare(first, experts)
+        return like.worth
+
+    worth = weigh(pool.experts) if len(pool) else {}
+    tokens = len(next(iter(worth.values()))) if worth else model_config.get_vocab_size()
+    readings = Readings(
+        tokens,
+        len(slots.residents),
+        device,
+        strength=evidence.strength,
+        ahead=evidence.ahead,
+        place=steering.there,
+    )
+    for slot, expert in enumerate(pool):
+        readings.put(slot, worth[expert.name])
+    slots.weigh = lambda expert: weigh([expert])[expert.name]
+    slots.on_worth = readings.put
+    return readings
+
+
+def first_layer(model_config: Any) -> nn.Module:
+    """The base up to its first layer, as transformers has it: what that reads is up to token ids.
+
+    Raises RoutingError where its weights cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model_config.hf_config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            model_config.model,
+            config=config,
+            revision=model_config.revision,
+            dtype=model_config.dtype,
+            trust_remote_code=model_config.trust_remote_code,
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise RoutingError(
+            f"{model_config.model}: transformers cannot read its first layer "
+            f"({first_line(error)}), which evidence is taken from. Choose a router without."
+        ) from error
+    return model.eval()
 
 
 def layout(slots: Slots) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from phatgoose.errors import ConfigError, PhatgooseError, first_line
 from phatgoose.experts import load_expert
 from phatgoose.serve.ledger import report
-from phatgoose.serve.settings import ServeSettings
+from phatgoose.serve.settings import ServeSettings, served_router
 from phatgoose.serve.steering import Steering
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class RoutedRunner:
         if steering is not None:
             scheduled = self._phatgoose_step.num_scheduled_tokens
             requests = list(self.input_batch.req_ids)  # type: ignore[attr-defined]
-            steering.place(requests, [scheduled[request] for request in requests])
+            ids = more.get("input_ids", arguments[0] if arguments else None)
+            steering.place(requests, [scheduled[request] for request in requests], ids)
         return super()._model_forward(*arguments, **more)  # type: ignore[misc]
 
     def prepare_inputs(self, *arguments: Any, **more: Any) -> Any:
@@ -57,7 +58,7 @@ class RoutedRunner:
         if steering is not None:
             ends = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
             counts = [end - start for start, end in itertools.pairwise(ends)]
-            steering.place(batch.req_ids[: batch.num_reqs], counts)
+            steering.place(batch.req_ids[: batch.num_reqs], counts, batch.input_ids)
         return batch
 
 
@@ -159,9 +160,21 @@ def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
             "phatgoose: experts is empty, and only worker_cls="
             '"phatgoose.serve.worker.Worker" can add some.'
         )
+    _, evidence = served_router(settings.router)
+    if evidence and not chooses:
+        raise ConfigError(
+            f"phatgoose: the router {settings.router!r} wants "
+            'worker_cls="phatgoose.serve.worker.Worker".'
+        )
     if not chooses:
         return
     parallel, cache = config.parallel_config, config.cache_config
+    if evidence and evidence.ahead and cache.enable_prefix_caching:
+        raise ConfigError(
+            f"phatgoose: with the router {settings.router!r} what a token does depends on the rest "
+            "of its prompt, so prompts cannot share a prefix. Turn prefix caching off "
+            "(--no-enable-prefix-caching), or use evidence."
+        )
     ways = {
         "microbatches (dbo)": getattr(parallel, "use_ubatching", False),
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -170,6 +183,10 @@ def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
         "encoder-decoder models": config.model_config.is_encoder_decoder,
         "routing with pipeline parallelism": settings.record_routing
         and parallel.pipeline_parallel_size > 1,
+        "evidence with pipeline parallelism": evidence and parallel.pipeline_parallel_size > 1,
+        "evidence with inputs other than token ids": evidence
+        and (config.model_config.enable_prompt_embeds or config.model_config.is_multimodal_model),
+        "evidence with speculative decoding": evidence and config.speculative_config is not None,
     }
     for way, is_on in ways.items():
         if is_on:

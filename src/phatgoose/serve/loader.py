@@ -48,7 +48,7 @@ class PhatgooseLoader(BaseModelLoader):  # type: ignore[misc]
         attach(model, pool, slots)
         if chooses:
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
-            hand_over(model, slots, steer(slots, tokens))
+            hand_over(model, slots, steer(slots, pool, model_config, tokens))
         extra[LAYOUT] = layout(slots)
         return model
 

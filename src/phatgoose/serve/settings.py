@@ -7,6 +7,7 @@ from typing import Any
 from phatgoose.errors import ConfigError
 from phatgoose.nn import RoutingSettings
 from phatgoose.routers import Router, make_router
+from phatgoose.routers.evidence import PromptsEvidence
 
 ROUTING = tuple(field.name for field in fields(RoutingSettings))
 
@@ -59,10 +60,15 @@ class ServeSettings:
             value = config.get(key)
             if value is not None and not (type(value) is int and value >= 1):
                 raise ConfigError(f"phatgoose: {key} must be at least 1, got {value!r}.")
-        router = served_router(config.get("router", cls.router))
+        router, evidence = served_router(config.get("router", cls.router))
         given = {key: config[key] for key in ROUTING if config.get(key) is not None}
         mine = {key: config[key] for key in own if config.get(key) is not None}
         mine["targets"] = tuple(mine.get("targets", ()))
+        if evidence and given.get("null_score") is not None:
+            raise ConfigError(
+                "phatgoose: with evidence there is no null_score, which would need text that the "
+                "base writes. Leave it out, or use phatgoose.route with transformers."
+            )
         return cls(
             **{**mine, "experts": tuple(config["experts"])},
             record_routing=config.get("routing", False),
@@ -70,24 +76,26 @@ class ServeSettings:
         )
 
 
-def served_router(name: Any) -> Router:
-    """The router of this name, if a layer can run it on tokens alone, whoever sent them.
+def served_router(name: Any) -> tuple[Router, PromptsEvidence | None]:
+    """The router of this name, if layers can run it; and its part that looks at the context.
 
-    vLLM puts tokens of many requests into one forward, so a router that looks at whole sequences
-    or at the model itself cannot be served. Raises ConfigError for those.
+    vLLM puts tokens of many requests into one forward, so what a layer does is up to single tokens,
+    and what the context says is counted before (`Readings`). Raises ConfigError for other routers.
     """
     if not isinstance(name, str):
         raise ConfigError(f"phatgoose: router must be a name, got {name!r}.")
     router = make_router(name)
-    kind = type(router)
-    if not router.standardises or kind.prior is not Router.prior:
+    evidence = router if isinstance(router, PromptsEvidence) else None
+    gate = evidence.inner if evidence else router
+    if gate is not None and (not gate.standardises or gate.has_prior):
         raise ConfigError(
             f"phatgoose: the router {name!r} cannot be served by vLLM. Choose phatgoose or "
-            "average_activation, or use phatgoose.route with transformers."
+            "average_activation, alone or with +evidence or +prompt_evidence, or use "
+            "phatgoose.route with transformers."
         )
-    if kind.prepare is not Router.prepare:
+    if gate is not None and type(gate).prepare is not Router.prepare:
         raise ConfigError(
             f"phatgoose: the router {name!r} wants to run the base first, which vLLM does not let "
             "it. Use phatgoose.route with transformers."
         )
-    return router
+    return router, evidence

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError
 from phatgoose.experts import Expert, LoraModule, adapter_hash, identify_base
+from phatgoose.experts.gates import gates_hash
 from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.nn import Bank
 from phatgoose.serve import layers
@@ -44,6 +46,7 @@ class Prepared:
     resident: Resident
     slot: int
     shares: Mapping[str, Share]
+    worth: Tensor | None  # of every token id [V], where evidence is wanted
 
 
 class Slots:
@@ -64,7 +67,9 @@ class Slots:
         self.on_change: Callable[[Sequence[str | None]], None] = lambda names: None
         self._model, self._base, self._base_name = model, base, base_name
         self._layers = Layers(model)
-        self._router = served_router(settings.router)
+        self._router, self.evidence = served_router(settings.router)
+        self.weigh: Callable[[Expert], Tensor] | None = None  # worth of every token id [V]
+        self.on_worth: Callable[[int, Tensor | None], None] = lambda slot, worth: None
 
     @property
     def names(self) -> list[str | None]:
@@ -79,6 +84,7 @@ class Slots:
         found: dict[str, list[Piece]] = {}
         for module, lora in expert.modules.items():
             signature = self._router.signature(expert, module)
+            signature = F.pad(signature, (0, lora.in_features - len(signature)))
             part = self._layers.find(module, expert.name)
             if part is not None:
                 found.setdefault(part.layer, []).append((part, lora, signature))
@@ -100,6 +106,8 @@ class Slots:
 
     def resident(self, expert: Expert) -> Resident:
         hashed = hashlib.sha256(adapter_hash(expert.modules).encode())
+        if self.evidence is not None and "prompt_mean" in expert.signatures:
+            hashed.update(gates_hash(expert.signatures["prompt_mean"].vectors).encode())
         for name in sorted(expert.modules):
             signature = self._router.signature(expert, name).detach().to("cpu", torch.float32)
             hashed.update(name.encode() + signature.contiguous().numpy().tobytes())
@@ -136,8 +144,10 @@ class Slots:
         pieces = self.pieces(expert)
         for name, mine in pieces.items():
             self._check_room(expert, name, mine)
+        worth = self.weigh(expert) if self.weigh else None
         resident = self.resident(expert)
-        self.prepared = Prepared(resident, self.residents.index(None), self.shares(pieces))
+        slot = self.residents.index(None)
+        self.prepared = Prepared(resident, slot, self.shares(pieces), worth)
         return resident
 
     def commit(self) -> None:
@@ -147,6 +157,7 @@ class Slots:
         ready, self.prepared = self.prepared, None
         for name, bank in self.banks.items():
             write(bank, ready.slot, ready.shares.get(name))
+        self.on_worth(ready.slot, ready.worth)
         self._changed(ready.slot, ready.resident)
 
     def abort(self) -> None:
@@ -162,6 +173,7 @@ class Slots:
         slot = self.names.index(name)
         for bank in self.banks.values():
             write(bank, slot, None)
+        self.on_worth(slot, None)
         self._changed(slot, None)
 
     def describe(self) -> dict[str, Any]:

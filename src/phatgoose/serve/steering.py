@@ -10,6 +10,7 @@ from torch import Tensor
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.serve.choice import Choice
 from phatgoose.serve.ledger import Ledger
+from phatgoose.serve.readings import Readings
 
 log = logging.getLogger(__name__)
 
@@ -20,17 +21,20 @@ class Steering:
     """The prior of a running model: a row for each token of a forward, -inf closes a slot.
 
     One fp32 buffer [N, C], which every layer reads, also within a CUDA graph. It is all zeros, and
-    left alone, while no request wants anything.
+    left alone, while no request wants anything; a router with evidence has `readings`, whose priors
+    are written for every forward.
     """
 
     def __init__(self, tokens: int, capacity: int, device: torch.device, *, routing: bool) -> None:
         self.prior = torch.zeros(tokens, capacity, device=device)
         self.ledger = Ledger(tokens, capacity, device) if routing else None
+        self.readings: Readings | None = None
         self.names: list[str | None] = [None] * capacity  # by slot
         self._choices: dict[str, Choice] = {}  # of running requests that want something
         self._rows: dict[str, Tensor] = {}  # and their priors [C], on the host
         self._written = 0  # rows of `prior` that may be other than zero
-        self._first: dict[str, int] = {}
+        self._first: dict[str, int] = {}  # positions at which requests go on
+        self._known: dict[str, Sequence[int]] = {}  # ids of those that were interrupted
         self._placed: tuple[Sequence[str], Sequence[int]] | None = None
 
     def rename(self, names: Sequence[str | None]) -> None:
@@ -53,28 +57,46 @@ class Steering:
             self._rows.pop(request, None)
             if self.ledger is not None:
                 self.ledger.finish(request)
+            if self.readings is not None:
+                self.readings.finish(request)
         for new in step.scheduled_new_reqs:
             self._choices.pop(new.req_id, None)
             self._rows.pop(new.req_id, None)
             wanted = (getattr(new.sampling_params, "extra_args", None) or {}).get(KEY)
+            if self.readings is not None:
+                self.readings.start(new.req_id, new.prompt_token_ids)
             if wanted is not None:
                 self._start(new, wanted)
-        if self.ledger is not None:
-            self._first = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
-            again = step.scheduled_cached_reqs
-            self._first |= dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
+        again = step.scheduled_cached_reqs
+        self._first = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
+        self._first |= dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
+        if self.readings is not None:
+            self._known = again.all_token_ids
 
-    def place(self, requests: Sequence[str], counts: Sequence[int]) -> None:
-        """Before a forward: the requests in the order of their tokens, and how many of each."""
+    def place(
+        self, requests: Sequence[str], counts: Sequence[int], ids: Tensor | None = None
+    ) -> None:
+        """Before a forward: the requests in the order of their tokens, how many of each, and the
+        ids [T] of the tokens. Raises RoutingError where evidence is to be had of no ids."""
         self._placed = requests, counts
         tokens = sum(counts)
         if self.ledger is not None:
             self.ledger.clear(tokens)
+        parts = []
+        if self.readings is not None:
+            if ids is None:
+                raise RoutingError("phatgoose: a forward of embeddings, evidence needs token ids.")
+            read = self.readings.read(
+                requests, counts, ids[:tokens].long(), first=self._first, known=self._known
+            )
+            parts.append(read)
         if self._rows and any(request in self._rows for request in requests):
             everything = torch.zeros(len(self.names))
             rows = torch.stack([self._rows.get(request, everything) for request in requests])
             which = torch.arange(len(requests)).repeat_interleave(torch.tensor(counts))
-            torch.index_select(self._there(rows), 0, self._there(which), out=self.prior[:tokens])
+            parts.append(self.there(rows)[self.there(which)])
+        if parts:
+            self.prior[:tokens] = sum(parts)
             self.prior[tokens : max(tokens, self._written)].zero_()
             self._written = tokens
         elif self._written:
@@ -86,13 +108,17 @@ class Steering:
         if self._placed is not None:
             if self.ledger is not None:
                 self.ledger.add(*self._placed, self._first)
-        elif any(request in self._rows for request in step.num_scheduled_tokens):
+        elif step.num_scheduled_tokens and (
+            self.readings is not None
+            or any(request in self._rows for request in step.num_scheduled_tokens)
+        ):
             raise RoutingError(
-                "phatgoose: this vLLM runs models in a way that the settings of requests do not "
-                "reach. Serve without worker_cls, or with a version of vLLM that was tested."
+                "phatgoose: this vLLM runs models in a way that neither evidence nor the settings "
+                "of requests reach. Serve without worker_cls, or with a version of vLLM that was "
+                "tested."
             )
 
-    def _there(self, table: Tensor) -> Tensor:
+    def there(self, table: Tensor) -> Tensor:
         """A copy where the model is, for which a GPU's work that was queued need not be done."""
         table = table.pin_memory() if self.prior.is_cuda else table
         return table.to(self.prior.device, non_blocking=True)
