@@ -99,7 +99,10 @@ class Slots:
         return made
 
     def resident(self, expert: Expert) -> Resident:
-        hashed = hashlib.sha256(adapter_hash(expert.modules).encode())
+        # An expert from a folder was found to be the adapter that its gates name.
+        loaded = expert.folder is not None and expert.gates is not None
+        adapter = expert.gates.record.adapter if loaded else adapter_hash(expert.modules)
+        hashed = hashlib.sha256(adapter.encode())
         for name in sorted(expert.modules):
             signature = self._router.signature(expert, name).detach().to("cpu", torch.float32)
             hashed.update(name.encode() + signature.contiguous().numpy().tobytes())
