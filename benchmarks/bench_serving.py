@@ -44,6 +44,7 @@ from common import Results, say
 from phatgoose.experts import Expert, Gates, LoraModule, identify_base, linear_modules, save_expert
 from phatgoose.experts.gates import GateRecord
 from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_hash
+from phatgoose.serve.http.recent import EVERY
 
 LOCAL = {  # vLLM's attention on a CPU wants larger heads than other benchmarks' tiny model has
     **SHAPES,
@@ -246,6 +247,7 @@ def load(
             raise RuntimeError(f"the load failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
         row |= row_of(json.loads((folder / f"{name}.json").read_text()), args)
         if name == "phatgoose":
+            time.sleep(EVERY + 1)  # until the server has counted the last answers
             row |= spread_of(json.loads(_get(f"{url}/v1/experts")))
     return row
 
