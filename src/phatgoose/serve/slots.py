@@ -100,8 +100,10 @@ class Slots:
 
     def resident(self, expert: Expert) -> Resident:
         # An expert from a folder was found to be the adapter that its gates name.
-        loaded = expert.folder is not None and expert.gates is not None
-        adapter = expert.gates.record.adapter if loaded else adapter_hash(expert.modules)
+        if expert.folder is not None and expert.gates is not None:
+            adapter = expert.gates.record.adapter
+        else:
+            adapter = adapter_hash(expert.modules)
         hashed = hashlib.sha256(adapter.encode())
         for name in sorted(expert.modules):
             signature = self._router.signature(expert, name).detach().to("cpu", torch.float32)
