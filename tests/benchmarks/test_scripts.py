@@ -193,3 +193,84 @@ def test_targets(script, over, verdict):
     if over is not None:
         assert target.measured == f"{over:.2f} (166 experts)"
         assert target.floor == "1.05"
+
+
+SERVED = {  # of vLLM's own benchmark
+    "completed": 12,
+    "total_output_tokens": 96,
+    "total_input_tokens": 288,
+    "output_throughput": 50.0,
+    "total_token_throughput": 200.0,
+    "duration": 1.92,
+    **{
+        f"{point}_{measure}_ms": value
+        for measure, value in (("ttft", 40.0), ("tpot", 9.0), ("itl", 8.0))
+        for point in ("median", "p99")
+    },
+}
+
+
+def test_serving_reads_what_vllm_measured(script):
+    serving = script("bench_serving")
+    args = serving.parse(["--device", "cpu"])
+    row = serving.row_of(SERVED, args)
+    assert row["output_tokens_per_s"] == 50.0
+    assert row["ttft_median_ms"] == row["ttft_p99_ms"] == 40.0
+    for key in ("completed", "total_output_tokens"):
+        with pytest.raises(RuntimeError, match="of 12 requests"):
+            serving.row_of({**SERVED, key: SERVED[key] - 1}, args)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ttft", "wanted"),  # ours, where base has 100 and 10, the LoRA 80 and 12
+    [
+        (80.0, 13.0, [True, True, True, True]),
+        (75.0, 13.1, [False, True, False, True]),
+        (69.0, 16.0, [False, False, False, False]),
+        (None, None, [None] * 4),
+    ],
+)
+def test_serving_judges(script, tmp_path, capsys, tokens, ttft, wanted):
+    serving = script("bench_serving")
+    rows = [
+        {"contender": name, "experts": 1, "output_tokens_per_s": speed, "ttft_median_ms": wait}
+        for name, speed, wait in (("base", 100.0, 10.0), ("lora", 80.0, 12.0))
+    ]
+    failed = {"contender": "phatgoose", "experts": 1, "note": "no server"}
+    measured = {**rows[0], "contender": "phatgoose", "output_tokens_per_s": tokens}
+    ours = failed if tokens is None else {**measured, "ttft_median_ms": ttft}
+    rows.append(ours)
+    assert [one["met"] for one in serving.verdicts(rows)] == wanted
+    if tokens is not None:
+        assert serving.over(ours, rows) == {"over_base": tokens / 100, "over_lora": tokens / 80}
+    numbers = dict.fromkeys(("requests", "concurrency", "input_len", "output_len"), 7)
+    words = dict.fromkeys(("command", "device", "dtype", "vllm", "torch"), "x")
+    file = tmp_path / "serving.json"
+    file.write_text(json.dumps({"rows": rows, **numbers, **words}))
+    serving.main(["--table", str(file)])
+    printed = capsys.readouterr().out
+    assert printed.count("**missed**") == wanted.count(False)
+    assert printed.count("| met |") == wanted.count(True)
+    assert ("no server" in printed) == (tokens is None)
+
+
+def test_serving_makes_experts_of_its_base(script, tmp_path):
+    torch, serving = importlib.import_module("torch"), script("bench_serving")
+    transformers = importlib.import_module("transformers")
+    base = serving.make_base(tmp_path / "base", "tiny", 64)
+    serving.make_experts(tmp_path / "experts", base, 3, torch.float32)
+    pool = importlib.import_module("phatgoose").ExpertPool.load(
+        sorted((tmp_path / "experts").iterdir())
+    )
+    assert pool.names == ["0", "1", "2"]
+    assert [verify_problems(expert, base) for expert in pool] == [[], [], []]
+    one, two = (pool[name].gates.vectors["model.layers.0.mlp.down_proj"] for name in "12")
+    assert not torch.equal(one, two)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokens = list(range(1, 500, 7))
+    assert tokenizer.encode(tokenizer.decode(tokens)) == tokens
+
+
+def verify_problems(expert, base):
+    verify = importlib.import_module("phatgoose.experts.verify")
+    return [*verify.check_modules(expert, base), *verify.check_numbers(expert)]

@@ -232,5 +232,5 @@ def adapter_hash(modules: Mapping[str, LoraModule]) -> str:
         for matrix in (module.a, module.b):
             digest.update(f" {list(matrix.shape)} ".encode())
             values = matrix.detach().to("cpu", torch.float32).contiguous()
-            digest.update(values.numpy().tobytes())
+            digest.update(values.flatten().numpy().data)  # of one dimension, it need not be copied
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """The experts of one base."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakSet
@@ -39,7 +40,8 @@ class ExpertPool:
         """Load experts from folders or Hub ids; see `load_expert` for what it raises."""
         if isinstance(sources, str | Path):
             raise ConfigError(f"ExpertPool.load wants a list of experts, got {sources!r} alone.")
-        return cls(load_expert(source) for source in sources)
+        with ThreadPoolExecutor() as threads:  # reading and hashing leave Python to others
+            return cls(threads.map(load_expert, sources))
 
     @property
     def experts(self) -> list[Expert]:

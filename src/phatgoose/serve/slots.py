@@ -105,7 +105,12 @@ class Slots:
         return made
 
     def resident(self, expert: Expert) -> Resident:
-        hashed = hashlib.sha256(adapter_hash(expert.modules).encode())
+        # An expert from a folder was found to be the adapter that its gates name.
+        if expert.folder is not None and expert.gates is not None:
+            adapter = expert.gates.record.adapter
+        else:
+            adapter = adapter_hash(expert.modules)
+        hashed = hashlib.sha256(adapter.encode())
         if self.evidence is not None and "prompt_mean" in expert.signatures:
             hashed.update(gates_hash(expert.signatures["prompt_mean"].vectors).encode())
         for name in sorted(expert.modules):

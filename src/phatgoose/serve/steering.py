@@ -71,7 +71,10 @@ class Steering:
         self._first = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
         self._first |= dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
         if self.readings is not None:
-            self._known = again.all_token_ids
+            # V1 says so of requests that go on, V2 has them come as new ones.
+            coming = {new.req_id: new for new in step.scheduled_new_reqs}
+            found = {name: getattr(new, "prefill_token_ids", None) for name, new in coming.items()}
+            self._known = {n: ids for n, ids in found.items() if ids} | again.all_token_ids
 
     def place(
         self, requests: Sequence[str], counts: Sequence[int], ids: Tensor | None = None

@@ -1,0 +1,433 @@
+"""Serving: vLLM with the bare base, with one ordinary LoRA, and with a pool routed token by token.
+
+    python benchmarks/bench_serving.py --shape 8b [--experts 128] [--out FILE]
+    python benchmarks/bench_serving.py --table FILE
+
+One server after the other, on the same machine and with the same options, under the load of vLLM's
+own serving benchmark: random prompts of one length, answers of one length, so many requests at a
+time. Prefix caching is off. The base is a Llama with the sizes of Llama 3 8B and vLLM's dummy
+weights; the LoRA, and each expert, adapts every linear layer but the head at rank 16, and two
+experts serve every token at every layer.
+
+Experts share one file of random LoRA factors, which is loaded into a slot of its own for each;
+their gates differ. Answers are sampled at temperature 1, which with such weights means any token,
+so that the requests of a batch do not come to say the same, and to choose the same experts.
+
+"phatgoose" is `phatgoose serve` as it comes, with shares of the experts recorded; "phatgoose-quiet"
+(on demand) does not record them. --more is for vLLM's options, the same for all, as in
+--more="--max-num-seqs 64"; --table prints the Markdown of an earlier run's file.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import common
+from bench_generate import RANK, SHAPES, TOP_K
+from common import Results, say
+from phatgoose.experts import Expert, Gates, LoraModule, identify_base, linear_modules, save_expert
+from phatgoose.experts.gates import GateRecord
+from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_hash
+from phatgoose.serve.http.recent import EVERY
+
+LOCAL = {  # vLLM's attention on a CPU wants larger heads than other benchmarks' tiny model has
+    **SHAPES,
+    "tiny": {**SHAPES["tiny"], "hidden_size": 128, "head_dim": 32, "vocab_size": 512},
+}
+CONTENDERS = ("base", "lora", "phatgoose", "phatgoose-quiet")
+TARGETS = (  # what, of which measure, against whom, and the bound
+    ("output tokens/s over one LoRA's", "output_tokens_per_s", "lora", ">=", 1.0),
+    ("output tokens/s over the bare base's", "output_tokens_per_s", "base", ">=", 0.7),
+    ("median time to first token over the bare base's", "ttft_median_ms", "base", "<=", 1.3),
+    ("median time to first token over one LoRA's", "ttft_median_ms", "lora", "<=", 1.3),
+)
+# vLLM's command line for it also imports what this needs not.
+CLIENT = (
+    "import argparse; from vllm.benchmarks import serve; parser = argparse.ArgumentParser(); "
+    "serve.add_cli_args(parser); serve.main(parser.parse_args())"
+)
+
+# ---------------------------------------------------------------- models
+
+
+def make_base(folder: Path, shape: str, length: int) -> LlamaForCausalLM:
+    """A model's folder without weights; returns its skeleton.
+
+    Every token is one word, so a prompt that is made of tokens is as long once it was text.
+    """
+    config = LlamaConfig(
+        **LOCAL[shape], max_position_embeddings=max(8192, length), bos_token_id=None, eos_token_id=0
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    words = {f"t{number}": number for number in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0").save_pretrained(folder)
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def make_experts(folder: Path, base: LlamaForCausalLM, count: int, dtype: torch.dtype) -> None:
+    """Folders 0, 1, ... in `folder`, of which all but the first link to its factors."""
+    sizes = {n: size for n, size in linear_modules(base).items() if n != "lm_head"}
+    factors = {
+        name: LoraModule(
+            torch.randn(RANK, inputs, dtype=dtype) * inputs**-0.5,
+            torch.randn(outputs, RANK, dtype=dtype) * 0.01,
+            1.0,
+        )
+        for name, (inputs, outputs) in sizes.items()
+    }
+    record = GateRecord(identify_base(base, name="random"), adapter_hash(factors))
+    first = folder / "0"
+    for number in range(count):
+        gates = Gates({name: torch.randn(inputs) for name, (inputs, _) in sizes.items()}, record)
+        if number == 0:
+            save_expert(Expert("0", factors, gates, "random"), first, task_type="CAUSAL_LM")
+            continue
+        mine = folder / str(number)
+        mine.mkdir()
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            (mine / file).symlink_to(first / file)
+        gates.write(mine)
+
+
+# ---------------------------------------------------------------- servers
+
+
+def server_words(name: str, base: Path, experts: Path, args: argparse.Namespace) -> list[str]:
+    """The command of a contender's server, without port."""
+    vllm = [
+        *("--dtype", args.dtype, "--max-model-len", str(args.length), "--no-enable-prefix-caching"),
+        *(
+            "--served-model-name",
+            "served",
+            *(["--enforce-eager"] if args.eager else []),
+            *args.more,
+        ),
+    ]
+    if name.startswith("phatgoose"):
+        ours = {"base_load_format": "dummy", "routing": name == "phatgoose"}
+        return [
+            *("-m", "phatgoose.cli", "serve", "--base", str(base), "--experts", str(experts)),
+            *("--top-k", str(TOP_K), "--additional-config", json.dumps({"phatgoose": ours})),
+            *vllm,
+        ]
+    words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+    words += ["--host", "127.0.0.1", "--load-format", "dummy", *vllm]
+    if name == "lora":
+        words += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(RANK)]
+        words += ["--lora-modules", f"adapter={experts / '0'}"]
+    return words
+
+
+@contextlib.contextmanager
+def server(words: Sequence[str], log: Path, seconds: float) -> Iterator[str]:
+    """The address of a server that has started. Raises RuntimeError where it does not."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + seconds
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, *words, "--port", str(port)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while not _is_up(url):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"no server: {words[1]}\n{log.read_text()[-6000:]}")
+            time.sleep(0.3)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            say("the server does not end by itself")
+        with contextlib.suppress(ProcessLookupError):  # the engine's processes are in its group
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return _get(f"{url}/health") is not None
+    except OSError:
+        return False
+
+
+def _get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        body: bytes = answer.read()
+    return body
+
+
+# ---------------------------------------------------------------- load
+
+
+def client_words(
+    name: str, url: str, base: Path, folder: Path, args: argparse.Namespace
+) -> list[str]:
+    """The command of vLLM's own serving benchmark."""
+    served = "adapter" if name == "lora" else "served"
+    flags: dict[str, Any] = {
+        "--base-url": url,
+        "--model": served,
+        "--tokenizer": base,
+        "--dataset-name": "random",
+        "--random-input-len": args.input_len,
+        "--random-output-len": args.output_len,
+        "--num-prompts": args.requests,
+        "--max-concurrency": args.concurrency,
+        "--num-warmups": args.concurrency,
+        "--temperature": 1,
+        "--result-dir": folder,
+        "--result-filename": f"{name}.json",
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    return ["-c", CLIENT, *words, "--ignore-eos", "--save-result", "--disable-tqdm"]
+
+
+def row_of(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What is kept of the benchmark's own JSON. Raises RuntimeError where requests failed."""
+    tokens = args.requests * args.output_len
+    if found["completed"] != args.requests or found["total_output_tokens"] != tokens:
+        raise RuntimeError(
+            f"{found['completed']} of {args.requests} requests were answered, with "
+            f"{found['total_output_tokens']} tokens of {tokens}"
+        )
+    kept = {
+        f"{measure}_{point}_ms": found[f"{point}_{measure}_ms"]
+        for measure in ("ttft", "tpot", "itl")
+        for point in ("median", "p99")
+    }
+    return {
+        "output_tokens_per_s": found["output_throughput"],
+        "total_tokens_per_s": found["total_token_throughput"],
+        "duration_s": found["duration"],
+        "input_tokens": found["total_input_tokens"],
+        **kept,
+    }
+
+
+def load(
+    name: str, base: Path, experts: Path, folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """A contender's row."""
+    log = folder / f"{name}.log"
+    start = time.perf_counter()
+    with server(server_words(name, base, experts, args), log, args.start_seconds) as url:
+        row: dict[str, Any] = {"start_s": round(time.perf_counter() - start, 1)}
+        say(f"{name}: started in {row['start_s']} s")
+        client = [sys.executable, *client_words(name, url, base, folder, args)]
+        done = subprocess.run(
+            client, capture_output=True, text=True, timeout=args.load_seconds, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"the load failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        row |= row_of(json.loads((folder / f"{name}.json").read_text()), args)
+        if name == "phatgoose":
+            time.sleep(EVERY + 1)  # until the server has counted the last answers
+            row |= spread_of(json.loads(_get(f"{url}/v1/experts")))
+    return row
+
+
+def spread_of(pool: dict[str, Any]) -> dict[str, Any]:
+    """How evenly the experts of `GET /v1/experts` were chosen."""
+    shares = [expert["share"] for expert in pool["data"]]
+    return {
+        "experts_used": sum(share > 0 for share in shares),
+        "largest_share": max(shares),
+        "entropy": pool["entropy"],
+    }
+
+
+# ---------------------------------------------------------------- report
+
+
+COLUMNS = {
+    "contender      ": lambda r: r["contender"],
+    "experts": lambda r: str(r["experts"] or "-"),
+    "output tokens/s": lambda r: _number(r, "output_tokens_per_s", 0),
+    "/base": lambda r: _number(r, "over_base", 2),
+    "/lora": lambda r: _number(r, "over_lora", 2),
+    "TTFT median ms": lambda r: _number(r, "ttft_median_ms", 1),
+    "p99 ms": lambda r: _number(r, "ttft_p99_ms", 1),
+    "TPOT median ms": lambda r: _number(r, "tpot_median_ms", 2),
+    "TPOT p99 ms": lambda r: _number(r, "tpot_p99_ms", 2),
+    "start s": lambda r: _number(r, "start_s", 0),
+    "note": lambda r: r.get("note", ""),
+}
+
+
+def _number(row: dict[str, Any], key: str, digits: int) -> str:
+    return f"{row[key]:.{digits}f}" if key in row else "-"
+
+
+def over(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Output tokens/s over those of the base and of the LoRA, where they were measured."""
+    measured = {r["contender"]: r["output_tokens_per_s"] for r in rows if "note" not in r}
+    return {
+        f"over_{name}": row["output_tokens_per_s"] / measured[name]
+        for name in ("base", "lora")
+        if name in measured
+    }
+
+
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every target, what was measured (None: it was not), and whether it is met."""
+    by_name = {row["contender"]: row for row in rows}
+    found = []
+    for what, key, rival, sign, bound in TARGETS:
+        ours, theirs = (by_name.get(name, {}).get(key) for name in ("phatgoose", rival))
+        ratio = ours / theirs if ours and theirs else None
+        met = None if ratio is None else (ratio >= bound if sign == ">=" else ratio <= bound)
+        found.append({"target": what, "wanted": f"{sign} {bound}", "measured": ratio, "met": met})
+    return found
+
+
+def markdown(value: dict[str, Any]) -> str:
+    """The table and the targets of a run, for a page."""
+    lines = [
+        f"`{value['command']}`",
+        f"on {value['device']}, {value['dtype']}, vLLM {value['vllm']}, torch {value['torch']}: "
+        f"{value['requests']} requests, {value['concurrency']} at a time, "
+        f"{value['input_len']} tokens in and {value['output_len']} out.",
+        "",
+        "| " + " | ".join(title.strip() for title in COLUMNS) + " |",
+        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
+        *(
+            "| " + " | ".join(show(row) for show in COLUMNS.values()) + " |"
+            for row in value["rows"]
+        ),
+        "",
+        "| target | wanted | measured | verdict |",
+        "| --- | ---: | ---: | --- |",
+    ]
+    says = {None: "not measured", True: "met", False: "**missed**"}
+    for one in verdicts(value["rows"]):
+        measured = "-" if one["measured"] is None else f"{one['measured']:.2f}"
+        lines.append(f"| {one['target']} | {one['wanted']} | {measured} | {says[one['met']]} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("--shape", choices=LOCAL, help="default: 8b on a GPU, else tiny")
+    parser.add_argument("--experts", type=int, help="128, or 6 on a CPU")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:3])
+    parser.add_argument("--requests", type=int, help="256, or 12 on a CPU")
+    parser.add_argument("--concurrency", type=int, help="64, or 4 on a CPU")
+    parser.add_argument("--input-len", type=int, help="tokens (512, or 24 on a CPU)")
+    parser.add_argument("--output-len", type=int, help="tokens (256, or 8 on a CPU)")
+    parser.add_argument("--eager", action="store_true", help="neither compile nor capture graphs")
+    parser.add_argument("--more", type=shlex.split, default=[], help="further options of vLLM's")
+    parser.add_argument("--start-seconds", type=float, default=300, help="that a server may take")
+    parser.add_argument("--load-seconds", type=float, default=300, help="that the load may take")
+    parser.add_argument("--folder", type=Path, help="keep models, logs and raw results here")
+    parser.add_argument("--table", type=Path, help="print the Markdown of this file and end")
+    args = parser.parse_args(arguments)
+    gpu = args.device == "cuda"
+    args.shape = args.shape or ("8b" if gpu else "tiny")
+    args.dtype = "bfloat16" if gpu else "float32"
+    for name, large, small in (
+        ("experts", 128, 6),
+        ("requests", 256, 12),
+        ("concurrency", 64, 4),
+        ("input_len", 512, 24),
+        ("output_len", 256, 8),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, large if gpu else small)
+    args.length = args.input_len + args.output_len + 64
+    return args
+
+
+def bench(folder: Path, results: Results, args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    base, experts = folder / "base", folder / "experts"
+    make_experts(
+        experts, make_base(base, args.shape, args.length), args.experts, common.DTYPES[args.dtype]
+    )
+    say(f"{args.experts} experts: made in {time.perf_counter() - start:.1f} s")
+    for name in args.contenders:
+        if results.spent():
+            say(f"time is up: {name} is left out")
+            continue
+        count = {"base": 0, "lora": 1}.get(name, args.experts)
+        row: dict[str, Any] = {"contender": name, "experts": count}
+        try:
+            row |= load(name, base, experts, folder, args)
+            row |= over(row, [*results.rows, row])
+        except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others go on
+            say(f"{name}: {error}")
+            row["note"] = str(error).splitlines()[0]
+        results.add(row)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    args = parse(arguments)
+    if args.table:
+        value: dict[str, Any] = json.loads(args.table.read_text())
+        print(markdown(value))
+        return value
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the server
+    torch.manual_seed(0)
+    results = Results(
+        args,
+        "serving",
+        "output tokens per second of a server, and milliseconds of its answers",
+        COLUMNS,
+        vllm=vllm_version(),
+        dtype=args.dtype,
+        model=LOCAL[args.shape],
+        rank=RANK,
+        top_k=TOP_K,
+        **{
+            key: getattr(args, key)
+            for key in ("requests", "concurrency", "input_len", "output_len")
+        },
+        **{key: getattr(args, key) for key in ("eager", "more")},
+    )
+    with contextlib.ExitStack() as kept:
+        where = args.folder or Path(kept.enter_context(tempfile.TemporaryDirectory(dir=_shared())))
+        where.mkdir(parents=True, exist_ok=True)
+        bench(where, results, args)
+    results.head["targets"] = verdicts(results.rows)
+    return results.finish()
+
+
+def vllm_version() -> str:
+    """Raises ModuleNotFoundError without vLLM."""
+    from vllm.version import __version__  # its distribution has another name on CPUs
+
+    version: str = __version__
+    return version
+
+
+def _shared() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+if __name__ == "__main__":
+    main()
