@@ -5,7 +5,8 @@
 #   make check    lint, format, types, import order
 #   make study    every router on two pools: docs/study.md, in hours (DATA=tasks TEXT=text)
 #   make bench    what routing costs on this machine: out/benchmarks/performance.md, in minutes
-#   make test-vllm   the plugin inside vLLM on a CPU, in .venv-vllm (Python 3.11 to 3.13)
+#   make test-vllm   the plugin inside vLLM on a CPU, in .venv-vllm (Python 3.11 to 3.13); all its
+#                    tests with VLLM_ARGS=, in twice the time
 #   make clean    remove .venv, .venv-vllm and caches
 #
 # Another interpreter: make clean test PYTHON=python3.12
@@ -32,9 +33,10 @@ test: $(READY)
 
 # vLLM pins much that ours leaves open, so it has an environment of its own. Two engines at a time.
 VLLM := .venv-vllm
+VLLM_ARGS ?= -m "not thorough"
 test-vllm: $(VLLM)/.ready
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-	$(VLLM)/bin/pytest tests/serve --numprocesses=2 --dist=loadfile --durations=15
+	$(VLLM)/bin/pytest tests/serve --numprocesses=2 --dist=loadfile --durations=25 $(VLLM_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_serving.py"
 
 
+@pytest.mark.thorough
 def test_a_pool_is_measured(tmp_path):
     """One contender, for a start takes a minute."""
     pytest.importorskip("vllm.version", reason="vLLM is not installed here: make test-vllm")

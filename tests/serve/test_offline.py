@@ -75,7 +75,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+USUAL = ("eager", "compiled-tp2")
+
+
+def mostly_thorough(names, usual):
+    return [n if n in usual else pytest.param(n, marks=pytest.mark.thorough) for n in names]
+
+
+@pytest.mark.parametrize("way", mostly_thorough(WAYS, USUAL))
 def test_default_pool(way, demo, engine):
     prompts, wanted = demo
     settings = {"experts": [str(default.EXPERTS)], "router": "phatgoose", "top_k": 2}
@@ -84,7 +91,7 @@ def test_default_pool(way, demo, engine):
     assert_cache_was_used(found)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma", "phi3"])
+@pytest.mark.parametrize("family", mostly_thorough(["qwen3", "mistral", "gemma", "phi3"], ["phi3"]))
 def test_families(family, engine, reference, tmp_path):
     base = save_base(tmp_path / "base", family)
     pool = save_pool(tmp_path, base)
@@ -96,7 +103,7 @@ def test_families(family, engine, reference, tmp_path):
     assert_differ(wanted, reference(base, [], prompts))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", mostly_thorough(["llama", "phi3"], ["llama"]))
 def test_fewer_key_heads_than_ranks(family, engine, reference, tmp_path):
     base = save_base(tmp_path / "base", family, kv_heads=1)
     pool = save_pool(tmp_path, base)
@@ -107,6 +114,7 @@ def test_fewer_key_heads_than_ranks(family, engine, reference, tmp_path):
     assert_same(found, wanted)
 
 
+@pytest.mark.thorough
 def test_a_compiled_model_is_not_taken_for_one_of_other_shapes(engine, reference, tmp_path):
     """The same folders with longer ranks in them, on a warm compile cache."""
     base = save_base(tmp_path / "base", "qwen3")
