@@ -75,7 +75,7 @@ WAYS = {
 }
 
 
-USUAL = ("eager", "compiled-tp2")
+USUAL = ("compiled-tp2",)  # and test_evidence.py is eager, test_live.py compiled on one rank
 
 
 def mostly_thorough(names, usual):
@@ -91,7 +91,8 @@ def test_default_pool(way, demo, engine):
     assert_cache_was_used(found)
 
 
-@pytest.mark.parametrize("family", mostly_thorough(["qwen3", "mistral", "gemma", "phi3"], ["phi3"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma", "phi3"])
 def test_families(family, engine, reference, tmp_path):
     base = save_base(tmp_path / "base", family)
     pool = save_pool(tmp_path, base)
