@@ -33,7 +33,7 @@ def world(reference):
 def assert_right(found, wanted):
     """On all prompts but those where rounding may decide which expert is the last to be chosen."""
     clear = [place for place, answer in enumerate(wanted) if answer["gap"] >= NEAR_TIE]
-    assert len(clear) >= 2
+    assert 2 * len(clear) > len(wanted)
     assert_same([[found[place] for place in clear]], [wanted[place] for place in clear])
 
 

@@ -72,7 +72,7 @@ class ServeSettings:
         return cls(
             **{**mine, "experts": tuple(config["experts"])},
             record_routing=config.get("routing", False),
-            routing=RoutingSettings(**{**router.defaults, **given}),
+            routing=RoutingSettings.of(router, **given),
         )
 
 

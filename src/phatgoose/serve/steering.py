@@ -68,8 +68,9 @@ class Steering:
             if wanted is not None:
                 self._start(new, wanted)
         again = step.scheduled_cached_reqs
-        self._first = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
-        self._first |= dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
+        if self.ledger is not None or self.readings is not None:
+            self._first = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
+            self._first |= dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
         if self.readings is not None:
             # V1 says so of requests that go on, V2 has them come as new ones.
             coming = {new.req_id: new for new in step.scheduled_new_reqs}
