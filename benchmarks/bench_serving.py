@@ -5,7 +5,8 @@
 
 One server after the other, on the same machine and with the same options, under the load of vLLM's
 own serving benchmark: random prompts of one length, answers of one length, so many requests at a
-time. Prefix caching is off. The base is a Llama with the sizes of Llama 3 8B and vLLM's dummy
+time. With --together all servers start at once, each on a GPU of its own, and idle until their
+turn. Prefix caching is off. The base is a Llama with the sizes of Llama 3 8B and vLLM's dummy
 weights; the LoRA, and each expert, adapts every linear layer but the head at rank 16, and two
 experts serve every token at every layer.
 
@@ -20,6 +21,7 @@ so that the requests of a batch do not come to say the same, and to choose the s
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -31,6 +33,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,26 +141,41 @@ def server_words(name: str, base: Path, experts: Path, args: argparse.Namespace)
     return words
 
 
+@dataclasses.dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    begun: float = dataclasses.field(default_factory=time.monotonic)
+    start_s: float | None = None
+
+    def wait(self, seconds: float) -> float:
+        """The seconds its start took. Raises RuntimeError after so many, or if it has ended."""
+        while self.start_s is None and not _is_up(self.url):
+            if self.process.poll() is not None or time.monotonic() > self.begun + seconds:
+                raise RuntimeError(f"no server\n{self.log.read_text()[-6000:]}")
+            time.sleep(0.3)
+        self.start_s = self.start_s or round(time.monotonic() - self.begun, 1)
+        return self.start_s
+
+
 @contextlib.contextmanager
-def server(words: Sequence[str], log: Path, seconds: float) -> Iterator[str]:
-    """The address of a server that has started. Raises RuntimeError where it does not."""
+def server(words: Sequence[str], log: Path, gpu: int | None) -> Iterator[Server]:
+    """A server that is starting, on this GPU of those there are if one is named."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + seconds
+    on = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, *words, "--port", str(port)],
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, **on},
         )
     try:
-        while not _is_up(url):
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"no server: {words[1]}\n{log.read_text()[-6000:]}")
-            time.sleep(0.3)
-        yield url
+        yield Server(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.terminate()
         try:
@@ -231,24 +249,19 @@ def row_of(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(
-    name: str, base: Path, experts: Path, folder: Path, args: argparse.Namespace
+    name: str, served: Server, base: Path, folder: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     """A contender's row."""
-    log = folder / f"{name}.log"
-    start = time.perf_counter()
-    with server(server_words(name, base, experts, args), log, args.start_seconds) as url:
-        row: dict[str, Any] = {"start_s": round(time.perf_counter() - start, 1)}
-        say(f"{name}: started in {row['start_s']} s")
-        client = [sys.executable, *client_words(name, url, base, folder, args)]
-        done = subprocess.run(
-            client, capture_output=True, text=True, timeout=args.load_seconds, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"the load failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        row |= row_of(json.loads((folder / f"{name}.json").read_text()), args)
-        if name == "phatgoose":
-            time.sleep(EVERY + 1)  # until the server has counted the last answers
-            row |= spread_of(json.loads(_get(f"{url}/v1/experts")))
+    client = [sys.executable, *client_words(name, served.url, base, folder, args)]
+    done = subprocess.run(
+        client, capture_output=True, text=True, timeout=args.load_seconds, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the load failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    row = row_of(json.loads((folder / f"{name}.json").read_text()), args)
+    if name == "phatgoose":
+        time.sleep(EVERY + 1)  # until the server has counted the last answers
+        row |= spread_of(json.loads(_get(f"{served.url}/v1/experts")))
     return row
 
 
@@ -340,6 +353,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, help="64, or 4 on a CPU")
     parser.add_argument("--input-len", type=int, help="tokens (512, or 24 on a CPU)")
     parser.add_argument("--output-len", type=int, help="tokens (256, or 8 on a CPU)")
+    parser.add_argument("--together", action="store_true", help="start all at once, a GPU for each")
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture graphs")
     parser.add_argument("--more", type=shlex.split, default=[], help="further options of vLLM's")
     parser.add_argument("--start-seconds", type=float, default=300, help="that a server may take")
@@ -359,30 +373,50 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ):
         if getattr(args, name) is None:
             setattr(args, name, large if gpu else small)
-    args.length = args.input_len + args.output_len + 64
+    # vLLM takes a text for too long by its characters, and the spaces between words are none of a
+    # token's: hence twice the input.
+    args.length = 2 * args.input_len + args.output_len
+    if args.together and gpu and torch.cuda.device_count() < len(args.contenders):
+        parser.error(f"--together wants {len(args.contenders)} GPUs")
     return args
 
 
 def bench(folder: Path, results: Results, args: argparse.Namespace) -> None:
-    start = time.perf_counter()
+    begin = time.perf_counter()
     base, experts = folder / "base", folder / "experts"
     make_experts(
         experts, make_base(base, args.shape, args.length), args.experts, common.DTYPES[args.dtype]
     )
-    say(f"{args.experts} experts: made in {time.perf_counter() - start:.1f} s")
-    for name in args.contenders:
-        if results.spent():
-            say(f"time is up: {name} is left out")
-            continue
-        count = {"base": 0, "lora": 1}.get(name, args.experts)
-        row: dict[str, Any] = {"contender": name, "experts": count}
-        try:
-            row |= load(name, base, experts, folder, args)
-            row |= over(row, [*results.rows, row])
-        except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others go on
-            say(f"{name}: {error}")
-            row["note"] = str(error).splitlines()[0]
-        results.add(row)
+    say(f"{args.experts} experts: made in {time.perf_counter() - begin:.1f} s")
+
+    def start(name: str, gpu: int | None = None) -> contextlib.AbstractContextManager[Server]:
+        return server(server_words(name, base, experts, args), folder / f"{name}.log", gpu)
+
+    with contextlib.ExitStack() as until_end:
+        begun: dict[str, Server] = {}
+        if args.together:
+            for number, name in enumerate(args.contenders):
+                gpu = number if args.device == "cuda" else None
+                begun[name] = until_end.enter_context(start(name, gpu))
+            with ThreadPoolExecutor() as threads:  # no load while another still compiles
+                waits = [threads.submit(one.wait, args.start_seconds) for one in begun.values()]
+            say(f"started: {sum(wait.exception() is None for wait in waits)} of {len(waits)}")
+        for name in args.contenders:
+            if results.spent():
+                say(f"time is up: {name} is left out")
+                continue
+            count = {"base": 0, "lora": 1}.get(name, args.experts)
+            row: dict[str, Any] = {"contender": name, "experts": count}
+            try:
+                with contextlib.nullcontext(begun[name]) if begun else start(name) as served:
+                    row["start_s"] = served.wait(args.start_seconds)
+                    say(f"{name}: started in {row['start_s']} s")
+                    row |= load(name, served, base, folder, args)
+                row |= over(row, [*results.rows, row])
+            except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others go on
+                say(f"{name}: {error}")
+                row["note"] = str(error).splitlines()[0]
+            results.add(row)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -407,7 +441,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             key: getattr(args, key)
             for key in ("requests", "concurrency", "input_len", "output_len")
         },
-        **{key: getattr(args, key) for key in ("eager", "more")},
+        **{key: getattr(args, key) for key in ("eager", "together", "more")},
     )
     with contextlib.ExitStack() as kept:
         where = args.folder or Path(kept.enter_context(tempfile.TemporaryDirectory(dir=_shared())))
