@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from phatgoose import ExpertPool, route, unroute
-from phatgoose.ops import gate_scores
 from tests.serve.server import on_cores
 
 ROOT = Path(__file__).parents[2]
@@ -172,10 +171,7 @@ def _watching(model):
     def look(site, x):
         bank, settings = site.bank, site.state.settings
         signatures = bank.signatures[site.part]
-        if site.state.router.standardises:
-            scores = gate_scores(x.flatten(0, -2), signatures)
-        else:  # evidence alone
-            scores = x.new_zeros(x[..., 0].numel(), len(signatures))
+        scores = site.state.router.score(x.flatten(0, -2), signatures)
         prior = site.state.prior(*site.state.keeper.find(site.name, x))
         if prior is not None:
             scores = scores + site._of_slots(prior, scores.shape[1])
@@ -183,9 +179,10 @@ def _watching(model):
         if settings.null_score is not None:
             null = scores.new_full((len(scores), 1), settings.null_score)
             scores = torch.cat([scores, null], dim=1)
-        if scores.shape[1] > settings.top_k:
+        kept = settings.kept(scores.shape[1])
+        if scores.shape[1] > kept:
             best = scores.sort(dim=1, descending=True).values
-            gaps.append(float((best[:, settings.top_k - 1] - best[:, settings.top_k]).min()))
+            gaps.append(float((best[:, kept - 1] - best[:, kept]).min()))
 
     for site in model._phatgoose.sites.values():
         handles.append(

@@ -115,6 +115,29 @@ def test_fewer_key_heads_than_ranks(family, engine, reference, tmp_path):
     assert_same(found, wanted)
 
 
+@pytest.mark.parametrize(
+    ("router", "way"),
+    [
+        ("spectr", "compiled-tp2"),
+        pytest.param("arrow", "compiled", marks=pytest.mark.thorough),
+        pytest.param("lag", "eager", marks=pytest.mark.thorough),
+        pytest.param("seqr", "eager-tp2", marks=pytest.mark.thorough),
+        pytest.param("spectr_norm", "eager", marks=pytest.mark.thorough),
+        pytest.param("uniform", "eager", marks=pytest.mark.thorough),
+    ],
+)
+def test_routers_that_need_no_gates(router, way, engine, reference, tmp_path):
+    """With their own settings, experts without gates, and room that none of them needs."""
+    base = save_base(tmp_path / "base", "llama")
+    pool = save_pool(tmp_path, base, gates=False)
+    prompts = random_prompts()
+    settings = {"experts": [str(path) for path in pool], "router": router}
+    settings |= {"capacity": 8, "max_rank": 6}
+    wanted = reference(base, pool, prompts, router=router)
+    assert_same(engine(tmp_path / "base", settings, [[prompts]], **WAYS[way]), wanted)
+    assert_differ(wanted, reference(base, [], prompts))
+
+
 @pytest.mark.thorough
 def test_a_compiled_model_is_not_taken_for_one_of_other_shapes(engine, reference, tmp_path):
     """The same folders with longer ranks in them, on a warm compile cache."""

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phatgoose.ops import EPS, library
+from phatgoose.ops import EPS, choose_experts, library, routed_lora_reference
+from phatgoose.routers import make_router
 from phatgoose.serve import operators
 from tests.tolerances import TOLERANCE, assert_near
 
@@ -39,10 +40,11 @@ def make_layer(tokens, seed=0, mean=0.5):
 
 def add(
     layer,
-    statistics=None,
+    whole=None,
     *,
     prior=None,
     tally=None,
+    router=None,
     top_k=2,
     null_score=None,
     backend="torch",
@@ -51,11 +53,12 @@ def add(
     torch.ops.phatgoose.add_routed_(
         output,
         layer["x"],
-        statistics,
+        whole,
         *(layer[key] for key in ("signatures", "sums", "opened", "a", "b")),
         prior,
         tally,
         IN,
+        router,
         top_k,
         0.9,
         False,
@@ -110,6 +113,33 @@ def test_shares_of_the_features_add_up(tokens, ranks, mean):
         assert_near(layer["output"] + found, added_by_parts(layer), BOUND.output)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("router", ["arrow", "spectr", "lag", "uniform"])
+def test_scores_of_another_router(router, ranks):
+    """Whole, and in shares of the features, of which each router sees the whole input."""
+    layer = make_layer(40)
+    width = {"spectr": 2 * IN, "lag": 2 * IN, "uniform": 1}.get(router, IN)
+    random = torch.Generator().manual_seed(1)
+    signatures = torch.randn(len(OUT), SLOTS, width, generator=random)
+    wanted = layer["output"].clone()
+    first = 0
+    for part, size in enumerate(OUT):
+        scores = make_router(router).score(layer["x"], signatures[part])
+        scores = scores.masked_fill(~layer["opened"][part], -torch.inf)
+        chosen = choose_experts(scores, 2, temperature=0.9)
+        added = routed_lora_reference(layer["x"], layer["a"][part], layer["b"][part], chosen)
+        wanted[:, first : first + size] += added
+        first += size
+    layer["signatures"] = signatures.flatten(0, 1)
+    found = layer["output"].clone()
+    for rank in range(ranks):
+        mine = slice(rank * IN // ranks, (rank + 1) * IN // ranks)
+        share = {**layer, **{name: layer[name][..., mine] for name in ("x", "a")}}
+        whole = layer["x"] if ranks > 1 else None
+        found += add(share, whole, router=router) - layer["output"]
+    assert_near(found, wanted, BOUND.output)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_each_token_has_its_own_candidates(shared):
     """A batch of tokens that close different slots, and each token alone with these closed."""
@@ -149,7 +179,20 @@ def test_as_torch_wants_operators(tokens):
     tables = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
     torch.library.opcheck(
         torch.ops.phatgoose.add_routed_.default,
-        (layer["output"], layer["x"], None, *arguments, *tables, IN, 2, 1.0, False, None, "torch"),
+        (
+            layer["output"],
+            layer["x"],
+            None,
+            *arguments,
+            *tables,
+            IN,
+            None,
+            2,
+            1.0,
+            False,
+            None,
+            "torch",
+        ),
     )
 
 
@@ -165,7 +208,7 @@ def test_one_graph_for_any_number_of_tokens():
     prior[:, 0] = -torch.inf
 
     def run(output, x, gates, tally):
-        settings = (IN, 2, 0.9, False, None, "torch")
+        settings = (IN, None, 2, 0.9, False, None, "torch")
         output = output + 0.0
         torch.ops.phatgoose.add_routed_(output, x, None, *gates, prior, tally, *settings)
         return output

@@ -24,7 +24,8 @@ def world(tmp_path_factory):
     base = save_base(folder / "base", "llama")
     for number in range(4):
         targets = ATTENTION if number != 1 else ("q_proj", "down_proj")
-        save_expert(folder / f"e{number}", base, seed=number, targets=targets)
+        rank = 4 if number == 2 else 3  # the room there is, and less
+        save_expert(folder / f"e{number}", base, seed=number, targets=targets, rank=rank)
     return folder, base
 
 
@@ -87,9 +88,10 @@ def test_one_number_everywhere(start):
     }
 
 
-def test_added_is_as_if_from_the_start(world, start):
+@pytest.mark.parametrize("router", ["phatgoose", "arrow", "spectr"])
+def test_added_is_as_if_from_the_start(router, world, start):
     folder, _ = world
-    worker, wanted = start(2), start(3)
+    worker, wanted = start(2, router=router, top_k=2), start(3, router=router, top_k=2)
     before, pool = everything(worker), worker.phatgoose_pool()
     assert worker.phatgoose_prepare("e2", str(folder / "e2"))["error"] is None
     assert_equal(everything(worker), before)

@@ -69,18 +69,24 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
         rank = max((lora.rank for _, lora, _ in by_layer.get(name, [])), default=longest)
         if settings.max_rank and rank > settings.max_rank:
             raise ConfigError(f"phatgoose: max_rank is {settings.max_rank}, {name} needs {rank}.")
-        banks[name] = _bank(model.get_submodule(name), count, settings)
-        banks[name].reserve(capacity, settings.max_rank or rank)
+        layer: Any = model.get_submodule(name)
+        banks[name] = _bank(layer, count, settings, gated=slots.gated)
+        rank = settings.max_rank or rank
+        banks[name].reserve(capacity, rank, slots.width(layer.input_size, rank))
     shares = [slots.shares(pieces) for pieces in by_expert]
     for slot in range(capacity):
         for name, bank in banks.items():
             write(bank, slot, shares[slot].get(name) if slot < len(pool) else None)
     slots.fill(banks, [slots.resident(expert) for expert in pool], capacity)
     for name, bank in banks.items():
-        layer: Any = model.get_submodule(name)
+        layer = model.get_submodule(name)
         layer.add_module(BANK, bank)
         layer.quant_method = RoutedMethod(
-            layer.quant_method, bank, settings.routing, features=layer.input_size
+            layer.quant_method,
+            bank,
+            settings.routing,
+            features=layer.input_size,
+            router=None if slots.gated else settings.router,
         )
         layer.requires_unquantized_input = True  # nobody may quantise what the gates read
     log.info("routing %d layers among %s", len(banks), ", ".join(pool.names) or "no experts")
@@ -185,13 +191,14 @@ def skeleton(model_config: Any) -> nn.Module:
     return model
 
 
-def _bank(layer: Any, parts: int, settings: ServeSettings) -> Bank:
+def _bank(layer: Any, parts: int, settings: ServeSettings, *, gated: bool) -> Bank:
     return Bank(
         layers.input_size(layer),
         layers.output_sizes(layer, parts),
         device=_device(layer),
         dtype=layer.params_dtype,
         backend=settings.routing.backend,
+        standardises=gated,
     )
 
 

@@ -134,13 +134,16 @@ class Layers:
 
 
 def share_of(
-    layer: Any, part: Part, lora: LoraModule, signature: Tensor
+    layer: Any, part: Part, lora: LoraModule, signature: Tensor, *, gated: bool
 ) -> tuple[LoraModule, Tensor]:
-    """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [I]."""
+    """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [W].
+
+    Of a gate, W = I, it is a share of the features; other signatures are wanted whole.
+    """
     if is_row_parallel(layer):
         width = layer.input_size_per_partition
         mine = slice(layer.tp_rank * width, (layer.tp_rank + 1) * width)
-        return replace(lora, a=lora.a[:, mine]), signature[mine]
+        return replace(lora, a=lora.a[:, mine]), signature[mine] if gated else signature
     whole = isinstance(layer, ReplicatedLinear | RowParallelLinear)
     rank, ranks = (0, 1) if whole else (layer.tp_rank, layer.tp_size)
     rows, start = [], 0

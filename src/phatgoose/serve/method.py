@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from phatgoose.nn import Bank, RoutingSettings
@@ -22,10 +25,19 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
     rank adds a part of the sum, which the layer's own all-reduce completes.
     """
 
-    def __init__(self, inner: Any, bank: Bank, settings: RoutingSettings, *, features: int) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        bank: Bank,
+        settings: RoutingSettings,
+        *,
+        features: int,
+        router: str | None = None,
+    ) -> None:
         self.inner = inner
         self.settings = settings
         self.features = features  # of the layer's whole input
+        self.router = router  # None: scores are gates'
         self.shared = features > bank.a.shape[3]  # a rank sees a share of the input
         for name in ("requires_device_loading", "uses_meta_device"):
             setattr(self, name, getattr(inner, name, getattr(QuantizeMethodBase, name, False)))
@@ -42,15 +54,17 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
         settings = self.settings
         flat = x.reshape(-1, x.shape[-1])
         (signatures, sums), opened, a = bank.view(range(bank.parts))
-        statistics = None
-        if self.shared:
-            whole = bank.signatures[:, : opened.shape[1]].flatten(0, 1)
-            statistics = torch.ops.phatgoose.gate_statistics(flat, whole)
-            statistics = tensor_model_parallel_all_reduce(statistics)
+        whole = None
+        if self.shared and self.router is None:
+            gates = bank.signatures[:, : opened.shape[1]].flatten(0, 1)
+            whole = torch.ops.phatgoose.gate_statistics(flat, gates)
+            whole = tensor_model_parallel_all_reduce(whole)
+        elif self.shared:
+            whole = tensor_model_parallel_all_gather(flat)
         torch.ops.phatgoose.add_routed_(
             output.view(-1, output.shape[-1]),
             flat,
-            statistics,
+            whole,
             signatures,
             sums,
             opened,
@@ -59,6 +73,7 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             getattr(bank, PRIOR, None),
             getattr(bank, TALLY, None),
             self.features,
+            self.router,
             settings.kept(opened.shape[1]),
             settings.temperature,
             settings.scale == "unit",

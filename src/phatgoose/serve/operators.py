@@ -5,6 +5,7 @@ are. The halves of `phatgoose.ops.library` hand plans from one to the other whos
 it; here both run within one operator. Letters as there.
 """
 
+import functools
 import math
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.ops import EPS, choose_experts, library
+from phatgoose.routers import make_router
 
 _library = torch.library.Library("phatgoose", "FRAGMENT")
 
@@ -41,10 +43,20 @@ def scores_of(
     return (products - mean.unsqueeze(-1) * sums) * scale.unsqueeze(-1)
 
 
+def scores_by(
+    router: str, x: Float[Tensor, "T I"], signatures: Float[Tensor, "S C W"]
+) -> Float[Tensor, "T S C"]:
+    """What the router of this name makes of the signatures of each part."""
+    return torch.stack([_router(router).score(x, part) for part in signatures], dim=1)
+
+
+_router = functools.cache(make_router)
+
+
 def _add_routed(
     output: Tensor,
     x: Tensor,
-    statistics: Tensor | None,
+    whole: Tensor | None,
     signatures: Tensor,
     sums: Tensor,
     open_slots: Tensor,
@@ -53,6 +65,7 @@ def _add_routed(
     prior: Tensor | None,
     tally: Tensor | None,
     features: int,
+    router: str | None,
     top_k: int,
     temperature: float,
     unit: bool,
@@ -61,8 +74,10 @@ def _add_routed(
 ) -> None:
     """Add to output [T, sum of O], part after part, what the chosen experts make of x [T, I].
 
-    signatures, sums, open_slots and a as `phatgoose::gated_down` wants them; b is one [C, O, R] a
-    part. With `statistics`, x and a are a share of the `features`, and so is what is added.
+    Scores are those of gates, with signatures, sums, open_slots and a as `phatgoose::gated_down`
+    wants them, or of `router`, with signatures [S * C, W]. b is one [C, O, R] a part. With `whole`,
+    x and a are a share of the `features`, and so is what is added: for gates it is
+    `gate_statistics` summed over the shares, for a router it is x with all features.
     prior and tally are fp32 and have a row for each token the engine may put into a forward: prior
     [N, C] is added to the scores of every part, and the chosen experts' weights are added to tally
     [N, 1 + C], whose first column is for the weight of "no expert". Raises ValueError where T > N.
@@ -70,13 +85,17 @@ def _add_routed(
     prior, tally = (_rows(table, len(x)) for table in (prior, tally))
     if prior is not None:
         prior = prior[:, : open_slots.shape[1]]
-    if statistics is None:
+    if whole is None and router is None:
         x = x.to(signatures.dtype) if backend == "triton" else x
         experts, weights, *down = library.gated_down(
             x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, prior, backend
         )
     else:
-        scores = scores_of(statistics, sums, features)
+        every = x if whole is None else whole
+        if router is None:
+            scores = scores_of(every, sums, features)
+        else:
+            scores = scores_by(router, every, signatures.view(*open_slots.shape, -1))
         scores = scores if prior is None else scores.add_(prior.unsqueeze(1))
         scores.masked_fill_(~open_slots, -torch.inf)
         routing = choose_experts(
@@ -113,9 +132,9 @@ torch.library.register_fake(
     lib=_library,
 )
 _library.define(
-    "add_routed_(Tensor(a!) output, Tensor x, Tensor? statistics, Tensor signatures, Tensor sums,"
+    "add_routed_(Tensor(a!) output, Tensor x, Tensor? whole, Tensor signatures, Tensor sums,"
     " Tensor open_slots, Tensor a, Tensor[] b, Tensor? prior, Tensor(b!)? tally, int features,"
-    " int top_k, float temperature, bool unit, float? null_score, str backend) -> ()",
+    " str? router, int top_k, float temperature, bool unit, float? null_score, str backend) -> ()",
 )
 _library.impl("add_routed_", _add_routed, "CompositeExplicitAutograd")
 torch.library.register_fake("phatgoose::add_routed_", lambda *arguments: None, lib=_library)

@@ -6,7 +6,7 @@ from typing import Any
 
 from phatgoose.errors import ConfigError
 from phatgoose.nn import RoutingSettings
-from phatgoose.routers import Router, make_router
+from phatgoose.routers import Modifier, Router, make_router, router_names
 from phatgoose.routers.evidence import PromptsEvidence
 
 ROUTING = tuple(field.name for field in fields(RoutingSettings))
@@ -87,15 +87,26 @@ def served_router(name: Any) -> tuple[Router, PromptsEvidence | None]:
     router = make_router(name)
     evidence = router if isinstance(router, PromptsEvidence) else None
     gate = evidence.inner if evidence else router
-    if gate is not None and (not gate.standardises or gate.has_prior):
-        raise ConfigError(
-            f"phatgoose: the router {name!r} cannot be served by vLLM. Choose phatgoose or "
-            "average_activation, alone or with +evidence or +prompt_evidence, or use "
-            "phatgoose.route with transformers."
-        )
-    if gate is not None and type(gate).prepare is not Router.prepare:
+    if gate is not None and (gate.has_prior or type(gate).prepare is not Router.prepare):
         raise ConfigError(
             f"phatgoose: the router {name!r} wants to run the base first, which vLLM does not let "
-            "it. Use phatgoose.route with transformers."
+            f"it. Choose from {', '.join(_servable())}, alone or with +evidence or "
+            "+prompt_evidence, or use phatgoose.route with transformers."
         )
     return router, evidence
+
+
+def gated(router: Router) -> bool:
+    """Whether kernels score by the router's signatures: gates, or none where evidence is alone."""
+    if isinstance(router, PromptsEvidence):
+        return router.inner is None or router.inner.standardises
+    return router.standardises
+
+
+def _servable() -> list[str]:
+    kinds = {name: type(make_router(name)) for name in router_names() if name != "zscore"}
+    return [
+        name
+        for name, kind in kinds.items()
+        if not issubclass(kind, Modifier) and kind.prepare is Router.prepare
+    ]

@@ -17,7 +17,7 @@ from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.nn import Bank
 from phatgoose.serve import layers
 from phatgoose.serve.layers import Layers, Part
-from phatgoose.serve.settings import ServeSettings, served_router
+from phatgoose.serve.settings import ServeSettings, gated, served_router
 
 Piece = tuple[Part, LoraModule, Tensor]
 
@@ -68,6 +68,7 @@ class Slots:
         self._model, self._base, self._base_name = model, base, base_name
         self._layers = Layers(model)
         self._router, self.evidence = served_router(settings.router)
+        self.gated = gated(self._router)
         self.weigh: Callable[[Expert], Tensor] | None = None  # worth of every token id [V]
         self.on_worth: Callable[[int, Tensor | None], None] = lambda slot, worth: None
 
@@ -84,11 +85,21 @@ class Slots:
         found: dict[str, list[Piece]] = {}
         for module, lora in expert.modules.items():
             signature = self._router.signature(expert, module)
-            signature = F.pad(signature, (0, lora.in_features - len(signature)))
+            if self.gated:
+                signature = F.pad(signature, (0, lora.in_features - len(signature)))
             part = self._layers.find(module, expert.name)
             if part is not None:
                 found.setdefault(part.layer, []).append((part, lora, signature))
         return found
+
+    def width(self, features: int, rank: int) -> int:
+        """Of the longest signature that an expert of this rank has at a layer of such an input."""
+        if self.gated:
+            return 0  # what a rank keeps of its gate is as wide as its input
+        nothing = LoraModule(torch.zeros(rank, features), torch.zeros(rank, rank), 1.0)
+        return len(
+            self._router.signature(Expert("nothing", {"layer": nothing}, None, None), "layer")
+        )
 
     def shares(self, pieces: Mapping[str, list[Piece]]) -> dict[str, Share]:
         """What this rank needs of the pieces."""
@@ -97,7 +108,7 @@ class Slots:
             layer = self._model.get_submodule(name)
             parts, sums = {}, {}
             for part, lora, signature in mine:
-                share, local = layers.share_of(layer, part, lora, signature)
+                share, local = layers.share_of(layer, part, lora, signature, gated=self.gated)
                 parts[part.number] = (local, share)
                 # Of the whole signature: a rank that holds a share of it needs the sum to score.
                 sums[part.number] = signature.sum()
