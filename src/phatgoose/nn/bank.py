@@ -144,7 +144,8 @@ class Bank(nn.Module):
         for part, (signature, lora) in parts.items():
             self.signatures[part, slot].zero_()[: len(signature)] = signature
             self.a[part, slot].zero_()[: lora.rank] = lora.a
-            self.b(part)[slot].zero_()[:, : lora.rank] = lora.b.float() * lora.scale
+            b = lora.b.to(self.a.device).float() * lora.scale
+            self.b(part)[slot].zero_()[:, : lora.rank] = b
             self.present[part, slot] = True
         for part in set(range(self.parts)) - set(parts):
             self.signatures[part, slot] = 0.0

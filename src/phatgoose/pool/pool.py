@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakSet
+
+import torch
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError
 from phatgoose.experts import Expert, load_expert
@@ -40,8 +43,12 @@ class ExpertPool:
         """Load experts from folders or Hub ids; see `load_expert` for what it raises."""
         if isinstance(sources, str | Path):
             raise ConfigError(f"ExpertPool.load wants a list of experts, got {sources!r} alone.")
-        with ThreadPoolExecutor() as threads:  # reading and hashing leave Python to others
-            return cls(threads.map(load_expert, sources))
+        pool = cls()
+        # Reading, hashing and checking leave Python to others.
+        with _one_thread_each(), ThreadPoolExecutor() as threads:
+            for expert in threads.map(_load_sound, sources):
+                pool._join(expert)
+        return pool
 
     @property
     def experts(self) -> list[Expert]:
@@ -74,6 +81,11 @@ class ExpertPool:
         """Add an expert at the end, also to every model this pool routes; all of them or none."""
         if not isinstance(expert, Expert):
             expert = load_expert(expert)
+        _check_sound(expert)
+        self._join(expert)
+        return expert
+
+    def _join(self, expert: Expert) -> None:
         self._check(expert)
         try:
             for listener in self._listeners:
@@ -85,7 +97,6 @@ class ExpertPool:
         self._experts.append(expert)
         for listener in self._listeners:
             listener.add(expert)
-        return expert
 
     def remove(self, name: str) -> None:
         """Take an expert out, also from every model this pool routes."""
@@ -109,8 +120,6 @@ class ExpertPool:
                 f"{expert.name}: two experts of this name. Rename a folder, or pass "
                 "load_expert(path, name=...)."
             )
-        for problem in check_numbers(expert):
-            raise IncompatibleExpertError(problem)
         for other in self._experts:
             difference = _difference(expert, other)
             if difference:
@@ -118,6 +127,28 @@ class ExpertPool:
                     f"{expert.name}: belongs to another base than {other.name}: {difference}. "
                     "A pool holds experts of one base; start a second pool."
                 )
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Have torch compute in the threads that call it: teams of threads fight over the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _load_sound(source: str | Path) -> Expert:
+    expert = load_expert(source)
+    _check_sound(expert)
+    return expert
+
+
+def _check_sound(expert: Expert) -> None:
+    for problem in check_numbers(expert):
+        raise IncompatibleExpertError(problem)
 
 
 def _difference(one: Expert, other: Expert) -> str | None:

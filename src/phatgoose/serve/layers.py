@@ -156,7 +156,7 @@ def share_of(
         raise RoutingError(
             f"{part.layer}: has {start} outputs in vLLM, the adapter {lora.out_features}."
         )
-    return replace(lora, b=torch.cat(rows)), signature
+    return replace(lora, b=rows[0] if len(rows) == 1 else torch.cat(rows)), signature
 
 
 def is_row_parallel(layer: Any) -> bool:
