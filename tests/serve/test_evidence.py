@@ -1,11 +1,14 @@
 """Routers with evidence over the context answer inside vLLM as on transformers, in float32."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
 from phatgoose import default
 from phatgoose.models import load_base
+from phatgoose.routers import AdapterEvidenceRouter
 from tests.serve.test_offline import BUDGET, assert_differ, assert_same
 
 pytestmark = pytest.mark.slow
@@ -24,7 +27,8 @@ def world(reference):
     assert max(map(len, prompts)) > 2 * BUDGET
 
     def right(router, experts):
-        settings = {} if router == "prompt_evidence" else {"top_k": 2}
+        alone = router == "prompt_evidence" or isinstance(router, AdapterEvidenceRouter)
+        settings = {} if alone else {"top_k": 2}
         return reference(model, experts, prompts, tokens=TOKENS, router=router, **settings)
 
     return prompts, right
@@ -37,8 +41,9 @@ def assert_right(found, wanted):
     assert_same([[found[place] for place in clear]], [wanted[place] for place in clear])
 
 
-def run(engine, router, experts, script, **llm):
+def run(engine, router, experts, script, *, more=None, **llm):
     settings = {"experts": [str(path) for path in experts], "router": router, "capacity": 16}
+    settings |= more or {}
     found = engine(
         default.BASE,
         settings,
@@ -96,3 +101,25 @@ def test_of_the_whole_prompt(world, engine):
     assert_differ(wanted, right("evidence", experts))
     assert_right(found["all"], wanted)
     assert_right([*found["all"][:-1], *found["alone"]], wanted)
+
+
+@pytest.mark.thorough
+def test_of_the_adapters(world, engine, tmp_path):
+    """Experts without gates or anything else, beside a file of text; one comes later."""
+    prompts, right = world
+    experts = [tmp_path / path.name for path in default.expert_folders()]
+    for path in experts:
+        leave = shutil.ignore_patterns("phatgoose_*")
+        shutil.copytree(default.EXPERTS / path.name, path, ignore=leave)
+    fewer = [path for path in experts if path.name != LATE]
+    text = default.DEMO.read_text()
+    tokenizer = load_base(default.BASE, device="cpu")[1]
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    everything = {"ask": [[prompt, None] for prompt in prompts]}
+    script = {"before": everything, "add": {"add": str(tmp_path / LATE)}, "added": everything}
+    more = {"background": str(default.DEMO)}
+    found = run(engine, "adapter_evidence", fewer, script, more=more)
+    assert found["add"] is None
+    for said, pool in (("before", fewer), ("added", experts)):
+        wanted = right(AdapterEvidenceRouter(background=ids), pool)
+        assert_right(found[said], wanted)

@@ -61,6 +61,7 @@ def test_settings_are_wanted(world, load):
         ({"top_k": 1, "max_rank": 1}, ConfigError, "max_rank is 1, .* needs 3"),
         ({"top_k": 1, "experts": ["no/such"]}, ExpertNotFoundError, "no/such"),
         ({"top_k": 1, "backend": "triton"}, ConfigError, "triton"),
+        ({"top_k": 1, "background": "no/such"}, ConfigError, "background: no/such cannot be read"),
     ],
 )
 def test_settings_that_do_not_fit(settings, error, message, world, load):

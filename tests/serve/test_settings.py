@@ -50,14 +50,14 @@ def test_what_is_given():
         ({"experts": ["a"], "router": "no such"}, "no router is called"),
         ({"experts": ["a"], "router": 3}, "router must be a name"),
         ({"experts": ["a"], "router": "seqr+zscore"}, "wants to run the base first"),
-        ({"experts": ["a"], "router": "adapter_evidence"}, "wants to run the base first"),
-        ({"experts": ["a"], "router": "phatgoose+adapter_evidence"}, "Choose from .*, phatgoose, "),
+        ({"experts": ["a"], "router": "phatgoose_mixed"}, "Choose from .*, phatgoose, "),
+        ({"experts": ["a"], "router": "phatgoose+adapter_evidence"}, "Give it a file"),
+        ({"experts": ["a"], "background": 1}, "background must be a file's name"),
         ({"experts": ["a"], "router": "phatgoose+evidence+evidence"}, "wants to run the base"),
         (
             {"experts": ["a"], "router": "phatgoose+evidence", "null_score": 0.1},
             "there is no null_score",
         ),
-        ({"experts": ["a"], "router": "phatgoose_mixed"}, "wants to run the base first"),
     ],
 )
 def test_refused(config, message):

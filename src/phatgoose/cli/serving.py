@@ -96,6 +96,7 @@ def _settings(arguments: Namespace) -> dict[str, Any]:
         "router": arguments.router,
         "capacity": capacity,
         "max_rank": arguments.max_rank,
+        "background": arguments.background,
         **{name: getattr(arguments, name) for name in ROUTING},
     }
     return {name: value for name, value in given.items() if value is not None}

@@ -2,7 +2,7 @@
 
 from phatgoose.routers.arrow import ArrowRouter
 from phatgoose.routers.average import AverageActivationRouter
-from phatgoose.routers.base import Modifier, Router, make_router, router_names
+from phatgoose.routers.base import Modifier, Router, make_router, router_kinds, router_names
 from phatgoose.routers.evidence import (
     AdapterEvidenceRouter,
     AdapterPromptEvidenceRouter,
@@ -36,5 +36,6 @@ __all__ = [
     "ZScoreRouter",
     "derivations",
     "make_router",
+    "router_kinds",
     "router_names",
 ]

@@ -114,3 +114,8 @@ def _find(name: str) -> type[Router]:
 def router_names() -> list[str]:
     """The names that `make_router` knows, in the order of their definition."""
     return list(Router._known)
+
+
+def router_kinds() -> dict[str, type[Router]]:
+    """By the names that stand alone: all but modifiers."""
+    return {n: kind for n, kind in Router._known.items() if not issubclass(kind, Modifier)}

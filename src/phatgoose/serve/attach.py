@@ -3,9 +3,11 @@
 import copy
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError, RoutingError, first_line
@@ -31,6 +33,8 @@ def load_pool(
 
     Raises what `route` and `load_expert` raise. A pool that grows may be smaller than top_k.
     """
+    if settings.background is not None:
+        read_background(settings.background)
     pool = ExpertPool.load(expert_sources(settings.experts))
     wanted, room = settings.routing.kept(len(pool)), len(pool)
     if grows and settings.capacity:
@@ -112,16 +116,21 @@ def read_contexts(
 ) -> Readings:
     """Weigh all token ids for the experts, and for those to come as they come.
 
-    Text that the base writes, the reference for "no expert at all", cancels out between experts,
-    so here every token id once will do for it.
+    Without a file of text, every token id once will do for it where evidence is of prompts: there
+    it only tells what "no expert at all" is worth, and cancels out between experts.
     """
     evidence, device = slots.evidence, steering.prior.device
     assert evidence is not None
+    text = None
+    if slots.settings.background is not None:
+        text = background_ids(model_config, slots.settings.background)
+        slots.background = digest(text.tolist())
 
     def weigh(experts: Sequence[Expert]) -> dict[str, Tensor]:
         first: Any = first_layer(model_config).to(device)
         count = first.get_input_embeddings().weight.shape[0]
-        like = type(evidence)(strength=evidence.strength, background=torch.arange(count)[None])
+        ids = torch.arange(count)[None] if text is None else text
+        like = type(evidence)(strength=evidence.strength, background=ids)
         with torch.inference_mode(False):
             like.prepare(first, experts)
         return like.worth
@@ -141,6 +150,31 @@ def read_contexts(
     slots.weigh = lambda expert: weigh([expert])[expert.name]
     slots.on_worth = readings.put
     return readings
+
+
+def read_background(path: str) -> str:
+    """Raises ConfigError where it is no file of text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"phatgoose: background: {path} cannot be read as text ({first_line(error)})."
+        ) from error
+
+
+def background_ids(model_config: Any, path: str) -> Int[Tensor, "1 L"]:
+    """The tokens of a file. Raises ConfigError where it has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        model_config.tokenizer,
+        revision=model_config.tokenizer_revision,
+        trust_remote_code=model_config.trust_remote_code,
+    )
+    ids = tokenizer(read_background(path), add_special_tokens=False).input_ids
+    if not ids:
+        raise ConfigError(f"phatgoose: background: {path} is empty. Give some thousand words.")
+    return torch.tensor([ids])
 
 
 def first_layer(model_config: Any) -> nn.Module:

@@ -6,8 +6,8 @@ from typing import Any
 
 from phatgoose.errors import ConfigError
 from phatgoose.nn import RoutingSettings
-from phatgoose.routers import Modifier, Router, make_router, router_names
-from phatgoose.routers.evidence import PromptsEvidence
+from phatgoose.routers import Router, make_router, router_kinds
+from phatgoose.routers.evidence import AdapterEvidence, ContextEvidence
 
 ROUTING = tuple(field.name for field in fields(RoutingSettings))
 
@@ -23,6 +23,7 @@ class ServeSettings:
     max_rank: int | None = None  # None: the longest of the layer's experts
     targets: tuple[str, ...] = ()  # kinds of layers, "q_proj" say, with room for experts to come
     record_routing: bool = False  # "routing" in the configuration: keep shares; see `Ledger`
+    background: str | None = None  # a file of ordinary text, which adapters' evidence is beside
     base_load_format: str = "auto"  # how vLLM is to load the base
 
     @classmethod
@@ -34,7 +35,7 @@ class ServeSettings:
                 '{"phatgoose": {"experts": [...]}}, and there are '
                 + ("none." if config is None else f"{type(config).__name__} in their place.")
             )
-        own = ("experts", "router", "capacity", "max_rank", "targets", "base_load_format")
+        own = [f.name for f in fields(cls) if f.name not in ("routing", "record_routing")]
         known = (*own, "routing", *ROUTING)
         unknown = sorted(set(config) - set(known))
         if unknown:
@@ -61,6 +62,15 @@ class ServeSettings:
             if value is not None and not (type(value) is int and value >= 1):
                 raise ConfigError(f"phatgoose: {key} must be at least 1, got {value!r}.")
         router, evidence = served_router(config.get("router", cls.router))
+        background = config.get("background")
+        if background is not None and not isinstance(background, str):
+            raise ConfigError(f"phatgoose: background must be a file's name, got {background!r}.")
+        if isinstance(evidence, AdapterEvidence) and background is None:
+            raise ConfigError(
+                f"phatgoose: the router {config['router']!r} tells what an adapter is for by how "
+                "it differs from ordinary text. Give it a file of some thousand words as the base "
+                'has read them: "background" in additional_config, phatgoose serve --background.'
+            )
         given = {key: config[key] for key in ROUTING if config.get(key) is not None}
         mine = {key: config[key] for key in own if config.get(key) is not None}
         mine["targets"] = tuple(mine.get("targets", ()))
@@ -76,7 +86,7 @@ class ServeSettings:
         )
 
 
-def served_router(name: Any) -> tuple[Router, PromptsEvidence | None]:
+def served_router(name: Any) -> tuple[Router, ContextEvidence | None]:
     """The router of this name, if layers can run it; and its part that looks at the context.
 
     vLLM puts tokens of many requests into one forward, so what a layer does is up to single tokens,
@@ -85,28 +95,24 @@ def served_router(name: Any) -> tuple[Router, PromptsEvidence | None]:
     if not isinstance(name, str):
         raise ConfigError(f"phatgoose: router must be a name, got {name!r}.")
     router = make_router(name)
-    evidence = router if isinstance(router, PromptsEvidence) else None
+    evidence = router if isinstance(router, ContextEvidence) else None
     gate = evidence.inner if evidence else router
     if gate is not None and (gate.has_prior or type(gate).prepare is not Router.prepare):
         raise ConfigError(
             f"phatgoose: the router {name!r} wants to run the base first, which vLLM does not let "
-            f"it. Choose from {', '.join(_servable())}, alone or with +evidence or "
-            "+prompt_evidence, or use phatgoose.route with transformers."
+            f"it. Choose from {', '.join(_servable())}, alone or with evidence of one kind "
+            "(+evidence, say), or use phatgoose.route with transformers."
         )
     return router, evidence
 
 
 def gated(router: Router) -> bool:
     """Whether kernels score by the router's signatures: gates, or none where evidence is alone."""
-    if isinstance(router, PromptsEvidence):
+    if isinstance(router, ContextEvidence):
         return router.inner is None or router.inner.standardises
     return router.standardises
 
 
 def _servable() -> list[str]:
-    kinds = {name: type(make_router(name)) for name in router_names() if name != "zscore"}
-    return [
-        name
-        for name, kind in kinds.items()
-        if not issubclass(kind, Modifier) and kind.prepare is Router.prepare
-    ]
+    """Names of the routers that are no modifiers."""
+    return [name for name, kind in router_kinds().items() if kind.prepare is Router.prepare]

@@ -69,6 +69,7 @@ class Slots:
         self._layers = Layers(model)
         self._router, self.evidence = served_router(settings.router)
         self.gated = gated(self._router)
+        self.background: str | None = None  # a hash of the text that evidence is relative to
         self.weigh: Callable[[Expert], Tensor] | None = None  # worth of every token id [V]
         self.on_worth: Callable[[int, Tensor | None], None] = lambda slot, worth: None
 
@@ -208,7 +209,8 @@ class Slots:
         experts = sorted(
             (resident.name, resident.sha256) for resident in self.residents if resident
         )
-        return digest([experts, self.settings.router, asdict(self.settings.routing)])
+        settings = self.settings
+        return digest([experts, settings.router, asdict(settings.routing), self.background])
 
     def _check_room(self, expert: Expert, name: str, mine: list[Piece]) -> None:
         bank = self.banks.get(name)
