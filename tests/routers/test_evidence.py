@@ -61,7 +61,7 @@ def newton(x, mean):
         gradient = p @ x - mean + penalty * theta
         hessian = torch.cov(x.T, aweights=p, correction=0) + penalty * torch.eye(len(mean))
         step, size = torch.linalg.solve(hessian, gradient), 1.0
-        while objective(theta - size * step) > objective(theta) and size > 1e-9:
+        while objective(theta - size * step) > objective(theta) + 1e-12 and size > 1e-9:  # rounding
             size /= 2
         theta = theta - size * step
         if gradient.norm() < 1e-10:
