@@ -26,6 +26,7 @@ GATE_STEPS = (10, 30, 100, 300)
 LARGE_BASE = (
     "--hidden 512 --layers 8 --heads 8 --kv-heads 8 --intermediate 1408 --lr 2.5e-3".split()
 )
+Job = tuple[str, list[str]]  # its name and its command
 ROUGHLY = 1500  # training examples of each task that the multitask adapter sees
 
 
@@ -42,14 +43,31 @@ def build_base(args: Namespace) -> None:
     run_all([("base", [*map(str, command)])], logs=args.out / "logs", each=1, on=[",".join(on)])
 
 
-def build_experts(args: Namespace) -> None:
-    """Train an expert for every task, a few in one pass over the base, side by side."""
+def build_pools(args: Namespace, pools: Sequence[str], steps: Sequence[str]) -> None:
+    """The larger pool's experts, and what both pools need beside gates, side by side."""
+    commands = [*gates(args)] if "default" in pools and "rest" in steps else []  # longest first
+    if "large" in pools and "experts" in steps:
+        commands += experts(args)
+    if "default" in pools and "rest" in steps:
+        commands += rest(args, "default")
+    run_all(commands, logs=args.out / "logs", each=args.each, on=devices())
+    large = args.out / "large"
+    for folder in sorted((large / "parts").glob("*/[!.]*")):
+        (large / "experts").mkdir(exist_ok=True)
+        folder.rename(large / "experts" / folder.name)
+    if "large" in pools and "rest" in steps:
+        run_all([*rest(args, "large")], logs=args.out / "logs", each=args.each, on=devices())
+
+
+def experts(args: Namespace) -> Iterator[Job]:
+    """An expert for every task, a few in one pass over the base; and one for all tasks together."""
     large, on = args.out / "large", devices()
     names = [n for n in by_length(args.data / "tasks") if not (large / "experts" / n).exists()]
     alone = not (large / "multitask" / DONE).exists()  # one of the processes is for that
     count = max(1, min(len(names), args.each * len(on) - alone))
     groups = [names[k * len(names) // count : (k + 1) * len(names) // count] for k in range(count)]
-    commands = []
+    if alone:
+        yield multitask(args, "large", large / "base")
     for number, group in enumerate(groups):
         tasks = [str(args.data / "tasks" / name) for name in group]
         command = [*PHATGOOSE, "experts", "train", "--tasks", *tasks, "--base", large / "base"]
@@ -57,38 +75,28 @@ def build_experts(args: Namespace) -> None:
         command += ["--steps", args.steps, "--batch-size", args.batch, "--learning-rate", "2e-3"]
         command += ["--gate-batch-size", args.batch, "--gate-steps", args.gate_steps]
         command += ["--max-length", 512, "--dropout", 0.05]
-        commands.append((f"experts-{number}", [*map(str, command)]))
-    if alone:
-        commands.insert(0, multitask(args, "large", large / "base"))
-    run_all(commands, logs=args.out / "logs", each=args.each, on=on)
-    for folder in sorted((large / "parts").glob("*/[!.]*")):
-        (large / "experts").mkdir(exist_ok=True)
-        folder.rename(large / "experts" / folder.name)
+        yield f"experts-{number}", [*map(str, command)]
 
 
-def build_rest(args: Namespace, pools: Sequence[str]) -> None:
-    """Signatures, the multitask adapters, and gates trained for other numbers of steps."""
-    commands = []
-    for pool in pools:
-        folder = args.out / pool
-        if pool == "default" and not (folder / "experts").exists():
-            shutil.copytree(PACKAGED, folder / "experts")
-        base = default.BASE if pool == "default" else folder / "base"
-        experts = sorted(p for p in (folder / "experts").iterdir() if p.is_dir())
-        measured = [(p / file_name(kind)).exists() for p in experts for kind in MEASURED]
-        for number in range(args.each if not all(measured) else 0):
-            command = [*PHATGOOSE, "experts", "derive", *experts[number :: args.each]]
-            command += ["--base", base, "--tasks", args.data / "tasks", "--max-length", 512]
-            command += ["--batch-size", 64]
-            commands.append((f"derive-{pool}-{number}", [*map(str, command)]))
-        if not (folder / "multitask" / DONE).exists():
-            commands.insert(0, multitask(args, pool, base))
-    if "default" in pools:
-        commands += gates(args)
-    run_all(commands, logs=args.out / "logs", each=args.each, on=devices())
+def rest(args: Namespace, pool: str) -> Iterator[Job]:
+    """The multitask adapter, and the experts' signatures."""
+    folder = args.out / pool
+    if pool == "default" and not (folder / "experts").exists():
+        shutil.copytree(PACKAGED, folder / "experts")
+    base = default.BASE if pool == "default" else folder / "base"
+    if not (folder / "multitask" / DONE).exists():
+        yield multitask(args, pool, base)
+    found = sorted(p for p in (folder / "experts").iterdir() if p.is_dir())
+    found = [p for p in found if not all((p / file_name(kind)).exists() for kind in MEASURED)]
+    count = min(len(found), args.each * len(devices()))
+    for number in range(count):
+        command = [*PHATGOOSE, "experts", "derive", *found[number::count]]
+        command += ["--base", base, "--tasks", args.data / "tasks", "--max-length", 512]
+        command += ["--batch-size", 64]
+        yield f"derive-{pool}-{number}", [*map(str, command)]
 
 
-def multitask(args: Namespace, pool: str, base: Path) -> tuple[str, list[str]]:
+def multitask(args: Namespace, pool: str, base: Path) -> Job:
     """One adapter trained on the union of the data of the pool's experts."""
     folder = args.out / pool
     shutil.rmtree(folder / "multitask", ignore_errors=True)
@@ -102,9 +110,9 @@ def multitask(args: Namespace, pool: str, base: Path) -> tuple[str, list[str]]:
     return f"multitask-{pool}", [*map(str, command)]
 
 
-def gates(args: Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Gates of the default pool, trained anew for several numbers of steps."""
-    for steps in GATE_STEPS:
+def gates(args: Namespace) -> Iterator[Job]:
+    """Gates of the default pool, trained anew for several numbers of steps, most first."""
+    for steps in sorted(GATE_STEPS, reverse=True):
         folder = args.out / "default" / f"gates-{steps}"
         if not folder.exists():
             leave = shutil.ignore_patterns("phatgoose_*")

@@ -5,14 +5,14 @@
 DATA holds tasks/NAME/{train,validation,test}.jsonl, heldout/NAME/test.jsonl and INDEX.json; TEXT
 holds .txt or .txt.xz files to pretrain the larger base on. `--step` does one step alone:
 
-    base, experts, rest   build the larger pool, then what both pools need beside gates
+    base, experts, rest   build the larger pool, and what both pools need beside gates
     choose                variants of the recipe, on the experts' validation sets and every other
                           held-out task
     report                all methods, on the experts' test sets and all held-out tasks
     write                 docs/study.md and its figures
 
-`--seconds` bounds choose and report together, the report comes first; what was not reached is left
-out of their tables, and is done by the next call.
+`--seconds` bounds it all: report, which comes first, and choose end then; what was not reached is
+left out of their tables, and is done by the next call.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as processes
 
-from build import GATE_STEPS, build_base, build_experts, build_rest
+from build import GATE_STEPS, build_base, build_pools
 from phatgoose import default
 from phatgoose.evaluation import Evaluation, Inputs, RunSettings, make_methods, read_tasks
 from phatgoose.evaluation.methods import Afterwards, Method
@@ -58,15 +58,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gate-steps", type=int, default=100)
     add("--multitask-steps", type=int, default=2000)
     add("--batch", type=int, default=12, help="examples of an expert in a step")
-    add("--each", type=int, default=4, help="processes on each device")
+    add("--each", type=int, default=4, help="processes on each device that train")
+    add("--answering", type=int, help="processes on each device that answer; default: as many")
     add("--limit", type=int, default=100, help="examples a task in report")
     add("--choose-limit", type=int, default=50, help="examples a task in choose")
     add("--probe", type=int, default=30, help="examples a task that oracles choose by")
-    add("--seconds", type=float, default=float("inf"), help="for choose and report")
+    add("--seconds", type=float, default=float("inf"), help="from now to the end of answering")
     add("--tokens", type=int, help="tokens per batch of ranking")
     add("--rows", type=int, help="prompts per batch of generation")
     add("--docs", type=Path, default=Path("docs"), help="where study.md goes")
     args = parser.parse_args(argv)
+    args.answering, args.end = args.answering or args.each, time.monotonic() + args.seconds
     args.data, args.out = args.data.resolve(), args.out.resolve()
     return args
 
@@ -173,7 +175,7 @@ def answer(args: argparse.Namespace, phases: Sequence[Phase]) -> None:
     on = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     workers = [
         context.Process(target=work, args=(args, device, todo, done))
-        for _ in range(args.each)
+        for _ in range(args.answering)
         for device in on
     ]
     for worker in workers:
@@ -184,7 +186,7 @@ def answer(args: argparse.Namespace, phases: Sequence[Phase]) -> None:
         todo.put(task)
     finished: dict[Phase, set[str]] = {phase: set() for phase in phases}
     while any(worker.is_alive() for worker in workers) or not done.empty():
-        if time.monotonic() - started > args.seconds:
+        if time.monotonic() > args.end:
             break
         try:
             phase, job, seconds = done.get(timeout=0.5)
@@ -243,10 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "large" in args.pools and "base" in args.step:
         build_base(args)
-    if "large" in args.pools and "experts" in args.step:
-        build_experts(args)
-    if "rest" in args.step:
-        build_rest(args, args.pools)
+    build_pools(args, args.pools, args.step)
     steps = [step for step in ("report", "choose") if step in args.step]
     if steps:
         answer(args, [(pool, step) for step in steps for pool in args.pools])
