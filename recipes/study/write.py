@@ -252,12 +252,13 @@ def sizes(axes: Axes, results: Results, pool: str, *, gain: bool) -> None:
 
 
 def recovered(results: Results, method: str, names: Sequence[str]) -> float:
-    """(method - base) / (own - base) over these tasks, in percent."""
+    """(method - base) / (own - base) over these tasks, in percent; NaN where own is base."""
     totals = {
         kind: sum(results["results"][name][kind]["score"] for name in names)
         for kind in (method, "base", "own")
     }
-    return 100 * (totals[method] - totals["base"]) / (totals["own"] - totals["base"])
+    gain = totals["own"] - totals["base"]
+    return 100 * (totals[method] - totals["base"]) / gain if gain else float("nan")
 
 
 def save(figure: Figure, path: Path) -> None:
