@@ -450,7 +450,7 @@ def _add_serving(commands: Commands) -> None:
         metavar="EXPERT",
         help="expert folders, folders of expert folders, or Hub ids (those in the package)",
     )
-    add("--router", help="any by token that docs/serving.md names (phatgoose)")
+    add("--router", help="phatgoose, arrow, phatgoose+evidence, ...: docs/serving.md (phatgoose)")
     add("--background", metavar="FILE", help="ordinary text, which adapter_evidence needs")
     add("--top-k", type=int, help="experts per token and layer (the router's own: 2)")
     add("--temperature", type=float, help="of the routing softmax (the router's own: 1)")
