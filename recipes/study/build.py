@@ -45,17 +45,18 @@ def build_base(args: Namespace) -> None:
 
 def build_pools(args: Namespace, pools: Sequence[str], steps: Sequence[str]) -> None:
     """The larger pool's experts, and what both pools need beside gates, side by side."""
-    commands = [*gates(args)] if "default" in pools and "rest" in steps else []  # longest first
+    rest_of = pools if "rest" in steps else ()
+    commands = [*gates(args)] if "default" in rest_of else []  # longest first
     if "large" in pools and "experts" in steps:
         commands += experts(args)
-    if "default" in pools and "rest" in steps:
+    if "default" in rest_of:
         commands += rest(args, "default")
     run_all(commands, logs=args.out / "logs", each=args.each, on=devices())
     large = args.out / "large"
     for folder in sorted((large / "parts").glob("*/[!.]*")):
         (large / "experts").mkdir(exist_ok=True)
         folder.rename(large / "experts" / folder.name)
-    if "large" in pools and "rest" in steps:
+    if "large" in rest_of:
         run_all([*rest(args, "large")], logs=args.out / "logs", each=args.each, on=devices())
 
 

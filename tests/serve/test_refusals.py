@@ -1,5 +1,7 @@
 """What cannot be served is refused when vLLM loads the model, by the error that `route` raises."""
 
+import os
+
 import pytest
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -62,6 +64,7 @@ def test_settings_are_wanted(world, load):
         ({"top_k": 1, "experts": ["no/such"]}, ExpertNotFoundError, "no/such"),
         ({"top_k": 1, "backend": "triton"}, ConfigError, "triton"),
         ({"top_k": 1, "background": "no/such"}, ConfigError, "background: no/such cannot be read"),
+        ({"top_k": 1, "background": os.devnull}, ConfigError, f"{os.devnull} is empty"),
     ],
 )
 def test_settings_that_do_not_fit(settings, error, message, world, load):

@@ -34,7 +34,7 @@ def load_pool(
     Raises what `route` and `load_expert` raise. A pool that grows may be smaller than top_k.
     """
     if settings.background is not None:
-        read_background(settings.background)
+        read_background(settings.background)  # here, to refuse it before anything large is loaded
     pool = ExpertPool.load(expert_sources(settings.experts))
     wanted, room = settings.routing.kept(len(pool)), len(pool)
     if grows and settings.capacity:
@@ -153,17 +153,20 @@ def read_contexts(
 
 
 def read_background(path: str) -> str:
-    """Raises ConfigError where it is no file of text."""
+    """Raises ConfigError where it is no file of text, or there is none in it."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"phatgoose: background: {path} cannot be read as text ({first_line(error)})."
         ) from error
+    if not text.strip():
+        raise ConfigError(f"phatgoose: background: {path} is empty. Give some thousand words.")
+    return text
 
 
 def background_ids(model_config: Any, path: str) -> Int[Tensor, "1 L"]:
-    """The tokens of a file. Raises ConfigError where it has none."""
+    """The tokens of a file of text. Raises what `read_background` raises."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -171,10 +174,7 @@ def background_ids(model_config: Any, path: str) -> Int[Tensor, "1 L"]:
         revision=model_config.tokenizer_revision,
         trust_remote_code=model_config.trust_remote_code,
     )
-    ids = tokenizer(read_background(path), add_special_tokens=False).input_ids
-    if not ids:
-        raise ConfigError(f"phatgoose: background: {path} is empty. Give some thousand words.")
-    return torch.tensor([ids])
+    return torch.tensor([tokenizer(read_background(path), add_special_tokens=False).input_ids])
 
 
 def first_layer(model_config: Any) -> nn.Module:

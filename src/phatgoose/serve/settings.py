@@ -107,12 +107,11 @@ def served_router(name: Any) -> tuple[Router, ContextEvidence | None]:
 
 
 def gated(router: Router) -> bool:
-    """Whether kernels score by the router's signatures: gates, or none where evidence is alone."""
-    if isinstance(router, ContextEvidence):
-        return router.inner is None or router.inner.standardises
-    return router.standardises
+    """Whether kernels score by the router's signatures: gates, or zeros where evidence is alone."""
+    alone = isinstance(router, ContextEvidence) and router.inner is None
+    return alone or router.standardises
 
 
 def _servable() -> list[str]:
-    """Names of the routers that are no modifiers."""
+    """Names of the routers that need not run the base."""
     return [name for name, kind in router_kinds().items() if kind.prepare is Router.prepare]
