@@ -16,12 +16,14 @@ so that the requests of a batch do not come to say the same, and to choose the s
 
 "phatgoose" is `phatgoose serve` as it comes, with shares of the experts recorded; "phatgoose-quiet"
 (on demand) does not record them. --more is for vLLM's options, the same for all, as in
---more="--max-num-seqs 64"; --table prints the Markdown of an earlier run's file.
+--more="--max-num-seqs 64"; --table prints the Markdown of an earlier run's file. --profile loads each
+server once more afterwards, and says which GPU kernels the time of a decoding step goes to.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import shlex
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +68,16 @@ CLIENT = (
     "import argparse; from vllm.benchmarks import serve; parser = argparse.ArgumentParser(); "
     "serve.add_cli_args(parser); serve.main(parser.parse_args())"
 )
+
+PROFILED = {  # a few steps of decoding, after the prompts of one wave of requests
+    "profiler": "torch",
+    "ignore_frontend": True,
+    "torch_profiler_with_stack": False,
+    "torch_profiler_dump_cuda_time_total": False,
+    "delay_iterations": 100,
+    "max_iterations": 16,
+}
+SHOWN = 12  # kernels of a contender in the table
 
 # ---------------------------------------------------------------- models
 
@@ -115,14 +128,18 @@ def make_experts(folder: Path, base: LlamaForCausalLM, count: int, dtype: torch.
 # ---------------------------------------------------------------- servers
 
 
-def server_words(name: str, base: Path, experts: Path, args: argparse.Namespace) -> list[str]:
+def server_words(
+    name: str, base: Path, experts: Path, folder: Path, args: argparse.Namespace
+) -> list[str]:
     """The command of a contender's server, without port."""
+    profiler = {**PROFILED, "torch_profiler_dir": str(folder / f"{name}-trace")}
     vllm = [
         *("--dtype", args.dtype, "--max-model-len", str(args.length), "--no-enable-prefix-caching"),
         *(
             "--served-model-name",
             "served",
             *(["--enforce-eager"] if args.eager else []),
+            *(["--profiler-config", json.dumps(profiler)] if args.profile else []),
             *args.more,
         ),
     ]
@@ -207,7 +224,7 @@ def client_words(
     name: str, url: str, base: Path, folder: Path, args: argparse.Namespace
 ) -> list[str]:
     """The command of vLLM's own serving benchmark."""
-    served = "adapter" if name == "lora" else "served"
+    served = "adapter" if name.startswith("lora") else "served"
     flags: dict[str, Any] = {
         "--base-url": url,
         "--model": served,
@@ -253,16 +270,57 @@ def load(
 ) -> dict[str, Any]:
     """A contender's row."""
     client = [sys.executable, *client_words(name, served.url, base, folder, args)]
-    done = subprocess.run(
-        client, capture_output=True, text=True, timeout=args.load_seconds, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the load failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    _run(client, args)
     row = row_of(json.loads((folder / f"{name}.json").read_text()), args)
     if name == "phatgoose":
         time.sleep(EVERY + 1)  # until the server has counted the last answers
         row |= spread_of(json.loads(_get(f"{served.url}/v1/experts")))
     return row
+
+
+def profile(
+    name: str, served: Server, base: Path, folder: Path, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The kernels of a contender's steps of decoding, in a load of its own."""
+    client = [sys.executable, *client_words(f"{name}-profiled", served.url, base, folder, args)]
+    _run([*client, "--profile", "--num-prompts", str(args.concurrency)], args)
+    return kernels_of(folder / f"{name}-trace")
+
+
+def _run(client: list[str], args: argparse.Namespace) -> None:
+    """Raises RuntimeError with what it said if it fails."""
+    done = subprocess.run(
+        client, capture_output=True, text=True, timeout=args.load_seconds, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the load failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+def kernels_of(folder: Path) -> list[dict[str, Any]]:
+    """The GPU kernels of the newest trace in `folder`, by their time in a step.
+
+    The steps are the runs of the model that vLLM notes in it. Raises RuntimeError without any.
+    """
+    traces = sorted(folder.glob("*.pt.trace.json.gz"), key=lambda file: file.stat().st_mtime)
+    if not traces:
+        raise RuntimeError(f"{folder}: no trace; did the load run for enough steps?")
+    with gzip.open(traces[-1], "rt") as file:
+        events = json.load(file)["traceEvents"]
+    steps = sum(
+        event.get("cat") == "user_annotation" and event["name"].startswith("execute_")
+        for event in events
+    )
+    if not steps:
+        raise RuntimeError(f"{traces[-1]}: no step of the model in it")
+    us, calls = Counter[str](), Counter[str]()
+    for event in events:
+        if event.get("cat") == "kernel":
+            us[event["name"]] += event["dur"]
+            calls[event["name"]] += 1
+    return [
+        {"kernel": name, "us_a_step": time_us / steps, "calls_a_step": calls[name] / steps}
+        for name, time_us in us.most_common()
+    ]
 
 
 def spread_of(pool: dict[str, Any]) -> dict[str, Any]:
@@ -299,7 +357,9 @@ def _number(row: dict[str, Any], key: str, digits: int) -> str:
 
 def over(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Output tokens/s over those of the base and of the LoRA, where they were measured."""
-    measured = {r["contender"]: r["output_tokens_per_s"] for r in rows if "note" not in r}
+    measured = {
+        r["contender"]: r["output_tokens_per_s"] for r in rows if "output_tokens_per_s" in r
+    }
     return {
         f"over_{name}": row["output_tokens_per_s"] / measured[name]
         for name in ("base", "lora")
@@ -341,6 +401,20 @@ def markdown(value: dict[str, Any]) -> str:
     for one in verdicts(value["rows"]):
         measured = "-" if one["measured"] is None else f"{one['measured']:.2f}"
         lines.append(f"| {one['target']} | {one['wanted']} | {measured} | {says[one['met']]} |")
+    profiled = [row for row in value["rows"] if "kernels" in row]
+    if profiled:
+        lines += [
+            "",
+            "| contender | kernel | us a step | calls a step |",
+            "| --- | --- | ---: | ---: |",
+        ]
+    for row in profiled:
+        named = [(k["kernel"][:60], k["us_a_step"], k["calls_a_step"]) for k in row["kernels"]]
+        total = ("all of them", *(sum(column) for column in list(zip(*named, strict=True))[1:]))
+        lines += [
+            f"| {row['contender']} | `{kernel}` | {us:.0f} | {calls:.1f} |"
+            for kernel, us, calls in [total, *named[:SHOWN]]
+        ]
     return "\n".join(lines)
 
 
@@ -355,6 +429,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, help="tokens (256, or 8 on a CPU)")
     parser.add_argument("--together", action="store_true", help="start all at once, a GPU for each")
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture graphs")
+    parser.add_argument("--profile", action="store_true", help="also say what kernels take")
     parser.add_argument("--more", type=shlex.split, default=[], help="further options of vLLM's")
     parser.add_argument("--start-seconds", type=float, default=300, help="that a server may take")
     parser.add_argument("--load-seconds", type=float, default=300, help="that the load may take")
@@ -390,7 +465,7 @@ def bench(folder: Path, results: Results, args: argparse.Namespace) -> None:
     say(f"{args.experts} experts: made in {time.perf_counter() - begin:.1f} s")
 
     def start(name: str, gpu: int | None = None) -> contextlib.AbstractContextManager[Server]:
-        return server(server_words(name, base, experts, args), folder / f"{name}.log", gpu)
+        return server(server_words(name, base, experts, folder, args), folder / f"{name}.log", gpu)
 
     with contextlib.ExitStack() as until_end:
         begun: dict[str, Server] = {}
@@ -412,7 +487,9 @@ def bench(folder: Path, results: Results, args: argparse.Namespace) -> None:
                     row["start_s"] = served.wait(args.start_seconds)
                     say(f"{name}: started in {row['start_s']} s")
                     row |= load(name, served, base, folder, args)
-                row |= over(row, [*results.rows, row])
+                    row |= over(row, [*results.rows, row])
+                    if args.profile:
+                        row["kernels"] = profile(name, served, base, folder, args)
             except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others go on
                 say(f"{name}: {error}")
                 row["note"] = str(error).splitlines()[0]
@@ -441,7 +518,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             key: getattr(args, key)
             for key in ("requests", "concurrency", "input_len", "output_len")
         },
-        **{key: getattr(args, key) for key in ("eager", "together", "more")},
+        **{key: getattr(args, key) for key in ("eager", "together", "more", "profile")},
     )
     with contextlib.ExitStack() as kept:
         where = args.folder or Path(kept.enter_context(tempfile.TemporaryDirectory(dir=_shared())))

@@ -1,5 +1,6 @@
 """Every benchmark runs, at sizes where its times say nothing."""
 
+import gzip
 import importlib
 import json
 from pathlib import Path
@@ -252,6 +253,27 @@ def test_serving_judges(script, tmp_path, capsys, tokens, ttft, wanted):
     assert printed.count("**missed**") == wanted.count(False)
     assert printed.count("| met |") == wanted.count(True)
     assert ("no server" in printed) == (tokens is None)
+
+
+def test_serving_says_what_kernels_take(script, tmp_path):
+    serving = script("bench_serving")
+    with pytest.raises(RuntimeError, match="no trace"):
+        serving.kernels_of(tmp_path)
+    events = [{"ph": "M", "name": "process_name"}]
+    events += [{"cat": "user_annotation", "name": "execute_context_0(0)_generation_4(4)"}] * 2
+    events += [{"cat": "cpu_op", "name": "aten::mm", "dur": 90.0}]
+    events += [{"cat": "kernel", "name": "gemm", "dur": dur} for dur in (3.0, 5.0)]
+    events += [{"cat": "kernel", "name": "route", "dur": 2.0}] * 6
+    with gzip.open(tmp_path / "rank0.pt.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    found = serving.kernels_of(tmp_path)
+    assert [tuple(one.values()) for one in found] == [("route", 6.0, 3.0), ("gemm", 4.0, 1.0)]
+    row = {"contender": "phatgoose", "experts": 1, "kernels": found}
+    numbers = dict.fromkeys(("requests", "concurrency", "input_len", "output_len"), 7)
+    words = dict.fromkeys(("command", "device", "dtype", "vllm", "torch"), "x")
+    printed = serving.markdown({"rows": [row], **numbers, **words})
+    assert "| phatgoose | `all of them` | 10 | 4.0 |" in printed
+    assert "| phatgoose | `route` | 6 | 3.0 |" in printed
 
 
 def test_serving_makes_experts_of_its_base(script, tmp_path):
