@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from phatgoose.evaluation.report import GONE, cell
 from phatgoose.files import write_bytes
@@ -24,6 +25,7 @@ PARTS["own"] = "results.json"  # of `phatgoose eval` on the experts' own tasks a
 FOLDERS = {"report": "report", "choose": "choose", "unseen": "report", "own": "own"}
 FINDINGS = Path(__file__).with_name("findings.md")
 COLOURS = {"default": "#0072B2", "large": "#D55E00"}  # told apart by colour-blind people too
+STYLES = {"phatgoose": "-", "phatgoose+evidence": "--"}  # of lines over the size of the pool
 Results = Mapping[str, Any]
 
 
@@ -169,7 +171,7 @@ CURVES = {
         "0.3": "temperature 0.3",
         "0.5": "temperature 0.5",
         "1": "phatgoose",
-        "2": "temperature 2",
+        "2": "temperature 2.0",
     },
     "gate steps": {str(n): f"{n} gate steps" for n in (10, 30, 100, 300)},
     "strength of evidence": {
@@ -207,8 +209,12 @@ def draw_settings(found: Mapping[tuple[str, str], Results], path: Path) -> None:
         axes.set_xlabel("experts, log scale" if offset else "", fontsize=9)
         axes.set_ylabel(rows[offset][1], fontsize=9)
         axes.set_xscale("log", base=2)
+        axes.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
         axes.grid(linewidth=0.3)
     handles, labels = grid[0][0].get_legend_handles_labels()
+    for router, style in STYLES.items():
+        handles.append(Line2D([], [], color="black", linestyle=style))
+        labels.append(f"{router} (size of the pool)")
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     save(figure, path)
 
@@ -231,9 +237,8 @@ def curve(axes: Axes, values: Mapping[str, Any], points: Mapping[str, str], pool
 
 def sizes(axes: Axes, results: Results, pool: str, *, gain: bool) -> None:
     """By the pool's size; the gain is over the tasks of the experts in it."""
-    styles = {"phatgoose": "-", "phatgoose+evidence": "--"}
     whole = {"phatgoose": "phatgoose", "phatgoose+evidence": "evidence x 4"}
-    for router, style in styles.items():
+    for router, style in STYLES.items():
         members = {
             len(about["experts"]): (method, list(about["experts"]))
             for method, about in results["methods"].items()
@@ -246,9 +251,7 @@ def sizes(axes: Axes, results: Results, pool: str, *, gain: bool) -> None:
             scores = [recovered(results, *members[size]) for size in places]
         else:
             scores = [results["average"][members[size][0]]["score"] for size in places]
-        label = f"{POOLS[pool]}: {router}"
-        axes.plot(places, scores, style, marker="o", color=COLOURS[pool], label=label)
-    axes.legend(fontsize=7)
+        axes.plot(places, scores, style, marker="o", color=COLOURS[pool])
 
 
 def recovered(results: Results, method: str, names: Sequence[str]) -> float:
