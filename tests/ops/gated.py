@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phatgoose.ops import pieces_of
+from phatgoose.ops import library, pieces_of
 from tests.tolerances import TOLERANCE, assert_near
 
 # Error of a score, next to the sizes of the terms it sums. In bf16 a signature's pieces keep 16
@@ -109,11 +109,16 @@ def gates_for(problem, backend):
 def check_gated(problem, backend):
     """Choice, weights and outputs of a routed layer that scores by gate."""
     x, signatures, sums = gates_for(problem, backend)
-    experts, weights, *down = torch.ops.phatgoose.gated_down(
-        x, signatures, sums, problem.open_slots, problem.a, *problem.settings(), backend
-    )
-    problem = replace(problem, x=x)
     parts, slots = problem.open_slots.shape
+    # Room for more tokens and slots than there are; columns of a wider table.
+    tally = torch.ones(len(x) + 2, slots + 5, device=x.device)[:, : slots + 3]
+    experts, weights, *down = library.gated_down(
+        x, signatures, sums, problem.open_slots, problem.a, *problem.settings(), backend, tally
+    )
+    counted = torch.ones_like(tally)
+    counted[: len(x)].scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
+    assert_near(tally, counted, TOLERANCE[torch.float32].output)
+    problem = replace(problem, x=x)
     chosen = min(problem.top_k, slots + (problem.null_score is not None))
     assert experts.shape == weights.shape == (len(x), parts, chosen)
     assert (experts.dtype, weights.dtype) == (torch.int64, torch.float32)
@@ -141,6 +146,16 @@ def check_outputs(problem, down, backend, slack):
         worst = max(output.dtype, b.dtype, key=lambda dtype: TOLERANCE[dtype].output)
         bound = TOLERANCE[worst].output + slack
         assert_near(output, add_up(problem, part), bound, add_up(problem, part, size=True))
+    # All parts at once, into columns of a wider tensor.
+    widths = [base.shape[1] for base in problem.bases]
+    wide = torch.full((len(problem.x), 1 + sum(widths) + 2), torch.nan, device=problem.x.device)
+    wide = wide.to(problem.bases[0].dtype)
+    mine = wide[:, 1 : 1 + sum(widths)]
+    mine.copy_(torch.cat(problem.bases, dim=1))
+    library.routed_up_side_by_side(mine, problem.bs, z, problem.experts, *plan, backend)
+    for part, found in enumerate(mine.split(widths, dim=1)):
+        assert_near(found, add_up(problem, part), bound, add_up(problem, part, size=True))
+    assert wide[:, 0].isnan().all() and wide[:, -2:].isnan().all()
 
 
 def check_choice(problem, experts):

@@ -15,8 +15,8 @@ KERNELS = {
     if name.endswith("_kernel")
 }
 TENSORS = {
-    "half": ("x", "signatures", "a", "b", "output"),
-    "fp32": ("partial", "sums", "prior", "weights", "z"),
+    "half": ("x", "signatures", "a", "b", "b0", "b1", "b2", "output"),
+    "fp32": ("partial", "sums", "prior", "weights", "tally", "z"),
     "i32": ("counts", "members"),
     "i64": ("experts",),
     "i1": ("open_slots",),
@@ -25,7 +25,7 @@ NUMBERS = dict.fromkeys(("eps", "temperature", "null_score"), "fp32")  # the oth
 CONSTANTS = {"S": 3, "K": 2, "SK": 6, "SPLITS": 2, "COLUMNS": 2, "BLOCK": 256, "UNIT": False}
 CONSTANTS |= {"BLOCK_T": 16, "BLOCK_C": 32, "BLOCK_K": 2, "BLOCK_R": 16, "BLOCK_M": 16}
 CONSTANTS |= {"BLOCK_I": 64, "BLOCK_X": 64, "BLOCK_O": 64, "CHOOSE": True, "HAS_NULL": True}
-CONSTANTS |= {"HAS_PRIOR": True}
+CONSTANTS |= {"HAS_PRIOR": True, "HAS_TALLY": True, "PARTS": 3}
 
 
 @pytest.mark.parametrize("name", KERNELS)

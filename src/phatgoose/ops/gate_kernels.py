@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# The number of tokens changes from forward to forward: no kernel is compiled anew for it.
+@triton.jit(do_not_specialize=["tokens"])
 def scores_kernel(
     x,  # [T, I]
     signatures,  # [M, I], M >= pieces * N: the pieces of a signature add up to it
@@ -159,6 +160,12 @@ def choose_best(
 
 
 @triton.jit
+def add_to_tally(at, chosen, shares, mask):
+    """Add the shares to a row of the tally; the first column is for "no expert"."""
+    tl.atomic_add(at + chosen + 1, shares, mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def choose_kernel(
     x,  # [T, I]
     partial,
@@ -167,6 +174,8 @@ def choose_kernel(
     prior,
     experts,  # out, int64 [T, S, K]
     weights,  # out, fp32 [T, S, K]
+    tally,  # in and out where HAS_TALLY, fp32 [>= T, >= 1 + C]
+    tally_stride,
     counts,  # in (zeros) and out, int32 [S*K*C]
     members,  # out, int32 [S*K*C, T]
     tokens,
@@ -179,6 +188,7 @@ def choose_kernel(
     null_score,
     HAS_PRIOR: tl.constexpr,
     HAS_NULL: tl.constexpr,
+    HAS_TALLY: tl.constexpr,
     UNIT: tl.constexpr,
     PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -232,6 +242,8 @@ def choose_kernel(
     place = (rows[:, None].to(tl.int64) * S + part) * K + nth[None, :]
     tl.store(experts + place, chosen.to(tl.int64), mask=mask)
     tl.store(weights + place, shares, mask=mask)
+    if HAS_TALLY:
+        add_to_tally(tally + rows[:, None].to(tl.int64) * tally_stride, chosen, shares, mask)
     group = (part * K + nth[None, :]) * slots + chosen
     taken = mask & (chosen >= 0)
     position = tl.atomic_add(counts + group, 1, mask=taken)

@@ -1,5 +1,7 @@
 """Calls the Triton kernels: block sizes, grids, and the tensors they write into."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -41,8 +43,13 @@ def gated_down(
     null_score: float | None,
     prior: Tensor | None,
     eps: float,
+    tally: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores, choice and down-projection; see `library._gated_down`."""
+    """Scores, choice and down-projection; see `library._gated_down`.
+
+    The chosen experts' weights are added to `tally`, fp32 [>= T, >= 1 + C], where there is one; its
+    first column is for "no expert".
+    """
     x, signatures, a = x.contiguous(), signatures.contiguous(), a.contiguous()
     sums, open_slots = sums.contiguous(), open_slots.contiguous()
     tokens, features = x.shape
@@ -56,6 +63,7 @@ def gated_down(
     shared = {
         "HAS_PRIOR": prior is not None,
         "HAS_NULL": null_score is not None,
+        "HAS_TALLY": tally is not None,
         "UNIT": unit,
         "PIECES": 1 if x.dtype == torch.float32 else 2,
         "SPLITS": partial.shape[0],
@@ -67,6 +75,7 @@ def gated_down(
     }
     null = 0.0 if null_score is None else null_score
     prior = sums if prior is None else prior.float().contiguous()  # one that is not read
+    tally = weights if tally is None else tally  # likewise
     if tokens <= FEW_TOKENS:
         z = _few_down(
             x,
@@ -74,6 +83,7 @@ def gated_down(
             (partial, sums, open_slots, prior),
             experts,
             weights,
+            tally,
             stride=stride,
             numbers=(eps, temperature, null),
             constants={"CHOOSE": True, **shared},
@@ -89,6 +99,8 @@ def gated_down(
         prior,
         experts,
         weights,
+        tally,
+        tally.stride(0),
         counts,
         members,
         tokens,
@@ -118,6 +130,7 @@ def routed_down(
             "CHOOSE": False,
             "HAS_PRIOR": False,
             "HAS_NULL": False,
+            "HAS_TALLY": False,
             "UNIT": False,
             "PIECES": 1,
             "SPLITS": 1,
@@ -133,6 +146,7 @@ def routed_down(
             a,
             unused,
             experts,
+            weights,
             weights,
             stride=0,
             numbers=(0.0, 1.0, 0.0),
@@ -156,6 +170,36 @@ def routed_down(
     return _down(x, a, weights, counts, members), counts, members
 
 
+def few_routed_up(
+    output: Tensor, b: Sequence[Tensor], z: Tensor, experts: Tensor, part: int
+) -> None:
+    """`routed_up` for few tokens, of up to three parts from `part` on: outputs side by side."""
+    splits, tokens, parts, chosen, rank = z.shape
+    if not tokens:
+        return
+    b, outputs = [up.contiguous() for up in b], [up.shape[1] for up in b]
+    block = 128 if _rounded(tokens) * sum(outputs) < PROGRAMS * 256 else 256
+    few_up(
+        (sum(triton.cdiv(size, block) for size in outputs), tokens, 1),
+        z,
+        *(*b, b[0], b[0])[:3],
+        experts.contiguous(),
+        output,
+        output.stride(0),
+        part,
+        tokens,
+        *(*outputs, 0, 0)[:3],
+        rank,
+        PARTS=len(b),
+        SPLITS=splits,
+        S=parts,
+        K=chosen,
+        BLOCK_R=triton.next_power_of_2(rank),
+        BLOCK_O=block,
+        num_warps=4,
+    )
+
+
 def routed_up(
     output: Tensor,
     b: Tensor,
@@ -166,30 +210,11 @@ def routed_up(
     part: int,
 ) -> None:
     """Add the chosen experts' outputs to `output` in place; see `library._routed_up`."""
-    b, experts = b.contiguous(), experts.contiguous()
-    splits, tokens, parts, chosen, rank = z.shape
+    b = b.contiguous()
+    _, tokens, parts, chosen, rank = z.shape
     slots, outputs, _ = b.shape
-    if not tokens:
-        return
     if not counts.numel():
-        block = 128 if tokens * outputs < PROGRAMS * 256 else 256
-        few_up(
-            (triton.cdiv(outputs, block), tokens, 1),
-            z,
-            b,
-            experts,
-            output,
-            part,
-            tokens,
-            outputs,
-            rank,
-            SPLITS=splits,
-            S=parts,
-            K=chosen,
-            BLOCK_R=triton.next_power_of_2(rank),
-            BLOCK_O=block,
-            num_warps=4,
-        )
+        few_routed_up(output, [b], z, experts, part)
         return
     block_r = max(16, triton.next_power_of_2(rank))
     block_t, block_o, columns = _up_blocks(tokens, slots, block_r, b.element_size())
@@ -208,6 +233,7 @@ def routed_up(
                 z,
                 b,
                 output,
+                output.stride(0),
                 counts,
                 members,
                 part * chosen + k,
@@ -236,7 +262,7 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
         counts.zero_()
         return torch.mm(x, signatures.T, out_dtype=torch.float32).unsqueeze(0)
     block_t, block_m, block_i, most_splits, warps, stages = _score_blocks(tokens, x.dtype)
-    tiles = triton.cdiv(tokens, block_t) * triton.cdiv(columns, block_m)
+    tiles = triton.cdiv(_rounded(tokens), block_t) * triton.cdiv(columns, block_m)
     splits = max(1, min(PROGRAMS // max(tiles, 1), features // (2 * block_i), most_splits))
     split = triton.cdiv(triton.cdiv(features, splits), block_i) * block_i
     splits = triton.cdiv(features, split)
@@ -263,6 +289,11 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
             num_stages=stages,
         )
     return partial
+
+
+def _rounded(tokens: int) -> int:
+    """So many at least: what is compiled for a number of tokens then serves others like it."""
+    return max(16, triton.next_power_of_2(tokens))
 
 
 def _score_blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
@@ -328,6 +359,7 @@ def _few_down(
     scores: tuple[Tensor, ...],
     experts: Tensor,
     weights: Tensor,
+    tally: Tensor,
     *,
     stride: int,
     numbers: tuple[float, ...],
@@ -335,10 +367,10 @@ def _few_down(
 ) -> Tensor:
     tokens, features = x.shape
     parts, slots, rank, _ = a.shape
-    block_r = triton.next_power_of_2(rank)
-    block_i, splits = few_splits(features, rank)
+    chosen = experts.shape[2]
+    block_i, splits = few_splits(features, rank, chosen)
     split = triton.cdiv(triton.cdiv(features, splits), block_i) * block_i
-    z = x.new_empty(splits, tokens, parts, experts.shape[2], rank, dtype=torch.float32)
+    z = x.new_empty(splits, tokens, parts, chosen, rank, dtype=torch.float32)
     if tokens:
         few_down(
             (tokens, parts, splits),
@@ -347,6 +379,8 @@ def _few_down(
             *scores,
             experts,
             weights,
+            tally,
+            tally.stride(0),
             z,
             tokens,
             slots,
@@ -357,7 +391,7 @@ def _few_down(
             split,
             *numbers,
             **constants,
-            BLOCK_R=block_r,
+            BLOCK_R=triton.next_power_of_2(rank),
             BLOCK_I=block_i,
             num_warps=4,
         )
@@ -372,9 +406,10 @@ def _down_features(block_t: int, block_r: int, size: int) -> int:
     return block
 
 
-def few_splits(features: int, rank: int) -> tuple[int, int]:
+def few_splits(features: int, rank: int, chosen: int) -> tuple[int, int]:
     """Features of a block, and splits of the features, of a down-projection of few tokens."""
-    block = max(16, 4096 // triton.next_power_of_2(rank))
+    rows = triton.next_power_of_2(rank) * triton.next_power_of_2(chosen)
+    block = max(16, 8192 // rows)
     split = triton.cdiv(triton.cdiv(features, min(8, triton.cdiv(features, block))), block) * block
     return block, triton.cdiv(features, split)
 

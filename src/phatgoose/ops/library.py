@@ -9,7 +9,7 @@ Letters: T tokens, S layers that share the input, C slots, K chosen, R rank, I a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,12 +56,15 @@ def _gated_down(
     null_score: float | None,
     prior: Tensor | None,
     backend: str,
+    tally: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score by gate, choose, and project down.
 
     x [T, I]; signatures [M, I] fp32, M = S * C (for "triton", where x is in half precision: their
     pieces, M >= 2 * S * C, see `pieces_of`); sums fp32 [S, C], of each signature; open_slots bool
-    [S, C]; a [S, C, R, I]; prior fp32 [T, C], added to the scores of every part.
+    [S, C]; a [S, C, R, I]; prior fp32 [T, C], added to the scores of every part; tally fp32
+    [T, >= 1 + C], to which the weights are added, the first column for "no expert" (not for a
+    compiler: the operator has none).
     Returns experts int64 [T, S, K], weights fp32 [T, S, K], z, counts, members.
     """
     if backend == "triton":
@@ -79,6 +82,7 @@ def _gated_down(
             null_score=null_score,
             prior=prior,
             eps=EPS,
+            tally=tally,
         )
     parts, slots = open_slots.shape
     u = _standardised(x)
@@ -103,7 +107,14 @@ def _gated_down(
     ]
     experts = torch.stack([routing.experts for routing in routings], dim=1)
     weights = torch.stack([routing.weights for routing in routings], dim=1)
+    if tally is not None:
+        add_to_tally(tally, experts, weights)
     return experts, weights, *_routed_down(x, a, experts, weights, backend)
+
+
+def add_to_tally(tally: Tensor, experts: Tensor, weights: Tensor) -> None:
+    """Add weights [T, S, K] to the columns 1 + experts of tally [T, >= 1 + C]."""
+    tally.scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
 
 
 def _routed_down(
@@ -140,8 +151,11 @@ def _routed_up(
     part: int,
     backend: str,
 ) -> None:
-    """Add to output [T, O] what part's chosen experts make of z; b is [C, O, R], scaled."""
-    if not output.is_contiguous():
+    """Add to output [T, O] what part's chosen experts make of z; b is [C, O, R], scaled.
+
+    The rows of output may lie apart, so that it can be some columns of a tensor.
+    """
+    if not output.is_contiguous() and output.shape[1] > 1 and output.stride(1) != 1:
         whole = output.contiguous()
         _routed_up(whole, b, z, experts, counts, members, part, backend)
         output.copy_(whole)
@@ -156,6 +170,28 @@ def _routed_up(
         rows = z.view(z.shape[2], z.shape[1] * z.shape[3], z.shape[4])[part]
         order = (members[part], counts[part]) if counts.numel() else None
         up_sorted(output, b, rows, experts[:, part], order)
+
+
+def routed_up_side_by_side(
+    output: Tensor,
+    b: Sequence[Tensor],
+    z: Tensor,
+    experts: Tensor,
+    counts: Tensor,
+    members: Tensor,
+    backend: str,
+) -> None:
+    """`routed_up_` for all parts, whose outputs are the columns of `output` one after the other."""
+    if backend == "triton" and not counts.numel() and len(b) <= 3:
+        from phatgoose.ops import launch
+
+        launch.few_routed_up(output, b, z, experts, 0)
+        return
+    first = 0
+    for part, up in enumerate(b):
+        mine = output[:, first : first + up.shape[1]]
+        _routed_up(mine, up, z, experts, counts, members, part, backend)
+        first += up.shape[1]
 
 
 def _no_plan(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +251,7 @@ def _fake_routed_down(
         from phatgoose.ops import launch
 
         if tokens <= launch.FEW_TOKENS:
-            splits = launch.few_splits(x.shape[1], a.shape[2])[1]
+            splits = launch.few_splits(x.shape[1], a.shape[2], chosen)[1]
         else:
             plan = launch.make_plan(x, parts * chosen, a.shape[1])
     elif backend == "torch" and tokens * chosen > FEW_PAIRS:

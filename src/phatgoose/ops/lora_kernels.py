@@ -12,10 +12,11 @@ the counts. The order inside a group is left to chance; no value depends on it.
 import triton
 import triton.language as tl
 
-from phatgoose.ops.gate_kernels import choose_best, gate_scores
+from phatgoose.ops.gate_kernels import add_to_tally, choose_best, gate_scores
 
 
-@triton.jit
+# The number of tokens changes from forward to forward: no kernel is compiled anew for it.
+@triton.jit(do_not_specialize=["pairs", "tokens"])
 def group_kernel(
     experts,  # int64 [T, S, K]
     counts,  # in (zeros) and out, int32 [S*K*C]
@@ -75,7 +76,7 @@ def _find_block(
     return tl.where(found < slots, found, -1), token, mine, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def down_kernel(
     x,  # [T, I]
     a,  # [S, C, R, I]
@@ -126,11 +127,12 @@ def down_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def up_kernel(
     z,  # fp32 [T, S, K, R]
     b,  # [C, O, R] of one part
-    output,  # in and out, [T, O]
+    output,  # in and out, [T, O], its rows `output_stride` apart
+    output_stride,
     counts,
     members,
     pile,  # part * K + k
@@ -165,7 +167,7 @@ def up_kernel(
             other=0.0,
         ).to(b.dtype.element_ty)
         b_rows = b + slot.to(tl.int64) * outputs * rank
-        y_rows = output + token[:, None].to(tl.int64) * outputs
+        y_rows = output + token[:, None].to(tl.int64) * output_stride
         for column in range(COLUMNS):
             o = first_output + (tl.program_id(0) * COLUMNS + column) * BLOCK_O
             at = o + tl.arange(0, BLOCK_O)
@@ -185,7 +187,7 @@ def up_kernel(
                 tl.store(y_rows + at[None, :], y.to(output.dtype.element_ty), mask=y_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def few_down_kernel(
     x,  # [T, I]
     a,  # [S, C, R, I]
@@ -195,6 +197,8 @@ def few_down_kernel(
     prior,
     experts,  # int64 [T, S, K]: out where CHOOSE, else in
     weights,  # fp32 [T, S, K], likewise
+    tally,  # in and out where CHOOSE and HAS_TALLY, fp32 [>= T, >= 1 + C]; see `add_to_tally`
+    tally_stride,
     z,  # out, fp32 [splits, T, S, K, R]
     tokens,
     slots,
@@ -209,6 +213,7 @@ def few_down_kernel(
     CHOOSE: tl.constexpr,
     HAS_PRIOR: tl.constexpr,
     HAS_NULL: tl.constexpr,
+    HAS_TALLY: tl.constexpr,
     UNIT: tl.constexpr,
     PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -267,39 +272,42 @@ def few_down_kernel(
         if split == 0:
             tl.store(experts + place + nth, chosen.to(tl.int64), mask=nth < K)
             tl.store(weights + place + nth, shares, mask=nth < K)
+            if HAS_TALLY:
+                add_to_tally(tally + token.to(tl.int64) * tally_stride, chosen, shares, nth < K)
     else:
         chosen = tl.load(experts + place + nth, mask=nth < K, other=-1).to(tl.int32)
         shares = tl.load(weights + place + nth, mask=nth < K, other=0.0)
-    r = tl.arange(0, BLOCK_R)
+    # All K experts at once, a row for each of their ranks: more loads are under way together.
+    row = tl.arange(0, BLOCK_K * BLOCK_R)
+    kth, r = row // BLOCK_R, row % BLOCK_R
+    mine = kth[:, None] == nth[None, :]
+    slot = tl.sum(tl.where(mine, chosen[None, :], 0), 1)
+    share = tl.sum(tl.where(mine, shares[None, :], 0.0), 1)
+    real = (kth < K) & (r < rank)
+    taken = real & (slot >= 0)
+    a_rows = a + ((part * slots + slot).to(tl.int64) * rank + r) * features
     first = split * split_features
     last = tl.minimum(first + split_features, features)
-    for k in tl.static_range(K):
-        slot = tl.sum(tl.where(nth == k, chosen, 0), 0)
-        share = tl.sum(tl.where(nth == k, shares, 0.0), 0)
-        total = tl.zeros((BLOCK_R,), tl.float32)
-        if slot >= 0:
-            a_rows = a + ((part * slots + slot).to(tl.int64) * rank + r[:, None]) * features
-            products = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
-            for start in range(first, last, BLOCK_I):
-                at = start + tl.arange(0, BLOCK_I)
-                inside = at < last
-                u = tl.load(x + token.to(tl.int64) * features + at, mask=inside, other=0.0)
-                v = tl.load(
-                    a_rows + at[None, :], mask=(r < rank)[:, None] & inside[None, :], other=0.0
-                )
-                products += v.to(tl.float32) * u.to(tl.float32)[None, :]
-            total = tl.sum(products, 1) * share
-        at_z = ((split * tokens + token).to(tl.int64) * S + part) * K + k
-        tl.store(z + at_z * rank + r, total, mask=r < rank)
+    products = tl.zeros((BLOCK_K * BLOCK_R, BLOCK_I), tl.float32)
+    for start in range(first, last, BLOCK_I):
+        at = start + tl.arange(0, BLOCK_I)
+        inside = at < last
+        u = tl.load(x + token.to(tl.int64) * features + at, mask=inside, other=0.0)
+        v = tl.load(a_rows[:, None] + at[None, :], mask=taken[:, None] & inside[None, :], other=0.0)
+        products += v.to(tl.float32) * u.to(tl.float32)[None, :]
+    at_z = ((split * tokens + token).to(tl.int64) * S + part) * K + kth
+    tl.store(z + at_z * rank + r, tl.sum(products, 1) * share, mask=real)
 
 
 @triton.jit
-def few_up_kernel(
-    z,  # fp32 [splits, T, S, K, R]
-    b,  # [C, O, R] of one part
-    experts,  # int64 [T, S, K]
-    output,  # in and out, [T, O]
+def _few_up(
+    z,
+    b,
+    experts,
+    y_row,
+    token,
     part,
+    block,
     tokens,
     outputs,
     rank,
@@ -309,25 +317,68 @@ def few_up_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """output += the sum over k of z B.T, one token and some of its outputs a program."""
-    token = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    at = block * BLOCK_O + tl.arange(0, BLOCK_O)
     r = tl.arange(0, BLOCK_R)
     inside = at < outputs
-    y_at = output + token * outputs + at
-    y = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_row + at, mask=inside, other=0.0).to(tl.float32)
     place = (token * S + part) * K
     for k in tl.static_range(K):
         slot = tl.load(experts + place + k)
-        if slot >= 0:
-            low = tl.zeros((BLOCK_R,), tl.float32)
-            for split in tl.static_range(SPLITS):
-                row = (split * tokens) * (S * K) + place + k
-                low += tl.load(z + row * rank + r, mask=r < rank, other=0.0)
-            v = tl.load(
-                b + (slot * outputs + at[:, None]) * rank + r[None, :],
-                mask=inside[:, None] & (r < rank)[None, :],
-                other=0.0,
-            )
-            y += tl.sum(v.to(tl.float32) * low[None, :], 1)
-    tl.store(y_at, y.to(output.dtype.element_ty), mask=inside)
+        # No branch, so that all loads are under way together.
+        known = tl.where(slot >= 0, r, rank) < rank
+        low = tl.zeros((BLOCK_R,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            row = (split * tokens) * (S * K) + place + k
+            low += tl.load(z + row * rank + r, mask=known, other=0.0)
+        v = tl.load(
+            b + (slot * outputs + at[:, None]) * rank + r[None, :],
+            mask=inside[:, None] & known[None, :],
+            other=0.0,
+        )
+        y += tl.sum(v.to(tl.float32) * low[None, :], 1)
+    tl.store(y_row + at, y.to(y_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def few_up_kernel(
+    z,  # fp32 [splits, T, S, K, R]
+    b0,  # [C, O, R] of the first part that is added; b1 and b2 of the next ones
+    b1,
+    b2,
+    experts,  # int64 [T, S, K]
+    output,  # in and out: the outputs of PARTS parts side by side, rows `output_stride` apart
+    output_stride,
+    part,  # the first that is added
+    tokens,
+    outputs0,  # O of each of them
+    outputs1,
+    outputs2,
+    rank,
+    PARTS: tl.constexpr,  # 1 to 3
+    SPLITS: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """output += the sum over k of z B.T, one token and some outputs of one part a program."""
+    token = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    y = output + token * output_stride
+    next1 = block - tl.cdiv(outputs0, BLOCK_O)
+    next2 = next1 - tl.cdiv(outputs1, BLOCK_O)
+    if PARTS == 1 or next1 < 0:
+        _few_up(
+            z, b0, experts, y, token, part, block,
+            tokens, outputs0, rank, SPLITS, S, K, BLOCK_R, BLOCK_O,
+        )  # fmt: skip
+    elif PARTS == 2 or next2 < 0:
+        _few_up(
+            z, b1, experts, y + outputs0, token, part + 1, next1,
+            tokens, outputs1, rank, SPLITS, S, K, BLOCK_R, BLOCK_O,
+        )  # fmt: skip
+    else:
+        _few_up(
+            z, b2, experts, y + outputs0 + outputs1, token, part + 2, next2,
+            tokens, outputs2, rank, SPLITS, S, K, BLOCK_R, BLOCK_O,
+        )  # fmt: skip

@@ -87,9 +87,8 @@ def _add_routed(
         prior = prior[:, : open_slots.shape[1]]
     if whole is None and router is None:
         x = x.to(signatures.dtype) if backend == "triton" else x
-        experts, weights, *down = library.gated_down(
-            x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, prior, backend
-        )
+        settings = top_k, temperature, unit, null_score, prior, backend, tally
+        experts, _, *down = library.gated_down(x, signatures, sums, open_slots, a, *settings)
     else:
         every = x if whole is None else whole
         if router is None:
@@ -105,15 +104,12 @@ def _add_routed(
             scale="unit" if unit else "softmax",
             null_score=null_score,
         )
-        experts, weights = routing.experts, routing.weights
-        down = library.routed_down(x, a, experts, weights, backend)
-    if tally is not None:
-        tally.scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
-    first = 0
-    for part, up in enumerate(b):
-        mine = output[:, first : first + up.shape[1]]
-        library.routed_up_(mine, up, down[0], experts, down[1], down[2], part, backend)
-        first += up.shape[1]
+        experts = routing.experts
+        down = library.routed_down(x, a, experts, routing.weights, backend)
+        if tally is not None:
+            library.add_to_tally(tally, experts, routing.weights)
+    z, counts, members = down
+    library.routed_up_side_by_side(output, b, z, experts, counts, members, backend)
 
 
 def _rows(table: Tensor | None, tokens: int) -> Tensor | None:
