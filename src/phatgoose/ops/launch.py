@@ -11,6 +11,7 @@ from phatgoose.ops.kernel import Kernel
 
 FEW_TOKENS = 256  # up to here every pair reads its own factors; beyond, pairs are grouped by expert
 PROGRAMS = 264  # about two a multiprocessor; more splits than this wins nothing
+FEW_PROGRAMS = 512  # of a projection of few tokens, where there is work for so many
 # Bytes of output that stay in the L2 cache from one expert of a token to the next.
 CACHED_OUTPUT = 32 << 20
 CUBLAS_GIVES_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # of half-precision factors
@@ -174,13 +175,17 @@ def few_routed_up(
     output: Tensor, b: Sequence[Tensor], z: Tensor, experts: Tensor, part: int
 ) -> None:
     """`routed_up` for few tokens, of up to three parts from `part` on: outputs side by side."""
-    splits, tokens, parts, chosen, rank = z.shape
+    most_splits, tokens, parts, chosen, rank = z.shape
     if not tokens:
         return
     b, outputs = [up.contiguous() for up in b], [up.shape[1] for up in b]
-    block = 128 if _rounded(tokens) * sum(outputs) < PROGRAMS * 256 else 256
+    # Every program sums z over the splits, so they are as large as leave enough of them.
+    for block in (1024, 512, 256, 128):
+        blocks = sum(triton.cdiv(size, block) for size in outputs)
+        if blocks * _rounded(tokens) >= FEW_PROGRAMS:
+            break
     few_up(
-        (sum(triton.cdiv(size, block) for size in outputs), tokens, 1),
+        (blocks, tokens, 1),
         z,
         *(*b, b[0], b[0])[:3],
         experts.contiguous(),
@@ -191,12 +196,12 @@ def few_routed_up(
         *(*outputs, 0, 0)[:3],
         rank,
         PARTS=len(b),
-        SPLITS=splits,
+        SPLITS=_splits_of(tokens, parts, most_splits),
         S=parts,
         K=chosen,
         BLOCK_R=triton.next_power_of_2(rank),
         BLOCK_O=block,
-        num_warps=4,
+        num_warps=8 if block > 512 else 4,
     )
 
 
@@ -368,9 +373,10 @@ def _few_down(
     tokens, features = x.shape
     parts, slots, rank, _ = a.shape
     chosen = experts.shape[2]
-    block_i, splits = few_splits(features, rank, chosen)
+    block_i, most_splits = few_splits(features, rank, chosen)
+    splits = _splits_of(tokens, parts, most_splits)
     split = triton.cdiv(triton.cdiv(features, splits), block_i) * block_i
-    z = x.new_empty(splits, tokens, parts, chosen, rank, dtype=torch.float32)
+    z = x.new_empty(most_splits, tokens, parts, chosen, rank, dtype=torch.float32)
     if tokens:
         few_down(
             (tokens, parts, splits),
@@ -407,11 +413,16 @@ def _down_features(block_t: int, block_r: int, size: int) -> int:
 
 
 def few_splits(features: int, rank: int, chosen: int) -> tuple[int, int]:
-    """Features of a block, and splits of the features, of a down-projection of few tokens."""
+    """Features of a block, and most splits of the features, of a down-projection of few tokens."""
     rows = triton.next_power_of_2(rank) * triton.next_power_of_2(chosen)
     block = max(16, 8192 // rows)
     split = triton.cdiv(triton.cdiv(features, min(8, triton.cdiv(features, block))), block) * block
     return block, triton.cdiv(features, split)
+
+
+def _splits_of(tokens: int, parts: int, most: int) -> int:
+    """Splits of the features that are used: each scores once more, and adds to what up sums."""
+    return min(most, triton.next_power_of_2(triton.cdiv(FEW_PROGRAMS, _rounded(tokens) * parts)))
 
 
 def make_plan(x: Tensor, piles: int, slots: int) -> Plan:

@@ -288,13 +288,16 @@ def few_down_kernel(
     a_rows = a + ((part * slots + slot).to(tl.int64) * rank + r) * features
     first = split * split_features
     last = tl.minimum(first + split_features, features)
-    products = tl.zeros((BLOCK_K * BLOCK_R, BLOCK_I), tl.float32)
+    # A thread reads 8 features of a row at once, and adds these up before it takes more registers.
+    products = tl.zeros((BLOCK_K * BLOCK_R, BLOCK_I // 8), tl.float32)
     for start in range(first, last, BLOCK_I):
         at = start + tl.arange(0, BLOCK_I)
         inside = at < last
         u = tl.load(x + token.to(tl.int64) * features + at, mask=inside, other=0.0)
-        v = tl.load(a_rows[:, None] + at[None, :], mask=taken[:, None] & inside[None, :], other=0.0)
-        products += v.to(tl.float32) * u.to(tl.float32)[None, :]
+        v_at = a_rows[:, None] + at[None, :]
+        v = tl.load(v_at, mask=taken[:, None] & inside[None, :], other=0.0)
+        product = v.to(tl.float32) * u.to(tl.float32)[None, :]
+        products += tl.sum(tl.reshape(product, (BLOCK_K * BLOCK_R, BLOCK_I // 8, 8)), 2)
     at_z = ((split * tokens + token).to(tl.int64) * S + part) * K + kth
     tl.store(z + at_z * rank + r, tl.sum(products, 1) * share, mask=real)
 
@@ -325,7 +328,7 @@ def _few_up(
     for k in tl.static_range(K):
         slot = tl.load(experts + place + k)
         # No branch, so that all loads are under way together.
-        known = tl.where(slot >= 0, r, rank) < rank
+        known = (tl.zeros((BLOCK_R,), tl.int64) + slot >= 0) & (r < rank)
         low = tl.zeros((BLOCK_R,), tl.float32)
         for split in tl.static_range(SPLITS):
             row = (split * tokens) * (S * K) + place + k
@@ -341,7 +344,7 @@ def _few_up(
 
 @triton.jit(do_not_specialize=["tokens"])
 def few_up_kernel(
-    z,  # fp32 [splits, T, S, K, R]
+    z,  # fp32 [>= SPLITS, T, S, K, R]
     b0,  # [C, O, R] of the first part that is added; b1 and b2 of the next ones
     b1,
     b2,
