@@ -128,7 +128,14 @@ def test_an_engine_does_not_start(world, engine):
     assert "phatgoose: top_k is 2, the pool has 1 experts" in said
 
 
-@pytest.mark.parametrize("broken", ["phatgoose.serve", "phatgoose.serve.loader", "left out"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "phatgoose.serve",
+        pytest.param("phatgoose.serve.loader", marks=pytest.mark.thorough),
+        pytest.param("left out", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_broken_plugin_serves_nothing(broken, world, engine, tmp_path):
     folder, _ = world
     environment = {"VLLM_PLUGINS": "another"}
