@@ -16,8 +16,8 @@ so that the requests of a batch do not come to say the same, and to choose the s
 
 "phatgoose" is `phatgoose serve` as it comes, with shares of the experts recorded; "phatgoose-quiet"
 (on demand) does not record them. --more is for vLLM's options, the same for all, as in
---more="--max-num-seqs 64"; --table prints the Markdown of an earlier run's file. --profile loads each
-server once more afterwards, and says which GPU kernels the time of a decoding step goes to.
+--more="--max-num-seqs 64"; --table prints the Markdown of an earlier run's file. --profile loads
+each server once more afterwards, and says which GPU kernels a step of decoding spends its time in.
 """
 
 import argparse

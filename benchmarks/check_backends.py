@@ -4,10 +4,11 @@
 
 Random layers (tokens on both sides of every threshold, mixed ranks, odd sizes, closed slots, null
 scores, priors, several layers of one input) in every dtype, by every backend, against the routed
-sum in float64: the experts chosen (where scores are no near tie), the weights and the output. Then
-a small Llama with random experts: compiled with fullgraph=True and, on a GPU, captured as a CUDA
-graph, it gives the same logits as it is, also after the pool has changed within its capacity,
-without being compiled or captured again. The exit status is 1 where anything is off.
+sum in float64: the experts chosen (where scores are no near tie), the weights and the output; and
+the same as vLLM runs a layer, on a GPU in a CUDA graph. Then a small Llama with random experts:
+compiled with fullgraph=True and, on a GPU, captured as a CUDA graph, it gives the same logits as it
+is, also after the pool has changed within its capacity, without being compiled or captured again.
+The exit status is 1 where anything is off.
 """
 
 import argparse
@@ -26,12 +27,14 @@ from bench_layer import make_pool
 from common import Results, say
 from phatgoose.nn import Bank
 from phatgoose.ops import EPS, choose_backend
+from phatgoose.serve import operators  # noqa: F401  (defines them)
 
 # Relative errors of the output, as in the tests' table of tolerances.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 WEIGHTS = 1e-4  # difference of weights; signatures in two halves keep 16 bits
 NEAR_TIE = 1e-3
 RANKS = (4, 16, 13, 64)
+SETTINGS = ("top_k", "temperature", "unit", "null_score")
 
 
 def make_case(number: random.Random, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -60,8 +63,8 @@ def make_case(number: random.Random, device: str, dtype: torch.dtype) -> dict[st
     }
 
 
-def run(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Experts, weights and outputs [T, S, ...] by one backend, as `Site` calls it."""
+def gates_of(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
+    """Signatures and their sums, as a bank keeps them."""
     x, signatures, a = case["x"], case["signatures"], case["a"]
     sizes = [b.shape[1] for b in case["b"]]
     bank = Bank(x.shape[1], sizes, device=x.device, dtype=a.dtype, backend=backend)
@@ -69,8 +72,13 @@ def run(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, list[Tensor
     bank.signatures.copy_(signatures)
     bank.members, bank.ranks = list(range(a.shape[1])), [a.shape[2]] * a.shape[1]
     bank._refresh(slice(None))
-    gates, _, _ = bank.view(range(bank.parts))
-    settings = [case[key] for key in ("top_k", "temperature", "unit", "null_score", "prior")]
+    return bank.view(range(bank.parts))[0]
+
+
+def run(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Experts, weights and outputs [T, S, ...] by one backend, as `Site` calls it."""
+    x, a, gates = case["x"], case["a"], gates_of(case, backend)
+    settings = [case[key] for key in (*SETTINGS, "prior")]
     experts, weights, z, *plan = torch.ops.phatgoose.gated_down(
         x, *gates, case["open"], a, *settings, backend
     )
@@ -129,6 +137,39 @@ def compare(case: dict[str, Any], backend: str) -> dict[str, Any]:
     return {"same_experts": same, "weights": off, "error": max(errors), "good": good}
 
 
+def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
+    """The layer as vLLM runs it, on a GPU in a CUDA graph: parts side by side, experts counted."""
+    experts, weights, _ = run(case, backend)
+    x, parts = case["x"], [base.shape[1] for base in case["output"]]
+    tally = torch.zeros(len(x), 1 + case["open"].shape[1], device=x.device)
+    output = torch.cat(case["output"], dim=1)
+    call = x, None, *gates_of(case, backend), case["open"], case["a"], case["prior"], tally
+    settings = [case[key] for key in SETTINGS]
+
+    def serve() -> Tensor:
+        tally.zero_()
+        torch.cat(case["output"], dim=1, out=output)
+        mine, *down = torch.ops.phatgoose.choose_down(*call, x.shape[1], None, *settings, backend)
+        torch.ops.phatgoose.add_up_(output, [x], case["b"], mine, *down, backend)
+        return mine
+
+    if x.is_cuda and len(x) and backend == "triton":  # the others count on the host
+        replay = captured(serve)
+        output.fill_(torch.nan)
+        mine = replay()
+    else:
+        mine = serve()
+    counted = torch.zeros_like(tally).scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
+    off = float((tally - counted).abs().max()) if tally.numel() else 0.0
+    errors = [0.0]
+    for part, found in enumerate(output.split(parts, dim=1)):
+        y = routed_sum(case, part, experts[:, part], weights[:, part])
+        errors.append(float((found.double() - y).norm() / y.norm().clamp_min(1e-30)))
+    same = torch.equal(mine, experts)
+    good = same and off < WEIGHTS and max(errors) < TOLERANCE[x.dtype]
+    return {"same_experts": same, "weights": off, "error": max(errors), "good": good}
+
+
 def check_model(device: str, dtype: torch.dtype, results: Results) -> bool:
     """Compiled and captured, before and after the pool changes within its capacity."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -143,7 +184,9 @@ def check_model(device: str, dtype: torch.dtype, results: Results) -> bool:
     # other way, and logits differ by a tenth and more.
     counter = CompileCounterWithBackend("inductor" if dtype == torch.float32 else "aot_eager")
     compiled = torch.compile(base, fullgraph=True, backend=counter)
-    replay = captured(base, ids) if device == "cuda" else None
+    replay = None
+    if device == "cuda":
+        replay = captured(lambda: base(ids, use_cache=False).logits)
     changes: dict[str, Callable[[], Any]] = {
         "as routed": lambda: None,
         "expert added": lambda: pool.add(spare),
@@ -168,26 +211,26 @@ def check_model(device: str, dtype: torch.dtype, results: Results) -> bool:
     return fine and once
 
 
-def captured(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
-    """The model's logits for these ids, replayed from one CUDA graph."""
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What `run` gives, replayed from one CUDA graph."""
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
-            model(ids, use_cache=False)
+            run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = model(ids, use_cache=False).logits
+        found = run()
 
     def replay() -> Tensor:
         graph.replay()
-        return logits
+        return found
 
     return replay
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "case                ": lambda r: str(r["case"]),
-    "backend   ": lambda r: r["what"],
+    "backend          ": lambda r: r["what"],
     "dtype        ": lambda r: r["dtype"].removeprefix("torch."),
     "error  ": lambda r: f"{r['error']:.1e}" if "error" in r else "-",
     "weights": lambda r: f"{r['weights']:.1e}" if "weights" in r else "-",
@@ -212,9 +255,10 @@ def main(arguments: list[str] | None = None) -> bool:
                 case = make_case(number, args.device, dtype)
                 size = f"{i}: {list(case['x'].shape)} S{len(case['b'])} E{case['open'].shape[1]}"
                 for backend in backends:
-                    row = {"case": size, "what": backend, "dtype": str(dtype)}
-                    results.add({**row, **(found := compare(case, backend))})
-                    fine = fine and found["good"]
+                    for way, check in (("", compare), (", served", compare_served)):
+                        row = {"case": size, "what": backend + way, "dtype": str(dtype)}
+                        results.add({**row, **(found := check(case, backend))})
+                        fine = fine and found["good"]
         if args.model:
             for dtype in (torch.float32, torch.bfloat16):
                 fine = check_model(args.device, dtype, results) and fine

@@ -50,11 +50,10 @@ def add(
     backend="torch",
 ):
     output = layer["output"].clone()
-    torch.ops.phatgoose.add_routed_(
-        output,
+    routed = torch.ops.phatgoose.choose_down(
         layer["x"],
         whole,
-        *(layer[key] for key in ("signatures", "sums", "opened", "a", "b")),
+        *(layer[key] for key in ("signatures", "sums", "opened", "a")),
         prior,
         tally,
         IN,
@@ -65,6 +64,7 @@ def add(
         null_score,
         backend,
     )
+    torch.ops.phatgoose.add_up_(output, [layer["x"]], layer["b"], *routed, backend)
     return output
 
 
@@ -175,25 +175,15 @@ def test_as_torch_wants_operators(tokens):
     torch.library.opcheck(
         torch.ops.phatgoose.gate_statistics.default, (layer["x"], layer["signatures"])
     )
-    arguments = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
+    arguments = [layer[key] for key in ("signatures", "sums", "opened", "a")]
     tables = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
-    torch.library.opcheck(
-        torch.ops.phatgoose.add_routed_.default,
-        (
-            layer["output"],
-            layer["x"],
-            None,
-            *arguments,
-            *tables,
-            IN,
-            None,
-            2,
-            1.0,
-            False,
-            None,
-            "torch",
-        ),
-    )
+    for router, backend in ((None, "torch"), (None, "reference"), ("arrow", "torch")):
+        settings = IN, router, 2, 1.0, False, None, backend
+        call = layer["x"], None, *arguments, *tables, *settings
+        torch.library.opcheck(torch.ops.phatgoose.choose_down.default, call)
+        routed = torch.ops.phatgoose.choose_down(*call)
+        call = layer["output"], [layer["x"]], layer["b"], *routed, backend
+        torch.library.opcheck(torch.ops.phatgoose.add_up_.default, call)
 
 
 def test_one_graph_for_any_number_of_tokens():
@@ -209,8 +199,10 @@ def test_one_graph_for_any_number_of_tokens():
 
     def run(output, x, gates, tally):
         settings = (IN, None, 2, 0.9, False, None, "torch")
+        *gates, b = gates
+        routed = torch.ops.phatgoose.choose_down(x, None, *gates, prior, tally, *settings)
         output = output + 0.0
-        torch.ops.phatgoose.add_routed_(output, x, None, *gates, prior, tally, *settings)
+        torch.ops.phatgoose.add_up_(output, [x], b, *routed, "torch")
         return output
 
     fast = torch.compile(run, backend=backend, fullgraph=True)

@@ -1,6 +1,5 @@
 """One routed linear layer: the base's output plus the chosen experts' LoRA outputs."""
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from phatgoose.nn.context import ContextKeeper, Stream
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.trace import Trace
 from phatgoose.ops import choose_experts, library
+from phatgoose.ops.beside import may_run_beside, side_stream
 from phatgoose.routers import Router
 from phatgoose.types import Routing, TokenContext
 
@@ -134,7 +134,7 @@ class Site:
             self._routed = self._route_alone(x)
             return
         parts = range(self.bank.parts)
-        known = self._route_beside(x, parts) if _may_run_beside(x) else self._route(x, parts)
+        known = self._route_beside(x, parts) if may_run_beside(x) else self._route(x, parts)
         known.waiting = self.bank.sites - {self.part}
         self.bank.routed = known if known.waiting else None
         self._routed = known
@@ -169,12 +169,8 @@ class Site:
         return self._route(x, range(self.part, self.part + 1))
 
     def _route_beside(self, x: Tensor, parts: range) -> Routed:
-        """Route on a stream of its own, so that in a CUDA graph the layer need not wait for it.
-
-        Memory of one stream that the other reads stays safe without being recorded: a fork waits
-        for all there was before, and the layer's own hook joins before anything is freed.
-        """
-        side = _side_stream(x.device)
+        """Route on a stream of its own, which the layer's own hook joins; see `ops.beside`."""
+        side = side_stream(x.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             routed = self._route(x, parts)
@@ -294,24 +290,6 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-# With more tokens, routing and the layer would only wait for the same multiprocessors.
-BESIDE_TOKENS = 256
-
-
-def _may_run_beside(x: Tensor) -> bool:
-    """Whether x is on its way into a CUDA graph, with few tokens."""
-    if torch.compiler.is_compiling() or not x.is_cuda:
-        return False
-    if x.shape[:-1].numel() > BESIDE_TOKENS:
-        return False
-    return torch.cuda.is_current_stream_capturing()
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _version(x: Tensor) -> int | None:

@@ -19,7 +19,7 @@ CUBLAS_GIVES_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # of half-precisio
 SHARED_MEMORY = 96 << 10  # bytes that a program may have on any GPU since Ampere
 DOWN_STAGES = 4
 
-Plan = tuple[Tensor, Tensor]  # counts and members of the groups; empty for few tokens
+Plan = tuple[Tensor, Tensor]  # counts and members of the groups; not written for few tokens
 
 
 scores = Kernel(gate_kernels.scores_kernel)
@@ -57,7 +57,7 @@ def gated_down(
     parts, slots = a.shape[:2]
     columns, stride = parts * slots, signatures.shape[0]
     chosen = min(top_k, slots + (null_score is not None))
-    counts, members = make_plan(x, parts * chosen, slots) if tokens > FEW_TOKENS else _no_plan(x)
+    counts, members = make_plan(x, parts * chosen, slots)
     partial = _scores(x, signatures, counts)
     experts = x.new_empty(tokens, parts, chosen, dtype=torch.int64)
     weights = x.new_empty(tokens, parts, chosen, dtype=torch.float32)
@@ -126,6 +126,7 @@ def routed_down(
     x, a, experts, weights = (v.contiguous() for v in (x, a, experts, weights))
     tokens, parts, chosen = experts.shape
     slots = a.shape[1]
+    counts, members = make_plan(x, parts * chosen, slots)
     if tokens <= FEW_TOKENS:
         constants = {
             "CHOOSE": False,
@@ -153,8 +154,7 @@ def routed_down(
             numbers=(0.0, 1.0, 0.0),
             constants=constants,
         )
-        return z, *_no_plan(x)
-    counts, members = make_plan(x, parts * chosen, slots)
+        return z, counts, members
     counts.zero_()
     pairs = experts.numel()
     group(
@@ -175,17 +175,21 @@ def few_routed_up(
     output: Tensor, b: Sequence[Tensor], z: Tensor, experts: Tensor, part: int
 ) -> None:
     """`routed_up` for few tokens, of up to three parts from `part` on: outputs side by side."""
-    most_splits, tokens, parts, chosen, rank = z.shape
+    tokens, parts, chosen = experts.shape
+    rank = z.shape[3]
     if not tokens:
         return
     b, outputs = [up.contiguous() for up in b], [up.shape[1] for up in b]
+    block_r = triton.next_power_of_2(rank)
     # Every program sums z over the splits, so they are as large as leave enough of them.
-    for block in (1024, 512, 256, 128):
-        blocks = sum(triton.cdiv(size, block) for size in outputs)
-        if blocks * _rounded(tokens) >= FEW_PROGRAMS:
+    block = 1024
+    while block > 16:
+        programs = _rounded(tokens) * sum(triton.cdiv(size, block) for size in outputs)
+        if block * block_r <= 16384 and (programs >= FEW_PROGRAMS or block <= 128):
             break
+        block //= 2
     few_up(
-        (blocks, tokens, 1),
+        (sum(triton.cdiv(size, block) for size in outputs), tokens, 1),
         z,
         *(*b, b[0], b[0])[:3],
         experts.contiguous(),
@@ -196,12 +200,12 @@ def few_routed_up(
         *(*outputs, 0, 0)[:3],
         rank,
         PARTS=len(b),
-        SPLITS=_splits_of(tokens, parts, most_splits),
+        SPLITS=_splits_of(tokens, parts, 1 + (len(z) - tokens) // FEW_TOKENS),
         S=parts,
         K=chosen,
-        BLOCK_R=triton.next_power_of_2(rank),
+        BLOCK_R=block_r,
         BLOCK_O=block,
-        num_warps=8 if block > 512 else 4,
+        num_warps=8 if block * block_r > 8192 else 4,
     )
 
 
@@ -216,9 +220,9 @@ def routed_up(
 ) -> None:
     """Add the chosen experts' outputs to `output` in place; see `library._routed_up`."""
     b = b.contiguous()
-    _, tokens, parts, chosen, rank = z.shape
-    slots, outputs, _ = b.shape
-    if not counts.numel():
+    tokens, parts, chosen = experts.shape
+    slots, outputs, rank = b.shape
+    if tokens <= FEW_TOKENS:
         few_routed_up(output, [b], z, experts, part)
         return
     block_r = max(16, triton.next_power_of_2(rank))
@@ -284,7 +288,7 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
             columns,
             features,
             split,
-            counts.numel(),
+            counts.numel() if tokens > FEW_TOKENS else 0,
             PRECISION=_precision(x),
             EVEN=features % split == 0,
             BLOCK_T=block_t,
@@ -328,7 +332,7 @@ def _down(x: Tensor, a: Tensor, weights: Tensor, counts: Tensor, members: Tensor
     tokens, features = x.shape
     _, parts, chosen = weights.shape
     slots, rank = a.shape[1:3]
-    z = x.new_empty(1, tokens, parts, chosen, rank, dtype=torch.float32)
+    z = make_z(x, a, chosen)
     block_t = 32 if tokens * chosen < 64 * slots else 64
     block_r = max(16, triton.next_power_of_2(rank))
     block_i = _down_features(block_t, block_r, a.element_size())
@@ -376,7 +380,7 @@ def _few_down(
     block_i, most_splits = few_splits(features, rank, chosen)
     splits = _splits_of(tokens, parts, most_splits)
     split = triton.cdiv(triton.cdiv(features, splits), block_i) * block_i
-    z = x.new_empty(most_splits, tokens, parts, chosen, rank, dtype=torch.float32)
+    z = make_z(x, a, chosen)
     if tokens:
         few_down(
             (tokens, parts, splits),
@@ -425,14 +429,17 @@ def _splits_of(tokens: int, parts: int, most: int) -> int:
     return min(most, triton.next_power_of_2(triton.cdiv(FEW_PROGRAMS, _rounded(tokens) * parts)))
 
 
+def make_z(x: Tensor, a: Tensor, chosen: int) -> Tensor:
+    """Room for w A x of every pair: [N, S, K, R], for few tokens as often as there are splits."""
+    parts, _, rank, features = a.shape
+    more = FEW_TOKENS * (few_splits(features, rank, chosen)[1] - 1)
+    return x.new_empty(x.shape[0] + more, parts, chosen, rank, dtype=torch.float32)
+
+
 def make_plan(x: Tensor, piles: int, slots: int) -> Plan:
     """Counts, not yet zero, and members."""
     counts = x.new_empty(piles * slots, dtype=torch.int32)
     return counts, x.new_empty(piles * slots, x.shape[0], dtype=torch.int32)
-
-
-def _no_plan(x: Tensor) -> Plan:
-    return x.new_empty(0, dtype=torch.int32), x.new_empty(0, 0, dtype=torch.int32)
 
 
 def _adds_in_cache(output: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 A layer's LoRA runs in two halves, so that its own product can come between them: down (choose
 experts, w A x) needs only the input, up adds B z to the output in place. What passes between them
-(`z`, `counts`, `members`) is the backend's own affair. These halves are for inference; where
-gradients are wanted, `phatgoose::routed_lora` is one differentiable operator.
+(`z`, `counts`, `members`) is the backend's own affair, but for its shapes, which are linear in the
+number of tokens, so that a compiled graph can be for any number of them. These halves are for
+inference; where gradients are wanted, `phatgoose::routed_lora` is one differentiable operator.
 
 Letters: T tokens, S layers that share the input, C slots, K chosen, R rank, I and O features.
 """
@@ -63,8 +64,7 @@ def _gated_down(
     x [T, I]; signatures [M, I] fp32, M = S * C (for "triton", where x is in half precision: their
     pieces, M >= 2 * S * C, see `pieces_of`); sums fp32 [S, C], of each signature; open_slots bool
     [S, C]; a [S, C, R, I]; prior fp32 [T, C], added to the scores of every part; tally fp32
-    [T, >= 1 + C], to which the weights are added, the first column for "no expert" (not for a
-    compiler: the operator has none).
+    [T, >= 1 + C], to which the weights are added, the first column for "no expert".
     Returns experts int64 [T, S, K], weights fp32 [T, S, K], z, counts, members.
     """
     if backend == "triton":
@@ -130,15 +130,15 @@ def _routed_down(
         every = torch.arange(parts, device=a.device).view(1, -1, 1)
         rows = a[every, experts.clamp_min(0)].float()
         z = torch.einsum("tskri,ti,tsk->tskr", rows, x.float(), weights * (experts >= 0))
-        return z.unsqueeze(0), *_no_plan(x)
-    z, plan = down_sorted(x, a, experts, weights)
-    z = z.view(1, tokens, parts, chosen, a.shape[2])
-    if not plan:
         return z, *_no_plan(x)
-    sizes = x.new_zeros(parts, a.shape[1] + 1, dtype=torch.int64)
-    for part, (_, counts) in enumerate(plan):
-        sizes[part, : len(counts)] = counts
-    return z, sizes, torch.stack([order for order, _ in plan])
+    z, plan = down_sorted(x, a, experts, weights)
+    counts, members = _sorted_plan(x, a, chosen)
+    if not plan:  # nobody reads them
+        counts.zero_(), members.zero_()
+    for part, (order, sizes) in enumerate(plan):
+        counts[part].zero_()[: len(sizes)] = sizes
+        members[part] = order
+    return z.view(tokens, parts, chosen, a.shape[2]), counts, members
 
 
 def _routed_up(
@@ -165,10 +165,11 @@ def _routed_up(
         launch.routed_up(output, b, z, experts, counts, members, part)
     elif backend == "reference":
         mine = b[experts[:, part].clamp_min(0)].float()
-        output.add_(torch.einsum("tkor,tkr->to", mine, z[0, :, part]).to(output.dtype))
+        output.add_(torch.einsum("tkor,tkr->to", mine, z[:, part]).to(output.dtype))
     else:
-        rows = z.view(z.shape[2], z.shape[1] * z.shape[3], z.shape[4])[part]
-        order = (members[part], counts[part]) if counts.numel() else None
+        tokens, parts, chosen = experts.shape
+        rows = z.view(parts, tokens * chosen, z.shape[3])[part]
+        order = (members[part], counts[part]) if tokens * chosen > FEW_PAIRS else None
         up_sorted(output, b, rows, experts[:, part], order)
 
 
@@ -182,11 +183,12 @@ def routed_up_side_by_side(
     backend: str,
 ) -> None:
     """`routed_up_` for all parts, whose outputs are the columns of `output` one after the other."""
-    if backend == "triton" and not counts.numel() and len(b) <= 3:
+    if backend == "triton" and len(b) <= 3:
         from phatgoose.ops import launch
 
-        launch.few_routed_up(output, b, z, experts, 0)
-        return
+        if len(output) <= launch.FEW_TOKENS:
+            launch.few_routed_up(output, b, z, experts, 0)
+            return
     first = 0
     for part, up in enumerate(b):
         mine = output[:, first : first + up.shape[1]]
@@ -196,6 +198,13 @@ def routed_up_side_by_side(
 
 def _no_plan(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(0, dtype=torch.int32), x.new_empty(0, 0, dtype=torch.int32)
+
+
+def _sorted_plan(x: Tensor, a: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """Of the backend "torch": counts of no slot and of each, and the order of the pairs."""
+    parts, slots = a.shape[:2]
+    counts = x.new_empty(parts, slots + 1, dtype=torch.int64)
+    return counts, x.new_empty(parts, x.shape[0] * chosen, dtype=torch.int64)
 
 
 # ---------------------------------------------------------------- one differentiable operator
@@ -221,7 +230,7 @@ def _routed_lora_backward(
 # ---------------------------------------------------------------- what a compiler sees of them
 
 
-def _fake_gated_down(
+def fake_gated_down(
     x: Tensor,
     signatures: Tensor,
     sums: Tensor,
@@ -233,6 +242,7 @@ def _fake_gated_down(
     null_score: float | None,
     prior: Tensor | None,
     backend: str,
+    tally: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parts, slots = open_slots.shape
     chosen = min(top_k, slots + (null_score is not None))
@@ -245,20 +255,12 @@ def _fake_routed_down(
     x: Tensor, a: Tensor, experts: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, parts, chosen = experts.shape
-    splits = 1
-    plan = _no_plan(x)
     if backend == "triton":
         from phatgoose.ops import launch
 
-        if tokens <= launch.FEW_TOKENS:
-            splits = launch.few_splits(x.shape[1], a.shape[2], chosen)[1]
-        else:
-            plan = launch.make_plan(x, parts * chosen, a.shape[1])
-    elif backend == "torch" and tokens * chosen > FEW_PAIRS:
-        sizes = x.new_empty(parts, a.shape[1] + 1, dtype=torch.int64)
-        plan = sizes, x.new_empty(parts, tokens * chosen, dtype=torch.int64)
-    z = x.new_empty(splits, tokens, parts, chosen, a.shape[2], dtype=torch.float32)
-    return z, *plan
+        return launch.make_z(x, a, chosen), *launch.make_plan(x, parts * chosen, a.shape[1])
+    z = x.new_empty(tokens, parts, chosen, a.shape[2], dtype=torch.float32)
+    return z, *(_no_plan(x) if backend == "reference" else _sorted_plan(x, a, chosen))
 
 
 def _define(name: str, schema: str, run: Any, fake: Any) -> None:
@@ -270,10 +272,10 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> None:
 _define(
     "gated_down",
     "(Tensor x, Tensor signatures, Tensor sums, Tensor open_slots, Tensor a, int top_k,"
-    " float temperature, bool unit, float? null_score, Tensor? prior, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float temperature, bool unit, float? null_score, Tensor? prior, str backend,"
+    " Tensor(a!)? tally=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_down,
-    _fake_gated_down,
+    fake_gated_down,
 )
 _define(
     "routed_down",

@@ -49,7 +49,6 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.inner.process_weights_after_loading(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        output: Tensor = self.inner.apply(layer, x, bias).contiguous()
         bank: Bank = getattr(layer, BANK)
         settings = self.settings
         flat = x.reshape(-1, x.shape[-1])
@@ -61,15 +60,13 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             whole = tensor_model_parallel_all_reduce(whole)
         elif self.shared:
             whole = tensor_model_parallel_all_gather(flat)
-        torch.ops.phatgoose.add_routed_(
-            output.view(-1, output.shape[-1]),
+        routed = torch.ops.phatgoose.choose_down(
             flat,
             whole,
             signatures,
             sums,
             opened,
             a,
-            [bank.b(part) for part in range(bank.parts)],
             getattr(bank, PRIOR, None),
             getattr(bank, TALLY, None),
             self.features,
@@ -80,4 +77,9 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             settings.null_score,
             bank.backend,
         )
+        output: Tensor = self.inner.apply(layer, x, bias).contiguous()
+        b = [bank.b(part) for part in range(bank.parts)]
+        rows = output.view(-1, output.shape[-1])
+        read = [flat] if whole is None else [flat, whole]
+        torch.ops.phatgoose.add_up_(rows, read, b, *routed, bank.backend)
         return output

@@ -1,18 +1,19 @@
-"""What a routed layer does inside vLLM, as operators with one shape for any number of tokens.
+"""What a routed layer does inside vLLM: two operators, before the layer's product and after it.
 
-vLLM compiles a model once and drops all guards, so a graph must not know how many tokens there
-are. The halves of `phatgoose.ops.library` hand plans from one to the other whose shapes depend on
-it; here both run within one operator. Letters as there.
+vLLM compiles a model once, for any number of tokens, and drops all guards. Letters as in
+`phatgoose.ops.library`.
 """
 
 import functools
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.ops import EPS, choose_experts, library
+from phatgoose.ops.beside import may_run_beside, side_stream
 from phatgoose.routers import make_router
 
 _library = torch.library.Library("phatgoose", "FRAGMENT")
@@ -53,15 +54,13 @@ def scores_by(
 _router = functools.cache(make_router)
 
 
-def _add_routed(
-    output: Tensor,
+def _choose_down(
     x: Tensor,
     whole: Tensor | None,
     signatures: Tensor,
     sums: Tensor,
     open_slots: Tensor,
     a: Tensor,
-    b: list[Tensor],
     prior: Tensor | None,
     tally: Tensor | None,
     features: int,
@@ -71,16 +70,16 @@ def _add_routed(
     unit: bool,
     null_score: float | None,
     backend: str,
-) -> None:
-    """Add to output [T, sum of O], part after part, what the chosen experts make of x [T, I].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose experts for the tokens of x [T, I] and project down; `add_up_` does the rest.
 
     Scores are those of gates, with signatures, sums, open_slots and a as `phatgoose::gated_down`
-    wants them, or of `router`, with signatures [S * C, W]. b is one [C, O, R] a part. With `whole`,
-    x and a are a share of the `features`, and so is what is added: for gates it is
-    `gate_statistics` summed over the shares, for a router it is x with all features.
-    prior and tally are fp32 and have a row for each token the engine may put into a forward: prior
-    [N, C] is added to the scores of every part, and the chosen experts' weights are added to tally
-    [N, 1 + C], whose first column is for the weight of "no expert". Raises ValueError where T > N.
+    wants them, or of `router`, with signatures [S * C, W]. With `whole`, x and a are a share of the
+    `features`: for gates it is `gate_statistics` summed over the shares, for a router it is x with
+    all features. prior and tally are fp32 and have a row for each token the engine may put into a
+    forward: prior [N, C] is added to the scores of every part, and the chosen experts' weights are
+    added to tally [N, 1 + C], whose first column is for the weight of "no expert".
+    Returns experts [T, S, K], z, counts, members. Raises ValueError where T > N.
     """
     prior, tally = (_rows(table, len(x)) for table in (prior, tally))
     if prior is not None:
@@ -88,27 +87,53 @@ def _add_routed(
     if whole is None and router is None:
         x = x.to(signatures.dtype) if backend == "triton" else x
         settings = top_k, temperature, unit, null_score, prior, backend, tally
-        experts, _, *down = library.gated_down(x, signatures, sums, open_slots, a, *settings)
+        experts, _, z, *plan = library.gated_down(x, signatures, sums, open_slots, a, *settings)
+        return experts, z, *plan
+    every = x if whole is None else whole
+    if router is None:
+        scores = scores_of(every, sums, features)
     else:
-        every = x if whole is None else whole
-        if router is None:
-            scores = scores_of(every, sums, features)
-        else:
-            scores = scores_by(router, every, signatures.view(*open_slots.shape, -1))
-        scores = scores if prior is None else scores.add_(prior.unsqueeze(1))
-        scores.masked_fill_(~open_slots, -torch.inf)
-        routing = choose_experts(
-            scores,
-            top_k,
-            temperature=temperature,
-            scale="unit" if unit else "softmax",
-            null_score=null_score,
-        )
-        experts = routing.experts
-        down = library.routed_down(x, a, experts, routing.weights, backend)
-        if tally is not None:
-            library.add_to_tally(tally, experts, routing.weights)
-    z, counts, members = down
+        scores = scores_by(router, every, signatures.view(*open_slots.shape, -1))
+    scores = scores if prior is None else scores.add_(prior.unsqueeze(1))
+    scores.masked_fill_(~open_slots, -torch.inf)
+    routing = choose_experts(
+        scores,
+        top_k,
+        temperature=temperature,
+        scale="unit" if unit else "softmax",
+        null_score=null_score,
+    )
+    if tally is not None:
+        library.add_to_tally(tally, routing.experts, routing.weights)
+    return routing.experts, *library.routed_down(x, a, routing.experts, routing.weights, backend)
+
+
+def _choose_down_beside(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_choose_down`, where the layer need not wait for it in a CUDA graph."""
+    if not may_run_beside(x):
+        return _choose_down(x, *others)
+    side = side_stream(x.device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        return _choose_down(x, *others)
+
+
+def _add_up(
+    output: Tensor,
+    read: list[Tensor],
+    b: list[Tensor],
+    experts: Tensor,
+    z: Tensor,
+    counts: Tensor,
+    members: Tensor,
+    backend: str,
+) -> None:
+    """Add to output [T, sum of O], part after part, what `choose_down` found; b is [C, O, R] each.
+
+    `read` is what that was given, x first: not read here, but kept until it was.
+    """
+    if may_run_beside(read[0]):
+        torch.cuda.current_stream().wait_stream(side_stream(read[0].device))
     library.routed_up_side_by_side(output, b, z, experts, counts, members, backend)
 
 
@@ -116,6 +141,29 @@ def _rows(table: Tensor | None, tokens: int) -> Tensor | None:
     if table is not None and tokens > len(table):
         raise ValueError(f"phatgoose: {tokens} tokens in a forward, room for {len(table)}.")
     return None if table is None else table[:tokens]
+
+
+def _fake_choose_down(
+    x: Tensor,
+    whole: Tensor | None,
+    signatures: Tensor,
+    sums: Tensor,
+    open_slots: Tensor,
+    a: Tensor,
+    prior: Tensor | None,
+    tally: Tensor | None,
+    features: int,
+    router: str | None,
+    top_k: int,
+    temperature: float,
+    unit: bool,
+    null_score: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    experts, _, z, counts, members = library.fake_gated_down(
+        x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, None, backend
+    )
+    return experts, z, counts, members
 
 
 _library.define(
@@ -128,9 +176,16 @@ torch.library.register_fake(
     lib=_library,
 )
 _library.define(
-    "add_routed_(Tensor(a!) output, Tensor x, Tensor? whole, Tensor signatures, Tensor sums,"
-    " Tensor open_slots, Tensor a, Tensor[] b, Tensor? prior, Tensor(b!)? tally, int features,"
-    " str? router, int top_k, float temperature, bool unit, float? null_score, str backend) -> ()",
+    "choose_down(Tensor x, Tensor? whole, Tensor signatures, Tensor sums, Tensor open_slots,"
+    " Tensor a, Tensor? prior, Tensor(a!)? tally, int features, str? router, int top_k,"
+    " float temperature, bool unit, float? null_score, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-_library.impl("add_routed_", _add_routed, "CompositeExplicitAutograd")
-torch.library.register_fake("phatgoose::add_routed_", lambda *arguments: None, lib=_library)
+_library.impl("choose_down", _choose_down_beside, "CompositeExplicitAutograd")
+torch.library.register_fake("phatgoose::choose_down", _fake_choose_down, lib=_library)
+_library.define(
+    "add_up_(Tensor(a!) output, Tensor[] read, Tensor[] b, Tensor experts, Tensor z, Tensor counts,"
+    " Tensor members, str backend) -> ()",
+)
+_library.impl("add_up_", _add_up, "CompositeExplicitAutograd")
+torch.library.register_fake("phatgoose::add_up_", lambda *arguments: None, lib=_library)
