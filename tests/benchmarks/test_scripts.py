@@ -211,6 +211,12 @@ SERVED = {  # of vLLM's own benchmark
 }
 
 
+def test_backends_agree(run):
+    rows = run("check_backends", "--cases 2 --no-model")["rows"]
+    assert len(rows) == 2 * 3 * 4  # cases, dtypes, ways
+    assert all(row["good"] for row in rows)
+
+
 def test_serving_reads_what_vllm_measured(script):
     serving = script("bench_serving")
     args = serving.parse(["--device", "cpu"])
