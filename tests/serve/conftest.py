@@ -47,7 +47,7 @@ def engine(tmp_path_factory):
         **llm,
     ):
         folder = tmp_path_factory.mktemp("engine")
-        ranks = llm.get("tensor_parallel_size", 1)
+        ranks = llm.get("tensor_parallel_size", 1) * llm.get("pipeline_parallel_size", 1)
         job = {
             "llm": {
                 "model": str(model),

@@ -62,7 +62,14 @@ def assert_right(found, names, right):
         assert_same([found[place :: len(names)]], right(POOLS.get(name, name)))
 
 
-def test_offline_on_two_ranks(world, engine):
+TWO_RANKS = {
+    "tensor": {"tensor_parallel_size": 2, "enforce_eager": True},
+    "pipeline": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("way", ["tensor", pytest.param("pipeline", marks=pytest.mark.thorough)])
+def test_offline_on_two_ranks(way, world, engine):
     folder, experts, late, prompts, right = world
     one_disk = folder / "e6-on-one-disk"
     shutil.copytree(late, one_disk, dirs_exist_ok=True)
@@ -98,9 +105,8 @@ def test_offline_on_two_ranks(world, engine):
         runs="tests.serve.live",
         tokens=TOKENS,
         worker_cls="tests.serve.worker.HalfBlind",
-        tensor_parallel_size=2,
-        enforce_eager=True,
         max_num_batched_tokens=64,
+        **TWO_RANKS[way],
     )
     found = dict(zip(script, found, strict=True))
     assert_right(found["before"], names, right)

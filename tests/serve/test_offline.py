@@ -72,6 +72,8 @@ WAYS = {
     "compiled": {"max_num_batched_tokens": BUDGET},
     "eager-tp2": {"enforce_eager": True, "tensor_parallel_size": 2},
     "compiled-tp2": {"max_num_batched_tokens": BUDGET, "tensor_parallel_size": 2},
+    # Without compiling, vLLM's workers for CPUs have no room for what the first stage sends.
+    "compiled-pp2": {"max_num_batched_tokens": BUDGET, "pipeline_parallel_size": 2},
 }
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose import default
 from phatgoose.experts.lora import WEIGHTS_FILE
 from phatgoose.models import load_base
+from phatgoose.serve.http.recent import EVERY
 from tests.serve.browser import browsing, opened
 from tests.serve.server import ADMIN_KEY, API_KEY, Server, runs
 from tests.serve.test_offline import NEAR_TIE
@@ -59,6 +60,10 @@ def server(tmp_path_factory, root):
 
 @pytest.fixture
 def client(server):
+    return client_of(server)
+
+
+def client_of(server):
     openai = pytest.importorskip("openai")
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0)
 
@@ -333,8 +338,8 @@ def starts(tmp_path):
     """starts(word, ...): a server that was started, and is gone afterwards."""
     mine = []
 
-    def start(*words):
-        mine.append(Server(tmp_path, *words))
+    def start(*words, **more):
+        mine.append(Server(tmp_path, *words, **more))
         return mine[-1]
 
     yield start
@@ -361,6 +366,44 @@ def test_it_ends_well_when_told_to(starts):
     while (left := [pid for pid in started if runs(pid)]) and time.monotonic() < end:
         time.sleep(0.2)
     assert not left
+
+
+@pytest.mark.thorough
+def test_two_engines_beside_each_other(starts, root, prompts, expected):
+    """Data parallelism: both serve, both change, and both are counted."""
+    experts = [path for path in default.expert_folders() if path.name != NEW]
+    found = starts(
+        *("--enforce-eager", "--data-parallel-size", 2, "--experts", *experts),
+        root=root,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "auto"},
+    ).wait()
+    client = client_of(found)
+    before, after = names_at_start(), [*names_at_start(), NEW]
+    twice = [prompt for prompt in prompts for _ in range(2)]  # engines take turns
+
+    def right(names):
+        return [text for text in expected(names) for _ in range(2)]
+
+    def counted():
+        time.sleep(EVERY + 1)  # until the server has asked them
+        experts = found.call("GET", "/v1/experts", key=API_KEY)[1]["data"]
+        return sum(expert["tokens"] for expert in experts)
+
+    assert texts(client, twice) == right(before)
+    start = counted()
+    answers = [complete(client, prompt, routing="shares") for prompt in twice]
+    told = [answer.phatgoose for answer in answers]
+    assert told[::2] == told[1::2]
+    assert all(sum(one["shares"].values()) == pytest.approx(1, abs=1e-4) for one in told)
+    # The last token of an answer is read by nobody.
+    read = sum(answer.usage.total_tokens - 1 for answer in answers)
+    assert counted() - start == pytest.approx(read, abs=0.1)
+    assert found.call("POST", "/v1/experts", {"source": "broken"}, ADMIN_KEY)[0] == 400
+    assert found.call("POST", "/v1/experts", {"source": NEW}, ADMIN_KEY)[0] == 201
+    assert texts(client, twice) == right(after)
+    assert found.call("DELETE", f"/v1/experts/{NEW}", key=ADMIN_KEY)[0] == 200
+    assert texts(client, twice) == right(before)
+    assert found.end() == 0
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,14 @@ class FakeWorker:
 class FakeEngine:
     """Answers with the experts that served, so a wrong pool shows. Its cache is like vLLM's."""
 
-    def __init__(self, names=("a", "b"), ranks=2):
-        self.workers = [FakeWorker(names) for _ in range(ranks)]
+    def __init__(self, names=("a", "b"), ranks=2, engines=1):
+        self.engines = [[FakeWorker(names) for _ in range(ranks)] for _ in range(engines)]
+        self.workers = [worker for ranks in self.engines for worker in ranks]
+        if engines > 1:
+            self.engine_core = SimpleNamespace(call_utility_all_async=self.ask_engines)
         self.paused, self.running, self.calls = False, 0, []
         self.cache = {}  # by salt and prompt: what was computed
-        self.routings = {}
+        self.routings, self.turn = {}, 0  # by request: its engine, and what that knows
         self.resets = True
         self.hold = None  # an event that answers wait for
         self.says = None  # the answer, unless it is to be the experts
@@ -84,17 +87,26 @@ class FakeEngine:
         self.notes = True
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        return (await self.ask_engines("collective_rpc", method, timeout, args, kwargs))[0]
+
+    async def ask_engines(self, utility, method, timeout, args, kwargs):
+        assert utility == "collective_rpc"
         self.calls.append(method)
+        return [self.ask(number, method, args) for number in range(len(self.engines))]
+
+    def ask(self, number, method, args):
+        workers = self.engines[number]
         if not self.ours:
             raise AttributeError(f"no method {method}")
         if method == "phatgoose_routing":
+            engine, known = self.routings.get(*args, (None, None))
             none = {"error": f"{args[0]}: no routing of such a request was recorded."}
-            return [self.routings.get(*args, none) for _ in self.workers]
+            return [known if engine == number else none for _ in workers]
         if method in ("phatgoose_commit", "phatgoose_remove"):
             assert self.paused and not self.running and not self.cache, "changed under requests"
         if method == "phatgoose_totals" and not self.notes:
-            return [{"error": "not recorded"} for _ in self.workers]
-        answers = [getattr(worker, method)(*args) for worker in self.workers]
+            return [{"error": "not recorded"} for _ in workers]
+        answers = [getattr(worker, method)(*args) for worker in workers]
         if method == "phatgoose_pool":
             answers = [{**answer, "routing": self.notes} for answer in answers]
         return answers
@@ -126,10 +138,12 @@ class FakeEngine:
             if self.hold is not None:
                 await self.hold.wait()
             assert set(served) <= set(names), "an expert that went while it served"
+            engine, self.turn = self.turn % len(self.engines), self.turn + 1
             if wanted.get("routing"):
                 whose = served or [""]  # the base alone
-                self.routings[request] = {"shares": dict.fromkeys(whose, 1 / len(whose))}
-            for worker in self.workers:
+                known = {"shares": dict.fromkeys(whose, 1 / len(whose))}
+                self.routings[request] = engine, known
+            for worker in self.engines[engine]:
                 for name in served:
                     worker.tokens[name] = worker.tokens.get(name, 0.0) + 1 / len(served)
             text = "+".join(served) or "base"
@@ -171,10 +185,10 @@ def fake_vllm(engine, *, served="pool", api_key=None, registry=None):
         async def tokens():
             text = await engine.generate(name, prompt, body.get("cache_salt"), extra)
             if json.loads(extra or "{}").get("routing") == "tokens":
-                found = engine.routings[name]
+                number, found = engine.routings[name]
                 names, length = list(found["shares"]), len(echoed) + len(text) - 1
                 turns = [names[at % len(names)] for at in range(length)]
-                engine.routings[name] = {**found, "tokens": [turns]}
+                engine.routings[name] = number, {**found, "tokens": [turns]}
             return list(text)
 
         def choice(new):

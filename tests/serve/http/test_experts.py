@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -230,9 +231,10 @@ async def test_taken_names_unknown_names_and_a_full_pool(root):
         assert "--capacity" in reply.json["error"]["message"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1, 3])
 async def test_what_one_rank_refuses_no_rank_has(root, rank):
-    engine = FakeEngine()
+    """Also a rank of another data-parallel engine, of which `collective_rpc` tells nothing."""
+    engine = FakeEngine(engines=2)
     engine.workers[rank].bad.add("nan")
     async with Server(engine) as server:
         before = (await server.call("GET", "/v1/experts")).json
@@ -240,19 +242,20 @@ async def test_what_one_rank_refuses_no_rank_has(root, rank):
         assert reply.status == 400
         assert "holds NaN" in reply.json["error"]["message"]
         assert (await server.call("GET", "/v1/experts")).json == before
-        assert [worker.prepared for worker in engine.workers] == [None, None]
+        assert not any(worker.prepared for worker in engine.workers)
         assert "phatgoose_commit" not in engine.calls
         assert await server.text() == "a+b"
 
 
-async def test_what_is_not_the_same_on_all_ranks_is_refused(root):
-    engine = FakeEngine()
-    engine.workers[1].reads = "other"
+@pytest.mark.parametrize("rank", [1, 2])
+async def test_what_is_not_the_same_on_all_ranks_is_refused(root, rank):
+    engine = FakeEngine(engines=2)
+    engine.workers[rank].reads = "other"
     async with Server(engine) as server:
         reply = await add(server)
         assert reply.status == 400
         assert "not the same for all workers" in reply.json["error"]["message"]
-        assert [worker.prepared for worker in engine.workers] == [None, None]
+        assert not any(worker.prepared for worker in engine.workers)
 
 
 async def test_a_cache_that_cannot_be_reset_stops_the_change(root):
@@ -338,8 +341,9 @@ async def test_metrics(root):
             assert line in lines
 
 
-async def test_shares_of_the_last_minutes(root):
-    async with Server() as server:
+@pytest.mark.parametrize("engines", [1, 2])
+async def test_shares_of_the_last_minutes(root, engines):
+    async with Server(FakeEngine(engines=engines)) as server:
         await server.app.pool.sample()
         await server.text("one", model="pool/a")
         await server.text("two")
@@ -351,6 +355,16 @@ async def test_shares_of_the_last_minutes(root):
             "a": (1.5, 0.75),
             "b": (0.5, 0.25),
         }
+
+
+async def test_an_engine_that_cannot_be_asked_is_not_served():
+    """Of several data-parallel ones; some versions of vLLM tell what the first one says, alone."""
+    engine = FakeEngine()
+    parallel = SimpleNamespace(data_parallel_size=2)
+    engine.vllm_config = SimpleNamespace(parallel_config=parallel)
+    async with Server(engine) as server:
+        assert server.started["type"] == "lifespan.startup.failed"
+        assert "data-parallel" in server.started["message"]
 
 
 async def test_the_log_tells_changes_and_refusals_and_no_keys(root, caplog):

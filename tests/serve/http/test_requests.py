@@ -35,9 +35,10 @@ async def test_the_answer_has_the_model_that_was_asked_for():
             assert events[-1]["choices"][0]["text"] == '"model":"pool" data: [DONE]'
 
 
+@pytest.mark.parametrize("engines", [1, 2])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-async def test_routing_in_the_answer(path):
-    async with Server() as server:
+async def test_routing_in_the_answer(path, engines):
+    async with Server(FakeEngine(engines=engines)) as server:
         body = {"model": "pool", "prompt": "hi", "phatgoose": {"routing": "shares"}}
         reply = await server.call("POST", path, body)
         assert reply.json["phatgoose"] == {"generation": 0, "shares": {"a": 0.5, "b": 0.5}}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
@@ -33,7 +34,10 @@ class Contents:
 
 
 class LivePool:
-    """Speaks to the workers through vLLM's engine client, by `collective_rpc`."""
+    """Speaks to the workers through vLLM's engine client, by `collective_rpc`.
+
+    With data parallelism there are several engines, each with its workers and some of the requests.
+    """
 
     def __init__(self, engine: Any, metrics: Metrics, *, drain: float) -> None:
         self._engine, self._metrics, self._drain = engine, metrics, drain
@@ -53,7 +57,14 @@ class LivePool:
         return self._recent
 
     async def start(self) -> None:
-        """Ask what is served. Raises where the workers are not ours or do not agree."""
+        """Ask what is served. Raises where workers are not ours, do not agree, or cannot tell."""
+        config = getattr(self._engine, "vllm_config", None)
+        engines = config.parallel_config.data_parallel_size if config else 1
+        if engines > 1 and self._ask_engines() is None:
+            raise RuntimeError(
+                "phatgoose: this vLLM does not tell what its other data-parallel engines answer. "
+                "Serve without --data-parallel-size, or with vLLM 0.32."
+            )
         await self._read()
         await self.sample()
 
@@ -126,9 +137,12 @@ class LivePool:
         """Add what was routed since the last time to the metrics and the shares."""
         if not self.contents.routing:
             return
-        totals = (await self._rpc("phatgoose_totals"))[0]
-        count = float(totals["count"])
-        grown = self._recent.add(Totals(totals["tokens"], totals["entropy"] * count, count))
+        tokens, entropy, count = Counter[str](), 0.0, 0.0
+        for totals, *_ in await self._rpc_by_engine("phatgoose_totals"):
+            tokens.update(totals["tokens"])
+            entropy += totals["entropy"] * totals["count"]
+            count += totals["count"]
+        grown = self._recent.add(Totals(tokens, entropy, count))
         over = self._recent.grown()
         self._metrics.routed(grown.tokens, over.entropy / over.count if over.count else None)
 
@@ -222,7 +236,20 @@ class LivePool:
         return answers
 
     async def _rpc(self, method: str, *arguments: str) -> list[Any]:
-        return list(await self._engine.collective_rpc(method, args=arguments))
+        answers = await self._rpc_by_engine(method, *arguments)
+        return [answer for engine in answers for answer in engine]
+
+    async def _rpc_by_engine(self, method: str, *arguments: str) -> list[list[Any]]:
+        """What the workers of each engine say."""
+        ask = self._ask_engines()
+        if ask is None:
+            return [list(await self._engine.collective_rpc(method, args=arguments))]
+        return [list(found) for found in await ask("collective_rpc", method, None, arguments, None)]
+
+    def _ask_engines(self) -> Callable[..., Awaitable[list[Any]]] | None:
+        """Asks every engine: `collective_rpc` does too, but returns what the first one says."""
+        core = getattr(self._engine, "engine_core", None)
+        return getattr(core, "call_utility_all_async", None)
 
     def _tell(self, action: str, name: str, after: Contents) -> None:
         self._metrics.changes.labels("add" if action == "added" else "remove").inc()
