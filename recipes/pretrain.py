@@ -308,7 +308,12 @@ def arguments() -> argparse.Namespace:
     add("--intermediate", type=int, default=1024)
     add("--length", type=int, default=1024, help="tokens a row")
     add("--batch", type=int, default=128, help="rows a step")
-    add("--micro-batch", type=int, default=64, help="rows at a time; lower it to save memory")
+    add(
+        "--micro-batch",
+        type=int,
+        default=64,
+        help="rows at a time, at most; lower it to save memory",
+    )
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--warmup", type=int, default=200, help="steps")
     add("--decay", type=float, default=0.4, help="share of the steps that decay to 0")
@@ -321,7 +326,9 @@ def arguments() -> argparse.Namespace:
     length.add_argument("--steps", type=int)
     length.add_argument("--minutes", type=float, help="from the program's start to the last step")
     args = parser.parse_args()
-    share = args.micro_batch * place()[1]
+    processes = place()[1]
+    args.micro_batch = min(args.micro_batch, max(1, args.batch // processes))
+    share = args.micro_batch * processes
     if args.batch % share:
         parser.error(
             f"--batch {args.batch} is no multiple of {share}: --micro-batch, all processes"

@@ -24,8 +24,7 @@ DONE = "phatgoose_config.json"  # what `phatgoose train` writes last
 MEASURED = ("average_activation", "prompt_mean")
 GATE_STEPS = (10, 30, 100, 300)
 LARGE_BASE = (
-    "--hidden 512 --layers 8 --heads 8 --kv-heads 8 --intermediate 1408 --lr 2.5e-3 "
-    "--micro-batch 32".split()  # of 128 rows a step: up to four devices
+    "--hidden 512 --layers 8 --heads 8 --kv-heads 8 --intermediate 1408 --lr 2.5e-3".split()
 )
 Job = tuple[str, list[str]]  # its name and its command
 ROUGHLY = 1500  # training examples of each task that the multitask adapter sees

@@ -1,5 +1,6 @@
 """What of the study needs no GPU: its page from the committed results, its jobs, its methods."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -78,3 +79,15 @@ def test_every_method_and_variant_can_be_made():
     assert len(set(names)) == len(names)
     sizes = {len(method.pool) for method in sub_pools(pool)}
     assert sizes == {8, 4, 2}
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(1, 64), (2, 64), (4, 32), (8, 16)])
+def test_the_larger_base_is_pretrained_by_any_number_of_processes(monkeypatch, processes, rows):
+    """A step's 128 rows are shared out, as few at a time as that leaves for each."""
+    monkeypatch.syspath_prepend(str(STUDY.parent))
+    pretrain, build = importlib.import_module("pretrain"), importlib.import_module("build")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    words = ["pretrain.py", "text", "out", "--tokenizer", "x", "--steps", "1", *build.LARGE_BASE]
+    monkeypatch.setattr(sys, "argv", words)
+    given = pretrain.arguments()
+    assert (given.batch, given.micro_batch) == (128, rows)

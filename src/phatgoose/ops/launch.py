@@ -46,11 +46,7 @@ def gated_down(
     eps: float,
     tally: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores, choice and down-projection; see `library._gated_down`.
-
-    The chosen experts' weights are added to `tally`, fp32 [>= T, >= 1 + C], where there is one; its
-    first column is for "no expert".
-    """
+    """Scores, choice and down-projection; see `library._gated_down`."""
     x, signatures, a = x.contiguous(), signatures.contiguous(), a.contiguous()
     sums, open_slots = sums.contiguous(), open_slots.contiguous()
     tokens, features = x.shape

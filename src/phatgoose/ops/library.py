@@ -132,11 +132,9 @@ def _routed_down(
         z = torch.einsum("tskri,ti,tsk->tskr", rows, x.float(), weights * (experts >= 0))
         return z, *_no_plan(x)
     z, plan = down_sorted(x, a, experts, weights)
-    counts, members = _sorted_plan(x, a, chosen)
-    if not plan:  # nobody reads them
-        counts.zero_(), members.zero_()
+    counts, members = _sorted_plan(x, a, chosen)  # with few pairs nobody reads them
     for part, (order, sizes) in enumerate(plan):
-        counts[part].zero_()[: len(sizes)] = sizes
+        counts[part, : len(sizes)] = sizes
         members[part] = order
     return z.view(tokens, parts, chosen, a.shape[2]), counts, members
 
@@ -203,8 +201,8 @@ def _no_plan(x: Tensor) -> tuple[Tensor, Tensor]:
 def _sorted_plan(x: Tensor, a: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
     """Of the backend "torch": counts of no slot and of each, and the order of the pairs."""
     parts, slots = a.shape[:2]
-    counts = x.new_empty(parts, slots + 1, dtype=torch.int64)
-    return counts, x.new_empty(parts, x.shape[0] * chosen, dtype=torch.int64)
+    counts = x.new_zeros(parts, slots + 1, dtype=torch.int64)
+    return counts, x.new_zeros(parts, x.shape[0] * chosen, dtype=torch.int64)
 
 
 # ---------------------------------------------------------------- one differentiable operator

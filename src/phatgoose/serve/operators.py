@@ -154,15 +154,11 @@ def _fake_choose_down(
     tally: Tensor | None,
     features: int,
     router: str | None,
-    top_k: int,
-    temperature: float,
-    unit: bool,
-    null_score: float | None,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    experts, _, z, counts, members = library.fake_gated_down(
-        x, signatures, sums, open_slots, a, top_k, temperature, unit, null_score, None, backend
-    )
+    *choice, backend = settings
+    given = x, signatures, sums, open_slots, a, *choice, None, backend
+    experts, _, z, counts, members = library.fake_gated_down(*given)
     return experts, z, counts, members
 
 
