@@ -143,31 +143,32 @@ def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
     x, parts = case["x"], [base.shape[1] for base in case["output"]]
     tally = torch.zeros(len(x), 1 + case["open"].shape[1], device=x.device)
     output = torch.cat(case["output"], dim=1)
-    call = x, None, *gates_of(case, backend), case["open"], case["a"], case["prior"], tally
+    gates = *gates_of(case, backend), case["open"], case["a"], case["b"], case["prior"], tally
     settings = [case[key] for key in SETTINGS]
 
     def serve() -> Tensor:
         tally.zero_()
+        torch.ops.phatgoose.fork_(x, None)
         torch.cat(case["output"], dim=1, out=output)
-        mine, *down = torch.ops.phatgoose.choose_down(*call, x.shape[1], None, *settings, backend)
-        torch.ops.phatgoose.add_up_(output, [x], case["b"], mine, *down, backend)
-        return mine
+        torch.ops.phatgoose.add_routed_(
+            output, x, None, *gates, x.shape[1], None, *settings, backend
+        )
+        return output
 
     if x.is_cuda and len(x) and backend == "triton":  # the others count on the host
         replay = captured(serve)
         output.fill_(torch.nan)
-        mine = replay()
+        replay()
     else:
-        mine = serve()
+        serve()
     counted = torch.zeros_like(tally).scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
     off = float((tally - counted).abs().max()) if tally.numel() else 0.0
     errors = [0.0]
     for part, found in enumerate(output.split(parts, dim=1)):
         y = routed_sum(case, part, experts[:, part], weights[:, part])
         errors.append(float((found.double() - y).norm() / y.norm().clamp_min(1e-30)))
-    same = torch.equal(mine, experts)
-    good = same and off < WEIGHTS and max(errors) < TOLERANCE[x.dtype]
-    return {"same_experts": same, "weights": off, "error": max(errors), "good": good}
+    good = off < WEIGHTS and max(errors) < TOLERANCE[x.dtype]
+    return {"weights": off, "error": max(errors), "good": good}
 
 
 def check_model(device: str, dtype: torch.dtype, results: Results) -> bool:

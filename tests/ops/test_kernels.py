@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="the kernels are Triton's")
 gate_kernels = pytest.importorskip("phatgoose.ops.gate_kernels")
@@ -16,7 +17,7 @@ KERNELS = {
 }
 TENSORS = {
     "half": ("x", "signatures", "a", "b", "b0", "b1", "b2", "output"),
-    "fp32": ("partial", "sums", "prior", "weights", "tally", "z"),
+    "fp32": ("partial", "moments", "sums", "prior", "weights", "tally", "z"),
     "i32": ("counts", "members"),
     "i64": ("experts",),
     "i1": ("open_slots",),
@@ -25,7 +26,7 @@ NUMBERS = dict.fromkeys(("eps", "temperature", "null_score"), "fp32")  # the oth
 CONSTANTS = {"S": 3, "K": 2, "SK": 6, "SPLITS": 2, "COLUMNS": 2, "BLOCK": 256, "UNIT": False}
 CONSTANTS |= {"BLOCK_T": 16, "BLOCK_C": 32, "BLOCK_K": 2, "BLOCK_R": 16, "BLOCK_M": 16}
 CONSTANTS |= {"BLOCK_I": 64, "BLOCK_X": 64, "BLOCK_O": 64, "CHOOSE": True, "HAS_NULL": True}
-CONSTANTS |= {"HAS_PRIOR": True, "HAS_TALLY": True, "PARTS": 3}
+CONSTANTS |= {"HAS_PRIOR": True, "HAS_TALLY": True, "PARTS": 3, "MOMENTS": True}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -40,16 +41,21 @@ def test_blocks_fit_the_shared_memory_of_small_gpus(dtype, rank):
     """99 KiB are what a program may have on compute capability 8.6 and 8.9."""
     launch = pytest.importorskip("phatgoose.ops.launch")
     size = 4 if dtype == "fp32" else 2
-    for tokens, slots in ((1000, 100), (10000, 10)):
-        block_t, block_o, columns = launch._up_blocks(tokens, slots, rank, size)
-        sizes = {"BLOCK_R": rank, "BLOCK_T": block_t, "BLOCK_O": block_o, "COLUMNS": columns}
-        assert compiled("up_kernel", 80, dtype, **sizes).metadata.shared <= 99 << 10
-    block_i = launch._down_features(64, rank, size)
-    sizes = {"BLOCK_R": rank, "BLOCK_T": 64, "BLOCK_I": block_i}
-    assert compiled("down_kernel", 80, dtype, **sizes).metadata.shared <= 99 << 10
+    block_t, block_o = launch._up_blocks(rank, size)
+    sizes = {"BLOCK_R": rank, "BLOCK_T": block_t, "BLOCK_O": block_o, "COLUMNS": launch.UP_COLUMNS}
+    assert compiled("up_kernel", 80, dtype, **sizes).metadata.shared <= 99 << 10
+    block_i = launch._down_features(rank, size)
+    sizes = {"BLOCK_R": rank, "BLOCK_T": launch.DOWN_TOKENS, "BLOCK_I": block_i}
+    stages = launch.DOWN_STAGES
+    assert compiled("down_kernel", 80, dtype, stages, **sizes).metadata.shared <= 99 << 10
+    for tokens in (1, 100, 1000):
+        kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+        block_t, block_m, block_i, _, _, stages = launch._score_blocks(tokens, kind)
+        sizes = {"BLOCK_T": block_t, "BLOCK_M": block_m, "BLOCK_I": block_i}
+        assert compiled("scores_kernel", 80, dtype, stages, **sizes).metadata.shared <= 99 << 10
 
 
-def compiled(name, capability, dtype, **sizes):
+def compiled(name, capability, dtype, stages=4, **sizes):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -79,5 +85,5 @@ def compiled(name, capability, dtype, **sizes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings whose default a later Triton changes
         return triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_stages": 4}
+            source, target=GPUTarget("cuda", capability, 32), options={"num_stages": stages}
         )

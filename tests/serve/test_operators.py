@@ -50,10 +50,12 @@ def add(
     backend="torch",
 ):
     output = layer["output"].clone()
-    routed = torch.ops.phatgoose.choose_down(
+    torch.ops.phatgoose.fork_(layer["x"], whole)
+    torch.ops.phatgoose.add_routed_(
+        output,
         layer["x"],
         whole,
-        *(layer[key] for key in ("signatures", "sums", "opened", "a")),
+        *(layer[key] for key in ("signatures", "sums", "opened", "a", "b")),
         prior,
         tally,
         IN,
@@ -64,7 +66,6 @@ def add(
         null_score,
         backend,
     )
-    torch.ops.phatgoose.add_up_(output, [layer["x"]], layer["b"], *routed, backend)
     return output
 
 
@@ -175,15 +176,13 @@ def test_as_torch_wants_operators(tokens):
     torch.library.opcheck(
         torch.ops.phatgoose.gate_statistics.default, (layer["x"], layer["signatures"])
     )
-    arguments = [layer[key] for key in ("signatures", "sums", "opened", "a")]
+    torch.library.opcheck(torch.ops.phatgoose.fork_.default, (layer["x"], None))
+    arguments = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
     tables = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
     for router, backend in ((None, "torch"), (None, "reference"), ("arrow", "torch")):
         settings = IN, router, 2, 1.0, False, None, backend
-        call = layer["x"], None, *arguments, *tables, *settings
-        torch.library.opcheck(torch.ops.phatgoose.choose_down.default, call)
-        routed = torch.ops.phatgoose.choose_down(*call)
-        call = layer["output"], [layer["x"]], layer["b"], *routed, backend
-        torch.library.opcheck(torch.ops.phatgoose.add_up_.default, call)
+        call = layer["output"], layer["x"], None, *arguments, *tables, *settings
+        torch.library.opcheck(torch.ops.phatgoose.add_routed_.default, call)
 
 
 def test_one_graph_for_any_number_of_tokens():
@@ -199,10 +198,10 @@ def test_one_graph_for_any_number_of_tokens():
 
     def run(output, x, gates, tally):
         settings = (IN, None, 2, 0.9, False, None, "torch")
-        *gates, b = gates
-        routed = torch.ops.phatgoose.choose_down(x, None, *gates, prior, tally, *settings)
+        x = x + 0.0
+        torch.ops.phatgoose.fork_(x, None)
         output = output + 0.0
-        torch.ops.phatgoose.add_up_(output, [x], b, *routed, "torch")
+        torch.ops.phatgoose.add_routed_(output, x, None, *gates, prior, tally, *settings)
         return output
 
     fast = torch.compile(run, backend=backend, fullgraph=True)

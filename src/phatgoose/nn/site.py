@@ -16,7 +16,7 @@ from phatgoose.nn.context import ContextKeeper, Stream
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.trace import Trace
 from phatgoose.ops import choose_experts, library
-from phatgoose.ops.beside import may_run_beside, side_stream
+from phatgoose.ops.beside import beside, fork, may_run_beside
 from phatgoose.routers import Router
 from phatgoose.types import Routing, TokenContext
 
@@ -70,17 +70,10 @@ class Routed:
         self.experts = experts
         self.weights = weights
         self.down = down  # z, counts, members; None: gradients are wanted
-        self.side: torch.cuda.Stream | None = None  # where all this runs, beside the layer itself
 
     def matches(self, x: Tensor) -> bool:
         """Whether x is the very tensor that was routed, and has not been written to since."""
         return x is self.x and _version(x) == self.version
-
-    def join(self) -> None:
-        """Let what comes next wait for what runs beside the layer."""
-        if self.side is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
-            self.side = None
 
 
 class Site:
@@ -101,6 +94,7 @@ class Site:
         self.part = part
         self.state = state
         self._routed: Routed | None = None  # between the two hooks
+        self._forked: Tensor | None = None  # likewise, an input that is routed beside the layer
         self._handles = (
             layer.register_forward_pre_hook(self._before),
             layer.register_forward_hook(self._after),
@@ -133,17 +127,20 @@ class Site:
         if not torch.compiler.is_compiling() and x.is_inference():
             self._routed = self._route_alone(x)
             return
-        parts = range(self.bank.parts)
-        known = self._route_beside(x, parts) if may_run_beside(x) else self._route(x, parts)
-        known.waiting = self.bank.sites - {self.part}
-        self.bank.routed = known if known.waiting else None
-        self._routed = known
+        if may_run_beside(x):
+            fork(x.device)
+            self._forked = x
+            return
+        self._routed = self._route_all(x)
 
     def _after(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         routed, self._routed = self._routed, None
+        forked, self._forked = self._forked, None
+        if forked is not None:
+            with beside(forked.device):
+                routed = self._route_all(forked)
         if routed is None:
             return output
-        routed.join()
         if not routed.matches(inputs[0]):  # another hook gave the layer another input
             routed = self._route_alone(inputs[0])
         place = self.part - routed.first
@@ -168,13 +165,11 @@ class Site:
     def _route_alone(self, x: Tensor) -> Routed:
         return self._route(x, range(self.part, self.part + 1))
 
-    def _route_beside(self, x: Tensor, parts: range) -> Routed:
-        """Route on a stream of its own, which the layer's own hook joins; see `ops.beside`."""
-        side = side_stream(x.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            routed = self._route(x, parts)
-        routed.side = side
+    def _route_all(self, x: Tensor) -> Routed:
+        """Route for all layers of the bank, of which this is the first."""
+        routed = self._route(x, range(self.bank.parts))
+        routed.waiting = self.bank.sites - {self.part}
+        self.bank.routed = routed if routed.waiting else None
         return routed
 
     def _route(self, x: Tensor, parts: range) -> Routed:

@@ -1,11 +1,16 @@
-"""Routing on a stream of its own, so that in a CUDA graph the layer need not wait for it.
+"""Routing on a stream of its own, so that in a CUDA graph it need not wait for the layer, or it for it.
+
+The layer's own product is launched first: it leaves some multiprocessors free, which routing then
+has. The other way round routing would hold all of them while the product waits.
 
 Memory of one stream that the other reads stays safe without being recorded: a fork waits for all
-there was before, and whoever forks joins before anything is freed. So the caller keeps what was
+there was before, and whoever forks joins before anything is freed. So the caller keeps what is
 read on the other stream until then.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,6 +28,20 @@ def may_run_beside(x: Tensor) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def fork(device: torch.device) -> None:
+    """Before the layer: what comes to run beside it waits for all there is up to here."""
+    _side_stream(device).wait_stream(torch.cuda.current_stream())
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """After the layer: run this beside it, on the stream that was forked before it, and join."""
+    side = _side_stream(device)
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
+
+
 @functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -4,26 +4,72 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _write_moments(x, moments, row, features, eps, BLOCK_X: tl.constexpr):
+    """A row's mean, and 1 / (its deviation * sqrt(features)).
+
+    About a value near the mean, so that nothing cancels.
+    """
+    at = tl.arange(0, BLOCK_X)
+    x_row = x + row.to(tl.int64) * features
+    u = tl.load(x_row + at, mask=at < features, other=0.0).to(tl.float32)
+    pivot = tl.sum(u, 0) / tl.minimum(features, BLOCK_X)
+    moved = tl.where(at < features, u - pivot, 0.0)
+    squared = moved * moved
+    for start in range(BLOCK_X, features, BLOCK_X):
+        mask = start + at < features
+        u = tl.load(x_row + start + at, mask=mask, other=0.0).to(tl.float32)
+        step = tl.where(mask, u - pivot, 0.0)
+        moved += step
+        squared += step * step
+    shift = tl.sum(moved, 0) / features
+    variance = tl.sum(squared, 0) / features - shift * shift
+    tl.store(moments + row * 2, pivot + shift)
+    tl.store(moments + row * 2 + 1, tl.rsqrt((variance + eps) * features))
+
+
+@triton.jit
+def moments_kernel(
+    x,  # [T, I]
+    moments,  # out, fp32 [T, 2]; see `_write_moments`
+    features,
+    eps,
+    BLOCK_X: tl.constexpr,
+):
+    _write_moments(x, moments, tl.program_id(0), features, eps, BLOCK_X)
+
+
 # The number of tokens changes from forward to forward: no kernel is compiled anew for it.
 @triton.jit(do_not_specialize=["tokens"])
 def scores_kernel(
     x,  # [T, I]
     signatures,  # [M, I], M >= pieces * N: the pieces of a signature add up to it
     partial,  # out, fp32 [splits, T, M]: x @ signatures.T over a split of the features
+    moments,  # out where MOMENTS, fp32 [T, 2]
     counts,  # out, int32: set to zero
     tokens,
     columns,  # M
     features,
     split_features,
     groups,  # length of counts
+    eps,
+    MOMENTS: tl.constexpr,  # whether some programs more write moments, a row each
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_I divides split_features, which divides features
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):
     """Nothing but the product may use a tile here: Triton 3.6 let one be overwritten too soon."""
     column_block, row_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if MOMENTS:
+        nth = (column_block - tl.cdiv(columns, BLOCK_M)) * tl.num_programs(2) + split
+        row = row_block * BLOCK_T + nth
+        if nth >= 0:
+            if nth < BLOCK_T and row < tokens:
+                _write_moments(x, moments, row, features, eps, BLOCK_X)
+            return
     if column_block + split == 0:
         for start in range(row_block * BLOCK_T, groups, tl.num_programs(1) * BLOCK_T):
             group = start + tl.arange(0, BLOCK_T)
@@ -55,29 +101,9 @@ def scores_kernel(
 
 
 @triton.jit
-def _moments(x, rows, row_mask, features, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Mean and variance of `rows` of x, about a value near the mean so that nothing cancels."""
-    at = tl.arange(0, BLOCK_I)
-    x_rows = x + rows[:, None].to(tl.int64) * features
-    mask = row_mask[:, None] & (at < features)[None, :]
-    u = tl.load(x_rows + at[None, :], mask=mask, other=0.0).to(tl.float32)
-    pivot = tl.sum(u, 1) / tl.minimum(features, BLOCK_I)
-    moved = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
-    squared = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
-    for start in range(0, features, BLOCK_I):
-        mask = row_mask[:, None] & (start + at < features)[None, :]
-        u = tl.load(x_rows + start + at[None, :], mask=mask, other=0.0).to(tl.float32)
-        step = tl.where(mask, u - pivot[:, None], 0.0)
-        moved += step
-        squared += step * step
-    shift = tl.sum(moved, 1) / features
-    return pivot + shift, tl.sum(squared, 1) / features - shift * shift
-
-
-@triton.jit
 def gate_scores(
-    x,
     partial,
+    moments,
     sums,  # fp32 [N]: of each signature, over its features
     prior,  # fp32 [T, C]: added to the scores of every part
     rows,
@@ -87,20 +113,18 @@ def gate_scores(
     slots,
     columns,  # N
     stride,
-    features,
-    eps,
     HAS_PRIOR: tl.constexpr,
     PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_X: tl.constexpr,
 ):
     """Scores [BLOCK_T, BLOCK_C] of `rows` at a part: x standardised, dot signature, / sqrt(I).
 
     And the prior of the token, if there is one.
     """
-    mean, variance = _moments(x, rows, row_mask, features, BLOCK_T, BLOCK_X)
+    mean = tl.load(moments + rows * 2, mask=row_mask, other=0.0)
+    scale = tl.load(moments + rows * 2 + 1, mask=row_mask, other=0.0)
     slot = tl.arange(0, BLOCK_C)
     column = part * slots + slot
     mask = row_mask[:, None] & (slot < slots)[None, :]
@@ -110,7 +134,7 @@ def gate_scores(
             at = (split * tokens + rows).to(tl.int64) * stride + piece * columns
             scores += tl.load(partial + at[:, None] + column[None, :], mask=mask, other=0.0)
     scores -= mean[:, None] * tl.load(sums + column, mask=slot < slots, other=0.0)[None, :]
-    scores = scores * tl.rsqrt((variance + eps) * features)[:, None]
+    scores = scores * scale[:, None]
     if HAS_PRIOR:
         at = rows.to(tl.int64) * slots
         scores += tl.load(prior + at[:, None] + slot[None, :], mask=mask, other=0.0)
@@ -167,8 +191,8 @@ def add_to_tally(at, chosen, shares, mask):
 
 @triton.jit(do_not_specialize=["tokens"])
 def choose_kernel(
-    x,  # [T, I]
     partial,
+    moments,
     sums,
     open_slots,
     prior,
@@ -182,8 +206,6 @@ def choose_kernel(
     slots,
     columns,  # N
     stride,  # M, of a row of partial
-    features,
-    eps,
     temperature,
     null_score,
     HAS_PRIOR: tl.constexpr,
@@ -197,14 +219,13 @@ def choose_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_X: tl.constexpr,
 ):
     part = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask = rows < tokens
     scores = gate_scores(
-        x,
         partial,
+        moments,
         sums,
         prior,
         rows,
@@ -214,14 +235,11 @@ def choose_kernel(
         slots,
         columns,
         stride,
-        features,
-        eps,
         HAS_PRIOR,
         PIECES,
         SPLITS,
         BLOCK_T,
         BLOCK_C,
-        BLOCK_X,
     )
     chosen, shares = choose_best(
         scores,

@@ -17,11 +17,14 @@ CACHED_OUTPUT = 32 << 20
 CUBLAS_GIVES_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # of half-precision factors
 
 SHARED_MEMORY = 96 << 10  # bytes that a program may have on any GPU since Ampere
-DOWN_STAGES = 4
+DOWN_TOKENS = 64  # of a block
+DOWN_STAGES = 5
+UP_COLUMNS = 4  # blocks of outputs that a program walks through
 
 Plan = tuple[Tensor, Tensor]  # counts and members of the groups; not written for few tokens
 
 
+moments = Kernel(gate_kernels.moments_kernel)
 scores = Kernel(gate_kernels.scores_kernel)
 choose = Kernel(gate_kernels.choose_kernel)
 group = Kernel(lora_kernels.group_kernel)
@@ -54,7 +57,7 @@ def gated_down(
     columns, stride = parts * slots, signatures.shape[0]
     chosen = min(top_k, slots + (null_score is not None))
     counts, members = make_plan(x, parts * chosen, slots)
-    partial = _scores(x, signatures, counts)
+    partial, mean_and_scale = _scores(x, signatures, counts, eps)
     experts = x.new_empty(tokens, parts, chosen, dtype=torch.int64)
     weights = x.new_empty(tokens, parts, chosen, dtype=torch.float32)
     shared = {
@@ -68,7 +71,6 @@ def gated_down(
         "K": chosen,
         "BLOCK_C": triton.next_power_of_2(slots + (null_score is not None)),
         "BLOCK_K": triton.next_power_of_2(chosen),
-        "BLOCK_X": min(1024, triton.next_power_of_2(features)),
     }
     null = 0.0 if null_score is None else null_score
     prior = sums if prior is None else prior.float().contiguous()  # one that is not read
@@ -77,20 +79,20 @@ def gated_down(
         z = _few_down(
             x,
             a,
-            (partial, sums, open_slots, prior),
+            (partial, mean_and_scale, sums, open_slots, prior),
             experts,
             weights,
             tally,
             stride=stride,
-            numbers=(eps, temperature, null),
+            numbers=(temperature, null),
             constants={"CHOOSE": True, **shared},
         )
         return experts, weights, z, counts, members
     block = max(1, min(4, 2048 // shared["BLOCK_C"]))
     choose(
         (triton.cdiv(tokens, block), parts, 1),
-        x,
         partial,
+        mean_and_scale,
         sums,
         open_slots,
         prior,
@@ -104,8 +106,6 @@ def gated_down(
         slots,
         columns,
         stride,
-        features,
-        eps,
         temperature,
         null,
         BLOCK_T=block,
@@ -136,9 +136,8 @@ def routed_down(
             "K": chosen,
             "BLOCK_C": 1,
             "BLOCK_K": triton.next_power_of_2(chosen),
-            "BLOCK_X": 1,
         }
-        unused = (weights, weights, weights, weights)
+        unused = (weights,) * 5
         z = _few_down(
             x,
             a,
@@ -147,7 +146,7 @@ def routed_down(
             weights,
             weights,
             stride=0,
-            numbers=(0.0, 1.0, 0.0),
+            numbers=(1.0, 0.0),
             constants=constants,
         )
         return z, counts, members
@@ -176,14 +175,8 @@ def few_routed_up(
     if not tokens:
         return
     b, outputs = [up.contiguous() for up in b], [up.shape[1] for up in b]
-    block_r = triton.next_power_of_2(rank)
-    # Every program sums z over the splits, so they are as large as leave enough of them.
-    block = 1024
-    while block > 16:
-        programs = _rounded(tokens) * sum(triton.cdiv(size, block) for size in outputs)
-        if block * block_r <= 16384 and (programs >= FEW_PROGRAMS or block <= 128):
-            break
-        block //= 2
+    block_r, block_k = triton.next_power_of_2(rank), triton.next_power_of_2(chosen)
+    block = max(16, 4096 // (block_k * block_r))
     few_up(
         (sum(triton.cdiv(size, block) for size in outputs), tokens, 1),
         z,
@@ -199,9 +192,10 @@ def few_routed_up(
         SPLITS=_splits_of(tokens, parts, 1 + (len(z) - tokens) // FEW_TOKENS),
         S=parts,
         K=chosen,
+        BLOCK_K=block_k,
         BLOCK_R=block_r,
         BLOCK_O=block,
-        num_warps=8 if block * block_r > 8192 else 4,
+        num_warps=max(1, min(8, block * block_k * block_r // 4096)),
     )
 
 
@@ -222,14 +216,14 @@ def routed_up(
         few_routed_up(output, [b], z, experts, part)
         return
     block_r = max(16, triton.next_power_of_2(rank))
-    block_t, block_o, columns = _up_blocks(tokens, slots, block_r, b.element_size())
+    block_t, block_o = _up_blocks(block_r, b.element_size())
     atomic = _adds_in_cache(output)
-    width = max(1, CACHED_OUTPUT // (tokens * output.element_size() * block_o * columns))
-    width *= block_o * columns
+    width = max(1, CACHED_OUTPUT // (tokens * output.element_size() * block_o * UP_COLUMNS))
+    width *= block_o * UP_COLUMNS
     for first in range(0, outputs, width):
         for k in range(chosen):
             grid = (
-                triton.cdiv(min(width, outputs - first), block_o * columns),
+                triton.cdiv(min(width, outputs - first), block_o * UP_COLUMNS),
                 _most_blocks(tokens, slots, block_t),
                 1,
             )
@@ -254,18 +248,23 @@ def routed_up(
                 BLOCK_C=triton.next_power_of_2(slots),
                 BLOCK_R=block_r,
                 BLOCK_O=block_o,
-                COLUMNS=columns,
-                num_warps=4,
+                COLUMNS=UP_COLUMNS,
+                num_warps=8,
             )
 
 
-def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
-    """Products over splits of the features, fp32 [splits, T, M]; zeroes `counts`."""
+def _scores(x: Tensor, signatures: Tensor, counts: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Products over splits of the features, fp32 [splits, T, M], and moments; zeroes `counts`."""
     tokens, features = x.shape
     columns = signatures.shape[0]
-    if tokens > FEW_TOKENS and x.is_cuda and x.dtype != torch.float32 and CUBLAS_GIVES_FP32:
-        counts.zero_()
-        return torch.mm(x, signatures.T, out_dtype=torch.float32).unsqueeze(0)
+    found = x.new_empty(tokens, 2, dtype=torch.float32)
+    few = tokens <= FEW_TOKENS
+    block_x = min(4096 if few else 1024, triton.next_power_of_2(features))
+    if not few:
+        moments((tokens, 1, 1), x, found, features, eps, BLOCK_X=block_x)
+        if x.is_cuda and x.dtype != torch.float32 and CUBLAS_GIVES_FP32:
+            counts.zero_()
+            return torch.mm(x, signatures.T, out_dtype=torch.float32).unsqueeze(0), found
     block_t, block_m, block_i, most_splits, warps, stages = _score_blocks(tokens, x.dtype)
     tiles = triton.cdiv(_rounded(tokens), block_t) * triton.cdiv(columns, block_m)
     splits = max(1, min(PROGRAMS // max(tiles, 1), features // (2 * block_i), most_splits))
@@ -273,27 +272,32 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> Tensor:
     splits = triton.cdiv(features, split)
     partial = x.new_empty(splits, tokens, columns, dtype=torch.float32)
     if tokens:
-        grid = (triton.cdiv(columns, block_m), triton.cdiv(tokens, block_t), splits)
+        more = triton.cdiv(block_t, splits) if few else 0
+        grid = (triton.cdiv(columns, block_m) + more, triton.cdiv(tokens, block_t), splits)
         scores(
             grid,
             x,
             signatures,
             partial,
+            found,
             counts,
             tokens,
             columns,
             features,
             split,
-            counts.numel() if tokens > FEW_TOKENS else 0,
+            0 if few else counts.numel(),
+            eps,
+            MOMENTS=few,
             PRECISION=_precision(x),
             EVEN=features % split == 0,
             BLOCK_T=block_t,
             BLOCK_M=block_m,
             BLOCK_I=block_i,
+            BLOCK_X=block_x,
             num_warps=warps,
             num_stages=stages,
         )
-    return partial
+    return partial, found
 
 
 def _rounded(tokens: int) -> int:
@@ -303,20 +307,22 @@ def _rounded(tokens: int) -> int:
 
 def _score_blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
     """Block sizes of tokens, columns and features; most splits; warps and stages."""
+    if tokens <= 16:
+        return 16, 32, 128, 32, 4, 3
     if tokens <= FEW_TOKENS:
-        return 16 if tokens <= 16 else 32, 32, 128, 32, 4, 1
+        return 64, 32, 64 if dtype == torch.float32 else 128, 32, 4, 3
     return (64, 64, 32, 4, 4, 3) if dtype == torch.float32 else (128, 128, 64, 4, 8, 3)
 
 
-def _up_blocks(tokens: int, slots: int, block_r: int, size: int) -> tuple[int, int, int]:
-    """Tokens and outputs of a block, and blocks of outputs a program walks through."""
-    block_t, block_o, columns = (32, 128, 2) if tokens < 64 * slots else (64, 64, 4)
+def _up_blocks(block_r: int, size: int) -> tuple[int, int]:
+    """Tokens and outputs of a block."""
+    block_t, block_o = 32, 128
     while 3 * (block_t + block_o) * block_r * size > SHARED_MEMORY and block_t + block_o > 32:
         if block_o > 16:
             block_o //= 2
         else:
             block_t //= 2
-    return block_t, block_o, columns
+    return block_t, block_o
 
 
 def _most_blocks(tokens: int, slots: int, block: int) -> int:
@@ -329,11 +335,10 @@ def _down(x: Tensor, a: Tensor, weights: Tensor, counts: Tensor, members: Tensor
     _, parts, chosen = weights.shape
     slots, rank = a.shape[1:3]
     z = make_z(x, a, chosen)
-    block_t = 32 if tokens * chosen < 64 * slots else 64
     block_r = max(16, triton.next_power_of_2(rank))
-    block_i = _down_features(block_t, block_r, a.element_size())
+    block_i = _down_features(block_r, a.element_size())
     down(
-        (_most_blocks(tokens * chosen, slots, block_t), parts, 1),
+        (_most_blocks(tokens * chosen, slots, DOWN_TOKENS), parts, 1),
         x,
         a,
         weights,
@@ -348,7 +353,7 @@ def _down(x: Tensor, a: Tensor, weights: Tensor, counts: Tensor, members: Tensor
         K=chosen,
         PRECISION=_precision(a),
         EVEN=features % block_i == 0,
-        BLOCK_T=block_t,
+        BLOCK_T=DOWN_TOKENS,
         BLOCK_C=triton.next_power_of_2(slots),
         BLOCK_R=block_r,
         BLOCK_I=block_i,
@@ -404,10 +409,10 @@ def _few_down(
     return z
 
 
-def _down_features(block_t: int, block_r: int, size: int) -> int:
+def _down_features(block_r: int, size: int) -> int:
     """Features of a block: as many as let all stages fit the shared memory of small GPUs."""
-    block = 128
-    while block > 16 and (block_t + block_r) * block * size * DOWN_STAGES > SHARED_MEMORY:
+    block = 64
+    while block > 16 and (DOWN_TOKENS + block_r) * block * size * DOWN_STAGES > SHARED_MEMORY:
         block //= 2
     return block
 

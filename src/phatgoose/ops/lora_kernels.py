@@ -192,6 +192,7 @@ def few_down_kernel(
     x,  # [T, I]
     a,  # [S, C, R, I]
     partial,
+    moments,
     sums,
     open_slots,
     prior,
@@ -207,7 +208,6 @@ def few_down_kernel(
     features,
     rank,
     split_features,
-    eps,
     temperature,
     null_score,
     CHOOSE: tl.constexpr,
@@ -223,7 +223,6 @@ def few_down_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_X: tl.constexpr,
 ):
     """One token at one part, over a split of the features: choose, then project, ungrouped."""
     token = tl.program_id(0)
@@ -234,8 +233,8 @@ def few_down_kernel(
     if CHOOSE:
         rows = token + tl.arange(0, 1)
         scores = gate_scores(
-            x,
             partial,
+            moments,
             sums,
             prior,
             rows,
@@ -245,14 +244,11 @@ def few_down_kernel(
             slots,
             columns,
             stride,
-            features,
-            eps,
             HAS_PRIOR,
             PIECES,
             SPLITS,
             1,
             BLOCK_C,
-            BLOCK_X,
         )
         chosen, shares = choose_best(
             scores,
@@ -317,28 +313,30 @@ def _few_up(
     SPLITS: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    at = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    nth = tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
+    place = (token * S + part) * K + nth
+    slot = tl.load(experts + place, mask=nth < K, other=-1)
+    known = (slot >= 0)[:, None] & (r < rank)[None, :]
+    low = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for split in tl.static_range(SPLITS):
+        row = (split * tokens) * (S * K) + place
+        low += tl.load(z + row[:, None] * rank + r[None, :], mask=known, other=0.0)
+    b_rows = b + (slot * outputs)[:, None] * rank + r[None, :]
+    at = block * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = at < outputs
+    # No branch for each expert, so that all loads are under way together.
+    v = tl.load(
+        b_rows[None, :, :] + at[:, None, None] * rank,
+        mask=inside[:, None, None] & known[None, :, :],
+        other=0.0,
+    )
     y = tl.load(y_row + at, mask=inside, other=0.0).to(tl.float32)
-    place = (token * S + part) * K
-    for k in tl.static_range(K):
-        slot = tl.load(experts + place + k)
-        # No branch, so that all loads are under way together.
-        known = (tl.zeros((BLOCK_R,), tl.int64) + slot >= 0) & (r < rank)
-        low = tl.zeros((BLOCK_R,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            row = (split * tokens) * (S * K) + place + k
-            low += tl.load(z + row * rank + r, mask=known, other=0.0)
-        v = tl.load(
-            b + (slot * outputs + at[:, None]) * rank + r[None, :],
-            mask=inside[:, None] & known[None, :],
-            other=0.0,
-        )
-        y += tl.sum(v.to(tl.float32) * low[None, :], 1)
+    y += tl.sum(tl.sum(v.to(tl.float32) * low[None, :, :], 2), 1)
     tl.store(y_row + at, y.to(y_row.dtype.element_ty), mask=inside)
 
 
@@ -361,6 +359,7 @@ def few_up_kernel(
     SPLITS: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
@@ -373,15 +372,15 @@ def few_up_kernel(
     if PARTS == 1 or next1 < 0:
         _few_up(
             z, b0, experts, y, token, part, block,
-            tokens, outputs0, rank, SPLITS, S, K, BLOCK_R, BLOCK_O,
+            tokens, outputs0, rank, SPLITS, S, K, BLOCK_K, BLOCK_R, BLOCK_O,
         )  # fmt: skip
     elif PARTS == 2 or next2 < 0:
         _few_up(
             z, b1, experts, y + outputs0, token, part + 1, next1,
-            tokens, outputs1, rank, SPLITS, S, K, BLOCK_R, BLOCK_O,
+            tokens, outputs1, rank, SPLITS, S, K, BLOCK_K, BLOCK_R, BLOCK_O,
         )  # fmt: skip
     else:
         _few_up(
             z, b2, experts, y + outputs0 + outputs1, token, part + 2, next2,
-            tokens, outputs2, rank, SPLITS, S, K, BLOCK_R, BLOCK_O,
+            tokens, outputs2, rank, SPLITS, S, K, BLOCK_K, BLOCK_R, BLOCK_O,
         )  # fmt: skip

@@ -60,13 +60,17 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             whole = tensor_model_parallel_all_reduce(whole)
         elif self.shared:
             whole = tensor_model_parallel_all_gather(flat)
-        routed = torch.ops.phatgoose.choose_down(
+        torch.ops.phatgoose.fork_(flat, whole)
+        output: Tensor = self.inner.apply(layer, flat.view(x.shape), bias).contiguous()
+        torch.ops.phatgoose.add_routed_(
+            output.view(-1, output.shape[-1]),
             flat,
             whole,
             signatures,
             sums,
             opened,
             a,
+            [bank.b(part) for part in range(bank.parts)],
             getattr(bank, PRIOR, None),
             getattr(bank, TALLY, None),
             self.features,
@@ -77,9 +81,4 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             settings.null_score,
             bank.backend,
         )
-        output: Tensor = self.inner.apply(layer, x, bias).contiguous()
-        b = [bank.b(part) for part in range(bank.parts)]
-        rows = output.view(-1, output.shape[-1])
-        read = [flat] if whole is None else [flat, whole]
-        torch.ops.phatgoose.add_up_(rows, read, b, *routed, bank.backend)
         return output

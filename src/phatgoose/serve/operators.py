@@ -6,6 +6,7 @@ vLLM compiles a model once, for any number of tokens, and drops all guards. Lett
 
 import functools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.ops import EPS, choose_experts, library
-from phatgoose.ops.beside import may_run_beside, side_stream
+from phatgoose.ops.beside import beside, fork, may_run_beside
 from phatgoose.routers import make_router
 
 _library = torch.library.Library("phatgoose", "FRAGMENT")
@@ -71,7 +72,7 @@ def _choose_down(
     null_score: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose experts for the tokens of x [T, I] and project down; `add_up_` does the rest.
+    """Choose experts for the tokens of x [T, I], and project down.
 
     Scores are those of gates, with signatures, sums, open_slots and a as `phatgoose::gated_down`
     wants them, or of `router`, with signatures [S * C, W]. With `whole`, x and a are a share of the
@@ -108,58 +109,50 @@ def _choose_down(
     return routing.experts, *library.routed_down(x, a, routing.experts, routing.weights, backend)
 
 
-def _choose_down_beside(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_choose_down`, where the layer need not wait for it in a CUDA graph."""
-    if not may_run_beside(x):
-        return _choose_down(x, *others)
-    side = side_stream(x.device)
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        return _choose_down(x, *others)
+def _fork(x: Tensor, whole: Tensor | None) -> None:
+    """Before the layer's product, so that in a CUDA graph `add_routed_` need not wait for it.
 
-
-def _add_up(
-    output: Tensor,
-    read: list[Tensor],
-    b: list[Tensor],
-    experts: Tensor,
-    z: Tensor,
-    counts: Tensor,
-    members: Tensor,
-    backend: str,
-) -> None:
-    """Add to output [T, sum of O], part after part, what `choose_down` found; b is [C, O, R] each.
-
-    `read` is what that was given, x first: not read here, but kept until it was.
+    Said to write x, so that a compiler leaves it between what makes x and what reads it.
     """
-    if may_run_beside(read[0]):
-        torch.cuda.current_stream().wait_stream(side_stream(read[0].device))
-    library.routed_up_side_by_side(output, b, z, experts, counts, members, backend)
+    if may_run_beside(x):
+        fork(x.device)
 
 
-def _rows(table: Tensor | None, tokens: int) -> Tensor | None:
-    if table is not None and tokens > len(table):
-        raise ValueError(f"phatgoose: {tokens} tokens in a forward, room for {len(table)}.")
-    return None if table is None else table[:tokens]
-
-
-def _fake_choose_down(
+def _add_routed(
+    output: Tensor,
     x: Tensor,
     whole: Tensor | None,
     signatures: Tensor,
     sums: Tensor,
     open_slots: Tensor,
     a: Tensor,
+    b: list[Tensor],
     prior: Tensor | None,
     tally: Tensor | None,
     features: int,
     router: str | None,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *choice, backend = settings
-    given = x, signatures, sums, open_slots, a, *choice, None, backend
-    experts, _, z, counts, members = library.fake_gated_down(*given)
-    return experts, z, counts, members
+    top_k: int,
+    temperature: float,
+    unit: bool,
+    null_score: float | None,
+    backend: str,
+) -> None:
+    """Add what the chosen experts make of x [T, I] to output [T, sum of O], part after part.
+
+    For the others see `_choose_down`; b is [C, O, R] each. `fork_` comes before.
+    """
+    choice = top_k, temperature, unit, null_score, backend
+    with beside(x.device) if may_run_beside(x) else nullcontext():
+        experts, z, *plan = _choose_down(
+            x, whole, signatures, sums, open_slots, a, prior, tally, features, router, *choice
+        )
+    library.routed_up_side_by_side(output, b, z, experts, *plan, backend)
+
+
+def _rows(table: Tensor | None, tokens: int) -> Tensor | None:
+    if table is not None and tokens > len(table):
+        raise ValueError(f"phatgoose: {tokens} tokens in a forward, room for {len(table)}.")
+    return None if table is None else table[:tokens]
 
 
 _library.define(
@@ -171,17 +164,14 @@ torch.library.register_fake(
     lambda x, signatures: x.new_empty(x.shape[0], 3 + signatures.shape[0], dtype=torch.float32),
     lib=_library,
 )
+_library.define("fork_(Tensor(a!) x, Tensor? whole) -> ()")
+_library.impl("fork_", _fork, "CompositeExplicitAutograd")
+torch.library.register_fake("phatgoose::fork_", lambda x, whole: None, lib=_library)
 _library.define(
-    "choose_down(Tensor x, Tensor? whole, Tensor signatures, Tensor sums, Tensor open_slots,"
-    " Tensor a, Tensor? prior, Tensor(a!)? tally, int features, str? router, int top_k,"
-    " float temperature, bool unit, float? null_score, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "add_routed_(Tensor(a!) output, Tensor x, Tensor? whole, Tensor signatures,"
+    " Tensor sums, Tensor open_slots, Tensor a, Tensor[] b, Tensor? prior, Tensor(b!)? tally,"
+    " int features, str? router, int top_k, float temperature, bool unit, float? null_score,"
+    " str backend) -> ()",
 )
-_library.impl("choose_down", _choose_down_beside, "CompositeExplicitAutograd")
-torch.library.register_fake("phatgoose::choose_down", _fake_choose_down, lib=_library)
-_library.define(
-    "add_up_(Tensor(a!) output, Tensor[] read, Tensor[] b, Tensor experts, Tensor z, Tensor counts,"
-    " Tensor members, str backend) -> ()",
-)
-_library.impl("add_up_", _add_up, "CompositeExplicitAutograd")
-torch.library.register_fake("phatgoose::add_up_", lambda *arguments: None, lib=_library)
+_library.impl("add_routed_", _add_routed, "CompositeExplicitAutograd")
+torch.library.register_fake("phatgoose::add_routed_", lambda *arguments: None, lib=_library)
