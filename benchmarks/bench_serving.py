@@ -17,15 +17,18 @@ so that the requests of a batch do not come to say the same, and to choose the s
 "phatgoose" is `phatgoose serve` as it comes, with shares of the experts recorded; "phatgoose-quiet"
 (on demand) does not record them. --more is for vLLM's options, the same for all, as in
 --more="--max-num-seqs 64"; --table prints the Markdown of an earlier run's file. --profile loads
-each server once more afterwards, and says which GPU kernels a step of decoding spends its time in.
+each server once more afterwards, and says what GPU kernels decoding and prompts spend their time
+in.
 """
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import gzip
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -69,14 +72,14 @@ CLIENT = (
     "serve.add_cli_args(parser); serve.main(parser.parse_args())"
 )
 
-PROFILED = {  # a few steps of decoding, after the prompts of one wave of requests
+PROFILED = {  # the prompts of one wave of requests, and steps of decoding after them
     "profiler": "torch",
     "ignore_frontend": True,
     "torch_profiler_with_stack": False,
     "torch_profiler_dump_cuda_time_total": False,
-    "delay_iterations": 100,
-    "max_iterations": 16,
+    "max_iterations": 32,
 }
+STEP = re.compile(r"execute_context_\d+\((\d+)\)_generation_\d+\((\d+)\)")  # tokens of either
 SHOWN = 12  # kernels of a contender in the table
 
 # ---------------------------------------------------------------- models
@@ -280,8 +283,8 @@ def load(
 
 def profile(
     name: str, served: Server, base: Path, folder: Path, args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """The kernels of a contender's steps of decoding, in a load of its own."""
+) -> dict[str, list[dict[str, Any]]]:
+    """The kernels of a contender's steps, in a load of its own; see `kernels_of`."""
     client = [sys.executable, *client_words(f"{name}-profiled", served.url, base, folder, args)]
     _run([*client, "--profile", "--num-prompts", str(args.concurrency)], args)
     return kernels_of(folder / f"{name}-trace")
@@ -296,31 +299,56 @@ def _run(client: list[str], args: argparse.Namespace) -> None:
         raise RuntimeError(f"the load failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
 
-def kernels_of(folder: Path) -> list[dict[str, Any]]:
-    """The GPU kernels of the newest trace in `folder`, by their time in a step.
+def kernels_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The GPU kernels of the newest trace in `folder`, by their time.
 
-    The steps are the runs of the model that vLLM notes in it. Raises RuntimeError without any.
+    "kernels" are those of a step of decoding, "prompt_kernels" those of 1,000 tokens of prompts, of
+    the steps with most of them. A kernel belongs to the last run of the model that vLLM had noted
+    when it was launched. Raises RuntimeError without trace or steps.
     """
     traces = sorted(folder.glob("*.pt.trace.json.gz"), key=lambda file: file.stat().st_mtime)
     if not traces:
         raise RuntimeError(f"{folder}: no trace; did the load run for enough steps?")
     with gzip.open(traces[-1], "rt") as file:
         events = json.load(file)["traceEvents"]
-    steps = sum(
-        event.get("cat") == "user_annotation" and event["name"].startswith("execute_")
-        for event in events
-    )
+    notes = [(e["ts"], STEP.match(e["name"])) for e in events if e.get("cat") == "user_annotation"]
+    steps = sorted((ts, int(step[1]), int(step[2])) for ts, step in notes if step)
     if not steps:
         raise RuntimeError(f"{traces[-1]}: no step of the model in it")
-    us, calls = Counter[str](), Counter[str]()
+    launches = {
+        e["args"]["correlation"]: e["ts"]
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e["args"]
+    }
+    begins, most = [ts for ts, _, _ in steps], max(prompt for _, prompt, _ in steps)
+    us = {"kernels": Counter[str](), "prompt_kernels": Counter[str]()}
+    calls = {phase: Counter[str]() for phase in us}
     for event in events:
-        if event.get("cat") == "kernel":
-            us[event["name"]] += event["dur"]
-            calls[event["name"]] += 1
-    return [
-        {"kernel": name, "us_a_step": time_us / steps, "calls_a_step": calls[name] / steps}
-        for name, time_us in us.most_common()
-    ]
+        if event.get("cat") != "kernel" or event["args"]["correlation"] not in launches:
+            continue
+        place = bisect.bisect_right(begins, launches[event["args"]["correlation"]]) - 1
+        phase = None if place < 0 else _phase(steps[place][1], most)
+        if phase is not None:
+            us[phase][event["name"]] += event["dur"]
+            calls[phase][event["name"]] += 1
+    mine = {phase: [step for step in steps if _phase(step[1], most) == phase] for phase in us}
+    units = {
+        "kernels": len(mine["kernels"]),
+        "prompt_kernels": sum(sum(step[1:]) for step in mine["prompt_kernels"]) / 1000,
+    }
+    return {
+        phase: [
+            {"kernel": name, "us": us / units[phase], "calls": calls[phase][name] / units[phase]}
+            for name, us in found.most_common()
+        ]
+        for phase, found in us.items()
+    }
+
+
+def _phase(prompt: int, most: int) -> str | None:
+    if prompt == 0:
+        return "kernels"
+    return "prompt_kernels" if 2 * prompt >= most else None
 
 
 def spread_of(pool: dict[str, Any]) -> dict[str, Any]:
@@ -401,20 +429,18 @@ def markdown(value: dict[str, Any]) -> str:
     for one in verdicts(value["rows"]):
         measured = "-" if one["measured"] is None else f"{one['measured']:.2f}"
         lines.append(f"| {one['target']} | {one['wanted']} | {measured} | {says[one['met']]} |")
-    profiled = [row for row in value["rows"] if "kernels" in row]
-    if profiled:
-        lines += [
-            "",
-            "| contender | kernel | us a step | calls a step |",
-            "| --- | --- | ---: | ---: |",
-        ]
-    for row in profiled:
-        named = [(k["kernel"][:60], k["us_a_step"], k["calls_a_step"]) for k in row["kernels"]]
-        total = ("all of them", *(sum(column) for column in list(zip(*named, strict=True))[1:]))
-        lines += [
-            f"| {row['contender']} | `{kernel}` | {us:.0f} | {calls:.1f} |"
-            for kernel, us, calls in [total, *named[:SHOWN]]
-        ]
+    for key, what in (("kernels", "a step of decoding"), ("prompt_kernels", "1,000 prompt tokens")):
+        profiled = [row for row in value["rows"] if row.get(key)]
+        if profiled:
+            lines += ["", f"| contender | kernel, in {what} | us | calls |"]
+            lines += ["| --- | --- | ---: | ---: |"]
+        for row in profiled:
+            named = [(k["kernel"][:60], k["us"], k["calls"]) for k in row[key]]
+            total = ("all of them", *(sum(column) for column in list(zip(*named, strict=True))[1:]))
+            lines += [
+                f"| {row['contender']} | `{kernel}` | {us:.0f} | {calls:.1f} |"
+                for kernel, us, calls in [total, *named[:SHOWN]]
+            ]
     return "\n".join(lines)
 
 
@@ -489,11 +515,14 @@ def bench(folder: Path, results: Results, args: argparse.Namespace) -> None:
                     row |= load(name, served, base, folder, args)
                     row |= over(row, [*results.rows, row])
                     if args.profile:
-                        row["kernels"] = profile(name, served, base, folder, args)
+                        row |= profile(name, served, base, folder, args)
             except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others go on
                 say(f"{name}: {error}")
                 row["note"] = str(error).splitlines()[0]
             results.add(row)
+    for row in results.rows:  # whoever came before its rivals
+        if "output_tokens_per_s" in row:
+            row |= over(row, results.rows)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

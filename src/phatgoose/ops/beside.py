@@ -1,4 +1,4 @@
-"""Routing on a stream of its own, so that in a CUDA graph it need not wait for the layer, or it for it.
+"""Routing on a stream of its own, so that in a CUDA graph it and the layer run together.
 
 The layer's own product is launched first: it leaves some multiprocessors free, which routing then
 has. The other way round routing would hold all of them while the product waits.

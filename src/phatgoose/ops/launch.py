@@ -10,7 +10,7 @@ from phatgoose.ops import gate_kernels, lora_kernels
 from phatgoose.ops.kernel import Kernel
 
 FEW_TOKENS = 256  # up to here every pair reads its own factors; beyond, pairs are grouped by expert
-PROGRAMS = 264  # about two a multiprocessor; more splits than this wins nothing
+PROGRAMS = 132  # about one a multiprocessor; more splits than this win nothing
 FEW_PROGRAMS = 512  # of a projection of few tokens, where there is work for so many
 # Bytes of output that stay in the L2 cache from one expert of a token to the next.
 CACHED_OUTPUT = 32 << 20
@@ -52,7 +52,7 @@ def gated_down(
     """Scores, choice and down-projection; see `library._gated_down`."""
     x, signatures, a = x.contiguous(), signatures.contiguous(), a.contiguous()
     sums, open_slots = sums.contiguous(), open_slots.contiguous()
-    tokens, features = x.shape
+    tokens = x.shape[0]
     parts, slots = a.shape[:2]
     columns, stride = parts * slots, signatures.shape[0]
     chosen = min(top_k, slots + (null_score is not None))
@@ -176,7 +176,7 @@ def few_routed_up(
         return
     b, outputs = [up.contiguous() for up in b], [up.shape[1] for up in b]
     block_r, block_k = triton.next_power_of_2(rank), triton.next_power_of_2(chosen)
-    block = max(16, 4096 // (block_k * block_r))
+    block = max(16, 2048 // (block_k * block_r))
     few_up(
         (sum(triton.cdiv(size, block) for size in outputs), tokens, 1),
         z,

@@ -7,7 +7,6 @@ vLLM compiles a model once, for any number of tokens, and drops all guards. Lett
 import functools
 import math
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -143,10 +142,10 @@ def _add_routed(
     """
     choice = top_k, temperature, unit, null_score, backend
     with beside(x.device) if may_run_beside(x) else nullcontext():
-        experts, z, *plan = _choose_down(
+        experts, z, counts, members = _choose_down(
             x, whole, signatures, sums, open_slots, a, prior, tally, features, router, *choice
         )
-    library.routed_up_side_by_side(output, b, z, experts, *plan, backend)
+    library.routed_up_side_by_side(output, b, z, experts, counts, members, backend)
 
 
 def _rows(table: Tensor | None, tokens: int) -> Tensor | None:
