@@ -17,8 +17,8 @@ so that the requests of a batch do not come to say the same, and to choose the s
 "phatgoose" is `phatgoose serve` as it comes, with shares of the experts recorded; "phatgoose-quiet"
 (on demand) does not record them. --more is for vLLM's options, the same for all, as in
 --more="--max-num-seqs 64"; --table prints the Markdown of an earlier run's file. --profile loads
-each server once more afterwards, and says what GPU kernels decoding and prompts spend their time
-in.
+servers once more afterwards, all or those it names, and says what GPU kernels decoding and prompts
+spend their time in.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import math
 import os
 import re
 import shlex
@@ -142,7 +143,7 @@ def server_words(
             "--served-model-name",
             "served",
             *(["--enforce-eager"] if args.eager else []),
-            *(["--profiler-config", json.dumps(profiler)] if args.profile else []),
+            *(["--profiler-config", json.dumps(profiler)] if name in args.profile else []),
             *args.more,
         ),
     ]
@@ -300,11 +301,11 @@ def _run(client: list[str], args: argparse.Namespace) -> None:
 
 
 def kernels_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The GPU kernels of the newest trace in `folder`, by their time.
+    """The GPU kernels of the newest trace in `folder`, by their time; first any of them together.
 
-    "kernels" are those of a step of decoding, "prompt_kernels" those of 1,000 tokens of prompts, of
-    the steps with most of them. A kernel belongs to the last run of the model that vLLM had noted
-    when it was launched. Raises RuntimeError without trace or steps.
+    "kernels" are those of a step of decoding, "prompt_kernels" those of 1,000 tokens of prompts,
+    both of the steps with most tokens of their kind. A kernel belongs to the last run of the model
+    that vLLM had noted when it was launched. Raises RuntimeError without trace or steps.
     """
     traces = sorted(folder.glob("*.pt.trace.json.gz"), key=lambda file: file.stat().st_mtime)
     if not traces:
@@ -315,40 +316,48 @@ def kernels_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     steps = sorted((ts, int(step[1]), int(step[2])) for ts, step in notes if step)
     if not steps:
         raise RuntimeError(f"{traces[-1]}: no step of the model in it")
+    most_prompt, most_decoded = (max(step[kind] for step in steps) for kind in (1, 2))
+
+    def phase_of(step: tuple[float, int, int]) -> str | None:
+        _, prompt, decoded = step
+        if prompt:
+            return "prompt_kernels" if 2 * prompt >= most_prompt else None
+        return "kernels" if 2 * decoded >= most_decoded else None
+
     launches = {
         e["args"]["correlation"]: e["ts"]
         for e in events
         if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e["args"]
     }
-    begins, most = [ts for ts, _, _ in steps], max(prompt for _, prompt, _ in steps)
-    us = {"kernels": Counter[str](), "prompt_kernels": Counter[str]()}
-    calls = {phase: Counter[str]() for phase in us}
+    ran: dict[str | None, list[dict[str, Any]]] = {"kernels": [], "prompt_kernels": [], None: []}
     for event in events:
-        if event.get("cat") != "kernel" or event["args"]["correlation"] not in launches:
-            continue
-        place = bisect.bisect_right(begins, launches[event["args"]["correlation"]]) - 1
-        phase = None if place < 0 else _phase(steps[place][1], most)
-        if phase is not None:
-            us[phase][event["name"]] += event["dur"]
-            calls[phase][event["name"]] += 1
-    mine = {phase: [step for step in steps if _phase(step[1], most) == phase] for phase in us}
-    units = {
-        "kernels": len(mine["kernels"]),
-        "prompt_kernels": sum(sum(step[1:]) for step in mine["prompt_kernels"]) / 1000,
-    }
+        if event.get("cat") == "kernel" and event["args"]["correlation"] in launches:
+            launched = launches[event["args"]["correlation"]]
+            place = bisect.bisect_right(steps, launched, key=lambda step: step[0]) - 1
+            ran[phase_of(steps[place]) if place >= 0 else None].append(event)
+    tokens = sum(sum(step[1:]) for step in steps if phase_of(step) == "prompt_kernels")
+    decoding = sum(phase_of(step) == "kernels" for step in steps)
     return {
-        phase: [
-            {"kernel": name, "us": us / units[phase], "calls": calls[phase][name] / units[phase]}
-            for name, us in found.most_common()
-        ]
-        for phase, found in us.items()
+        "kernels": _by_time(ran["kernels"], decoding),
+        "prompt_kernels": _by_time(ran["prompt_kernels"], tokens / 1000),
     }
 
 
-def _phase(prompt: int, most: int) -> str | None:
-    if prompt == 0:
-        return "kernels"
-    return "prompt_kernels" if 2 * prompt >= most else None
+def _by_time(ran: list[dict[str, Any]], units: float) -> list[dict[str, Any]]:
+    us, calls, busy, until = Counter[str](), Counter[str](), 0.0, -math.inf
+    for event in sorted(ran, key=lambda event: event["ts"]):
+        us[event["name"]] += event["dur"]
+        calls[event["name"]] += 1
+        end = event["ts"] + event["dur"]
+        busy += max(0.0, end - max(until, event["ts"]))  # some run beside each other
+        until = max(until, end)
+    found = [("any of them", busy), *us.most_common()]
+    calls["any of them"] = len(ran)
+    return [
+        {"kernel": name, "us": time_us / units, "calls": calls[name] / units}
+        for name, time_us in found
+        if units
+    ]
 
 
 def spread_of(pool: dict[str, Any]) -> dict[str, Any]:
@@ -435,11 +444,9 @@ def markdown(value: dict[str, Any]) -> str:
             lines += ["", f"| contender | kernel, in {what} | us | calls |"]
             lines += ["| --- | --- | ---: | ---: |"]
         for row in profiled:
-            named = [(k["kernel"][:60], k["us"], k["calls"]) for k in row[key]]
-            total = ("all of them", *(sum(column) for column in list(zip(*named, strict=True))[1:]))
             lines += [
-                f"| {row['contender']} | `{kernel}` | {us:.0f} | {calls:.1f} |"
-                for kernel, us, calls in [total, *named[:SHOWN]]
+                f"| {row['contender']} | `{k['kernel'][:60]}` | {k['us']:.0f} | {k['calls']:.1f} |"
+                for k in row[key][:SHOWN]
             ]
     return "\n".join(lines)
 
@@ -455,7 +462,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, help="tokens (256, or 8 on a CPU)")
     parser.add_argument("--together", action="store_true", help="start all at once, a GPU for each")
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture graphs")
-    parser.add_argument("--profile", action="store_true", help="also say what kernels take")
+    parser.add_argument(
+        "--profile", nargs="*", choices=CONTENDERS, help="also say what kernels take, of these"
+    )
     parser.add_argument("--more", type=shlex.split, default=[], help="further options of vLLM's")
     parser.add_argument("--start-seconds", type=float, default=300, help="that a server may take")
     parser.add_argument("--load-seconds", type=float, default=300, help="that the load may take")
@@ -465,6 +474,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     gpu = args.device == "cuda"
     args.shape = args.shape or ("8b" if gpu else "tiny")
     args.dtype = "bfloat16" if gpu else "float32"
+    args.profile = list(args.contenders) if args.profile == [] else args.profile or []
     for name, large, small in (
         ("experts", 128, 6),
         ("requests", 256, 12),
@@ -514,12 +524,15 @@ def bench(folder: Path, results: Results, args: argparse.Namespace) -> None:
                     say(f"{name}: started in {row['start_s']} s")
                     row |= load(name, served, base, folder, args)
                     row |= over(row, [*results.rows, row])
-                    if args.profile:
+                    results.add(row)
+                    if name in args.profile:
                         row |= profile(name, served, base, folder, args)
             except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others go on
                 say(f"{name}: {error}")
                 row["note"] = str(error).splitlines()[0]
-            results.add(row)
+                if "output_tokens_per_s" not in row:
+                    results.add(row)
+            results.save()
     for row in results.rows:  # whoever came before its rivals
         if "output_tokens_per_s" in row:
             row |= over(row, results.rows)

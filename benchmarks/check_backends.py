@@ -144,14 +144,14 @@ def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
     tally = torch.zeros(len(x), 1 + case["open"].shape[1], device=x.device)
     output = torch.cat(case["output"], dim=1)
     gates = *gates_of(case, backend), case["open"], case["a"], case["b"], case["prior"], tally
-    settings = [case[key] for key in SETTINGS]
+    settings, turn = [case[key] for key in SETTINGS], torch.zeros(1, device=x.device)
 
     def serve() -> Tensor:
         tally.zero_()
-        torch.ops.phatgoose.fork_(x, None)
+        torch.ops.phatgoose.fork_(turn, x, None)
         torch.cat(case["output"], dim=1, out=output)
         torch.ops.phatgoose.add_routed_(
-            output, x, None, *gates, x.shape[1], None, *settings, backend
+            output, turn, x, None, *gates, x.shape[1], None, *settings, backend
         )
         return output
 

@@ -50,9 +50,11 @@ def add(
     backend="torch",
 ):
     output = layer["output"].clone()
-    torch.ops.phatgoose.fork_(layer["x"], whole)
+    turn = torch.zeros(1)
+    torch.ops.phatgoose.fork_(turn, layer["x"], whole)
     torch.ops.phatgoose.add_routed_(
         output,
+        turn,
         layer["x"],
         whole,
         *(layer[key] for key in ("signatures", "sums", "opened", "a", "b")),
@@ -176,12 +178,13 @@ def test_as_torch_wants_operators(tokens):
     torch.library.opcheck(
         torch.ops.phatgoose.gate_statistics.default, (layer["x"], layer["signatures"])
     )
-    torch.library.opcheck(torch.ops.phatgoose.fork_.default, (layer["x"], None))
+    turn = torch.zeros(1)
+    torch.library.opcheck(torch.ops.phatgoose.fork_.default, (turn, layer["x"], None))
     arguments = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
     tables = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
     for router, backend in ((None, "torch"), (None, "reference"), ("arrow", "torch")):
         settings = IN, router, 2, 1.0, False, None, backend
-        call = layer["output"], layer["x"], None, *arguments, *tables, *settings
+        call = layer["output"], turn, layer["x"], None, *arguments, *tables, *settings
         torch.library.opcheck(torch.ops.phatgoose.add_routed_.default, call)
 
 
@@ -196,12 +199,11 @@ def test_one_graph_for_any_number_of_tokens():
     prior, tally = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
     prior[:, 0] = -torch.inf
 
-    def run(output, x, gates, tally):
+    def run(output, turn, x, gates, tally):
         settings = (IN, None, 2, 0.9, False, None, "torch")
-        x = x + 0.0
-        torch.ops.phatgoose.fork_(x, None)
+        torch.ops.phatgoose.fork_(turn, x, None)
         output = output + 0.0
-        torch.ops.phatgoose.add_routed_(output, x, None, *gates, prior, tally, *settings)
+        torch.ops.phatgoose.add_routed_(output, turn, x, None, *gates, prior, tally, *settings)
         return output
 
     fast = torch.compile(run, backend=backend, fullgraph=True)
@@ -212,7 +214,9 @@ def test_one_graph_for_any_number_of_tokens():
         gates = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
         mine = torch.zeros_like(tally)
         wanted = add(layer, prior=prior, tally=mine)
-        assert torch.equal(fast(layer["output"], layer["x"], gates, tally.zero_()), wanted)
+        assert torch.equal(
+            fast(layer["output"], torch.zeros(1), layer["x"], gates, tally.zero_()), wanted
+        )
         assert torch.equal(tally, mine)
         assert mine[:tokens].any() and not mine[tokens:].any()
     assert len(compiled) == 1

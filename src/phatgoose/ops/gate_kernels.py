@@ -32,11 +32,17 @@ def _write_moments(x, moments, row, features, eps, BLOCK_X: tl.constexpr):
 def moments_kernel(
     x,  # [T, I]
     moments,  # out, fp32 [T, 2]; see `_write_moments`
+    counts,  # out, int32: set to zero
     features,
+    groups,  # length of counts
     eps,
     BLOCK_X: tl.constexpr,
 ):
-    _write_moments(x, moments, tl.program_id(0), features, eps, BLOCK_X)
+    row = tl.program_id(0)
+    for start in range(row * BLOCK_X, groups, tl.num_programs(0) * BLOCK_X):
+        group = start + tl.arange(0, BLOCK_X)
+        tl.store(counts + group, tl.zeros((BLOCK_X,), tl.int32), mask=group < groups)
+    _write_moments(x, moments, row, features, eps, BLOCK_X)
 
 
 # The number of tokens changes from forward to forward: no kernel is compiled anew for it.
@@ -46,12 +52,10 @@ def scores_kernel(
     signatures,  # [M, I], M >= pieces * N: the pieces of a signature add up to it
     partial,  # out, fp32 [splits, T, M]: x @ signatures.T over a split of the features
     moments,  # out where MOMENTS, fp32 [T, 2]
-    counts,  # out, int32: set to zero
     tokens,
     columns,  # M
     features,
     split_features,
-    groups,  # length of counts
     eps,
     MOMENTS: tl.constexpr,  # whether some programs more write moments, a row each
     PRECISION: tl.constexpr,
@@ -70,10 +74,6 @@ def scores_kernel(
             if nth < BLOCK_T and row < tokens:
                 _write_moments(x, moments, row, features, eps, BLOCK_X)
             return
-    if column_block + split == 0:
-        for start in range(row_block * BLOCK_T, groups, tl.num_programs(1) * BLOCK_T):
-            group = start + tl.arange(0, BLOCK_T)
-            tl.store(counts + group, tl.zeros((BLOCK_T,), tl.int32), mask=group < groups)
     rows = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask, col_mask = rows < tokens, cols < columns

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 
 class Kernel:
@@ -35,25 +34,19 @@ class Kernel:
             with torch.cuda.device(device):
                 self(grid, *arguments, **options, **constants)
             return
-        key = (
-            device.index,
-            num_warps,
-            num_stages,
-            *map(_kind, arguments),
-            *constants.values(),
-        )
+        kinds = [device.index, num_warps, num_stages, *constants.values()]
+        for argument in arguments:  # what Triton compiles for
+            if type(argument) is int:
+                fits = -(2**31) <= argument < 2**31
+                kinds.append((argument == 1) + 2 * (argument % 16 == 0) + 4 * fits)
+            elif type(argument) is float:
+                kinds.append(float)
+            else:
+                kinds += argument.dtype, argument.data_ptr() % 16 == 0
+        key = tuple(kinds)
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self.function[grid](*arguments, **constants, **options)
             return
         names = self.function.arg_names[len(arguments) :]
         compiled[grid](*arguments, *[constants[name] for name in names])
-
-
-def _kind(argument: Any) -> Any:
-    """What Triton compiles for: dtype and alignment, or what it knows of a number."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return float

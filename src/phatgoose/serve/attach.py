@@ -17,7 +17,7 @@ from phatgoose.nn import Bank
 from phatgoose.pool import ExpertPool
 from phatgoose.serve import layers
 from phatgoose.serve.layers import Layers
-from phatgoose.serve.method import BANK, PRIOR, TALLY, RoutedMethod
+from phatgoose.serve.method import BANK, PRIOR, TALLY, TURN, RoutedMethod
 from phatgoose.serve.readings import Readings
 from phatgoose.serve.settings import ServeSettings
 from phatgoose.serve.slots import Piece, Slots, check_base, digest, write
@@ -100,7 +100,9 @@ def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Ste
     """Give all banks a prior, and a tally if wanted, for forwards of up to so many tokens."""
     device = next((bank.a.device for bank in slots.banks.values()), torch.get_default_device())
     steering = Steering(tokens, len(slots.residents), device, routing=slots.settings.record_routing)
+    turn = torch.zeros(1, device=device)
     for bank in slots.banks.values():
+        bank.register_buffer(TURN, turn, persistent=False)
         bank.register_buffer(PRIOR, steering.prior, persistent=False)
         if steering.ledger is not None:
             bank.register_buffer(TALLY, steering.ledger.tally, persistent=False)

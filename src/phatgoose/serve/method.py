@@ -14,8 +14,9 @@ from phatgoose.nn import Bank, RoutingSettings
 from phatgoose.serve import operators  # noqa: F401  (defines them)
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules
-# Of the bank's buffers, those that all banks of a model share; see `Steering` and `Ledger`.
-PRIOR, TALLY = "prior", "tally"
+# Of the bank's buffers, those that all banks of a model share; see `Steering` and `Ledger`, and for
+# the last one `operators`.
+PRIOR, TALLY, TURN = "prior", "tally", "turn"
 
 
 class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
@@ -60,10 +61,12 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             whole = tensor_model_parallel_all_reduce(whole)
         elif self.shared:
             whole = tensor_model_parallel_all_gather(flat)
-        torch.ops.phatgoose.fork_(flat, whole)
-        output: Tensor = self.inner.apply(layer, flat.view(x.shape), bias).contiguous()
+        turn = getattr(bank, TURN)
+        torch.ops.phatgoose.fork_(turn, flat, whole)
+        output: Tensor = self.inner.apply(layer, x, bias).contiguous()
         torch.ops.phatgoose.add_routed_(
             output.view(-1, output.shape[-1]),
+            turn,
             flat,
             whole,
             signatures,

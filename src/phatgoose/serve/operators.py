@@ -108,10 +108,10 @@ def _choose_down(
     return routing.experts, *library.routed_down(x, a, routing.experts, routing.weights, backend)
 
 
-def _fork(x: Tensor, whole: Tensor | None) -> None:
+def _fork(turn: Tensor, x: Tensor, whole: Tensor | None) -> None:
     """Before the layer's product, so that in a CUDA graph `add_routed_` need not wait for it.
 
-    Said to write x, so that a compiler leaves it between what makes x and what reads it.
+    Both are said to write `turn`, which all layers share, so that a compiler keeps them in turns.
     """
     if may_run_beside(x):
         fork(x.device)
@@ -119,6 +119,7 @@ def _fork(x: Tensor, whole: Tensor | None) -> None:
 
 def _add_routed(
     output: Tensor,
+    turn: Tensor,
     x: Tensor,
     whole: Tensor | None,
     signatures: Tensor,
@@ -138,7 +139,7 @@ def _add_routed(
 ) -> None:
     """Add what the chosen experts make of x [T, I] to output [T, sum of O], part after part.
 
-    For the others see `_choose_down`; b is [C, O, R] each. `fork_` comes before.
+    For the others see `_choose_down`; b is [C, O, R] each. `fork_` comes before, with its `turn`.
     """
     choice = top_k, temperature, unit, null_score, backend
     with beside(x.device) if may_run_beside(x) else nullcontext():
@@ -163,12 +164,12 @@ torch.library.register_fake(
     lambda x, signatures: x.new_empty(x.shape[0], 3 + signatures.shape[0], dtype=torch.float32),
     lib=_library,
 )
-_library.define("fork_(Tensor(a!) x, Tensor? whole) -> ()")
+_library.define("fork_(Tensor(a!) turn, Tensor x, Tensor? whole) -> ()")
 _library.impl("fork_", _fork, "CompositeExplicitAutograd")
-torch.library.register_fake("phatgoose::fork_", lambda x, whole: None, lib=_library)
+torch.library.register_fake("phatgoose::fork_", lambda turn, x, whole: None, lib=_library)
 _library.define(
-    "add_routed_(Tensor(a!) output, Tensor x, Tensor? whole, Tensor signatures,"
-    " Tensor sums, Tensor open_slots, Tensor a, Tensor[] b, Tensor? prior, Tensor(b!)? tally,"
+    "add_routed_(Tensor(a!) output, Tensor(b!) turn, Tensor x, Tensor? whole, Tensor signatures,"
+    " Tensor sums, Tensor open_slots, Tensor a, Tensor[] b, Tensor? prior, Tensor(c!)? tally,"
     " int features, str? router, int top_k, float temperature, bool unit, float? null_score,"
     " str backend) -> ()",
 )
