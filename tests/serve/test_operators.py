@@ -1,6 +1,7 @@
 """The layers' operators: same numbers as those they stand for, whole and in shares."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.tolerances import TOLERANCE, assert_near
 
 BOUND = TOLERANCE[torch.float32]
 IN, OUT, SLOTS, RANK = 12, (5, 3, 4), 4, 2
+GATES = "signatures", "sums", "opened", "a", "b"
 
 
 def make_layer(tokens, seed=0, mean=0.5):
@@ -57,7 +59,7 @@ def add(
         turn,
         layer["x"],
         whole,
-        *(layer[key] for key in ("signatures", "sums", "opened", "a", "b")),
+        *(layer[key] for key in GATES),
         prior,
         tally,
         IN,
@@ -180,7 +182,7 @@ def test_as_torch_wants_operators(tokens):
     )
     turn = torch.zeros(1)
     torch.library.opcheck(torch.ops.phatgoose.fork_.default, (turn, layer["x"], None))
-    arguments = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
+    arguments = [layer[key] for key in GATES]
     tables = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
     for router, backend in ((None, "torch"), (None, "reference"), ("arrow", "torch")):
         settings = IN, router, 2, 1.0, False, None, backend
@@ -211,7 +213,7 @@ def test_one_graph_for_any_number_of_tokens():
         layer = make_layer(tokens)
         for name in ("output", "x"):
             torch._dynamo.mark_dynamic(layer[name], 0)
-        gates = [layer[key] for key in ("signatures", "sums", "opened", "a", "b")]
+        gates = [layer[key] for key in GATES]
         mine = torch.zeros_like(tally)
         wanted = add(layer, prior=prior, tally=mine)
         assert torch.equal(
@@ -220,3 +222,32 @@ def test_one_graph_for_any_number_of_tokens():
         assert torch.equal(tally, mine)
         assert mine[:tokens].any() and not mine[tokens:].any()
     assert len(compiled) == 1
+
+
+def test_the_compiler_keeps_them_in_turns():
+    """What routing runs beside hangs on the order in which layers are launched; and no copies."""
+    from torch._inductor.utils import run_and_get_code
+
+    prior, tally = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
+    settings = (IN, None, 2, 0.9, False, None, "torch")
+
+    def routed(x, weight, turn, gates):
+        torch.ops.phatgoose.fork_(turn, x, None)
+        output = torch.nn.functional.linear(x, weight)
+        torch.ops.phatgoose.add_routed_(output, turn, x, None, *gates, prior, tally, *settings)
+        return output
+
+    def run(attended, weight, turn, gates):  # attention leaves [T, heads, features of a head]
+        first = routed(attended.view(-1, IN), weight, turn, gates)
+        return routed(torch.nn.functional.silu(first[:, :IN]), weight, turn, gates)
+
+    layer, weight, turn = make_layer(50), torch.randn(sum(OUT), IN), torch.zeros(1)
+    attended = layer["x"].view(50, 2, -1)
+    torch._dynamo.mark_dynamic(attended, 0)
+    arguments = attended, weight, turn, [layer[key] for key in GATES]
+    with torch.inference_mode():
+        found, [code] = run_and_get_code(torch.compile(run, fullgraph=True), *arguments)
+        assert_near(found, run(*arguments), BOUND.output)
+    called = re.findall(r"^ *(?:torch\.ops\.phatgoose|extern_kernels)\.(\w+)", code, re.MULTILINE)
+    assert called == ["fork_", "mm", "add_routed_"] * 2
+    assert "copy" not in code[code.index("def call") :]

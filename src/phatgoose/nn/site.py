@@ -80,9 +80,10 @@ class Site:
     """Forward hooks on one linear layer, a part of a bank. Adds to its output; changes no weight.
 
     Before the layer runs, its input is routed and projected down; after it, what comes of that is
-    added to the layer's output in place. The first layer of a bank does so for all that read the
-    same input; inside torch.compile a write to the input between two of them goes unnoticed. Where
-    gradients are wanted, one differentiable operator after the layer does it all.
+    added to the layer's output in place. On the way into a CUDA graph, with few tokens, all that is
+    launched after the layer and runs beside it. The first layer of a bank does so for all that read
+    the same input; inside torch.compile a write to the input between two of them goes unnoticed.
+    Where gradients are wanted, one differentiable operator after the layer does it all.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Site:
         self.bank.routed = None
 
     def _before(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._routed = self._forked = None  # what a forward left that failed
         if self._is_base():
             return
         x, known = inputs[0], self.bank.routed

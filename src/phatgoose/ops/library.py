@@ -228,7 +228,7 @@ def _routed_lora_backward(
 # ---------------------------------------------------------------- what a compiler sees of them
 
 
-def fake_gated_down(
+def _fake_gated_down(
     x: Tensor,
     signatures: Tensor,
     sums: Tensor,
@@ -273,7 +273,7 @@ _define(
     " float temperature, bool unit, float? null_score, Tensor? prior, str backend,"
     " Tensor(a!)? tally=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_down,
-    fake_gated_down,
+    _fake_gated_down,
 )
 _define(
     "routed_down",
