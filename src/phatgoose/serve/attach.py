@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
         for name, bank in banks.items():
             write(bank, slot, shares[slot].get(name) if slot < len(pool) else None)
     slots.fill(banks, [slots.resident(expert) for expert in pool], capacity)
+    turn = torch.zeros(1, device=_where(banks))
     for name, bank in banks.items():
+        bank.register_buffer(TURN, turn, persistent=False)
         layer = model.get_submodule(name)
         layer.add_module(BANK, bank)
         layer.quant_method = RoutedMethod(
@@ -98,11 +100,9 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
 
 def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Steering:
     """Give all banks a prior, and a tally if wanted, for forwards of up to so many tokens."""
-    device = next((bank.a.device for bank in slots.banks.values()), torch.get_default_device())
+    device = _where(slots.banks)
     steering = Steering(tokens, len(slots.residents), device, routing=slots.settings.record_routing)
-    turn = torch.zeros(1, device=device)
     for bank in slots.banks.values():
-        bank.register_buffer(TURN, turn, persistent=False)
         bank.register_buffer(PRIOR, steering.prior, persistent=False)
         if steering.ledger is not None:
             bank.register_buffer(TALLY, steering.ledger.tally, persistent=False)
@@ -236,6 +236,10 @@ def _bank(layer: Any, parts: int, settings: ServeSettings, *, gated: bool) -> Ba
         backend=settings.routing.backend,
         standardises=gated,
     )
+
+
+def _where(banks: Mapping[str, Bank]) -> torch.device:
+    return next((bank.a.device for bank in banks.values()), torch.get_default_device())
 
 
 def _device(layer: nn.Module) -> torch.device:
