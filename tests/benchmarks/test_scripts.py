@@ -286,11 +286,8 @@ def test_serving_says_what_kernels_take(script, tmp_path):
     with gzip.open(tmp_path / "rank0.pt.trace.json.gz", "wt") as file:
         json.dump({"traceEvents": events}, file)
     found = serving.kernels_of(tmp_path)
-    wanted = [
-        ("any of them", 5, 4),
-        ("route", 6, 3),
-        ("gemm", 4, 1),
-    ]  # all routes beside each other
+    # All six of "route" run at once, so the GPU is busy for the time of one.
+    wanted = [("any of them", 5, 4), ("route", 6, 3), ("gemm", 4, 1)]
     assert [tuple(one.values()) for one in found["kernels"]] == wanted
     wanted = [("any of them", 80, 2), ("gemm", 80, 2)]
     assert [tuple(one.values()) for one in found["prompt_kernels"]] == wanted
