@@ -79,9 +79,11 @@ def hub(monkeypatch, world):
             calls.append((name, settings))
             return f"https://hub/{name}"
 
-        def upload_folder(self, *, folder_path, repo_id, allow_patterns):
+        def upload_folder(self, *, folder_path, repo_id, allow_patterns, delete_patterns):
             target = world.root / "hub" / repo_id
-            target.mkdir(parents=True)
+            target.mkdir(parents=True, exist_ok=True)
+            for name in delete_patterns:
+                (target / name).unlink(missing_ok=True)
             for name in allow_patterns:
                 if (folder_path / name).exists():
                     shutil.copy(folder_path / name, target)
@@ -103,6 +105,18 @@ def test_push_then_pull(run, world, hub):
     assert (pulled.code, pulled.out) == (0, f"{world.pulled}\n")
     assert {path.name for path in world.pulled.iterdir()} <= set(FILES)
     assert load_expert(world.pulled).gates.record == load_expert(world.one).gates.record
+
+
+def test_a_second_push_takes_old_signatures_away(run, world, hub):
+    """They belong to the adapter of the first push, and make the second unreadable."""
+    assert run("experts", "derive", world.one, "--base", world.base).code == 0
+    assert run("experts", "push", world.one, "owner/x").code == 0
+    there = load_expert(world.root / "hub" / "owner" / "x")
+    assert "arrow" in there.signatures
+    (world.one / "phatgoose_arrow.safetensors").unlink()
+    folder = world.edit("one", lambda tensors: {n: t + 1 for n, t in tensors.items()})
+    assert run("experts", "push", folder, "owner/x").code == 0
+    assert "arrow" not in load_expert(there.folder).signatures
 
 
 def test_an_expert_named_by_a_path_with_a_dot(run, world, monkeypatch):

@@ -1,6 +1,7 @@
 """Tiny random bases, and adapters that PEFT itself saved for them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from phatgoose.experts import (
     load_expert,
 )
 from phatgoose.experts.lora import read_adapter
+from phatgoose.experts.signatures import KINDS, Signatures
 
 
 def llama(hidden: int = 12) -> nn.Module:
@@ -129,6 +131,22 @@ def expert_dir(save_adapter: Callable[..., Path], make_gates: Callable[..., Gate
     """A complete expert of the tiny llama."""
     folder = save_adapter()
     make_gates(folder, steps=100, first_loss=2.5, last_loss=1.25).save(folder)
+    return folder
+
+
+@pytest.fixture
+def complete_dir(expert_dir: Path, tmp_path: Path) -> Path:
+    """An expert that has every kind of signature beside its gates."""
+    folder = Path(shutil.copytree(expert_dir, tmp_path / "complete"))
+    _, modules = read_adapter(folder)
+    of_modules = {name: torch.randn(module.in_features) for name, module in modules.items()}
+    for kind in KINDS:
+        if kind != "gates":
+            vectors = of_modules if kind != "prompt_mean" else {next(iter(modules)): torch.ones(12)}
+            made = Signatures(
+                kind, vectors, identify_base(llama()), adapter_hash(modules), examples=3, tokens=9
+            )
+            made.save(folder)
     return folder
 
 

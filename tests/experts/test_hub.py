@@ -10,7 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from phatgoose.errors import ExpertNotFoundError
 from phatgoose.experts import load_expert
-from phatgoose.experts.hub import FILES, locate, push
+from phatgoose.experts.gates import gates_hash
+from phatgoose.experts.hub import FILES, SIGNATURE_FILES, locate, push
+from phatgoose.experts.signatures import KINDS
 
 OTHERS = ["adapter_model.bin", "training_args.bin", "optimizer.pt", "model.pkl", "run.py"]
 
@@ -55,9 +57,11 @@ def http_error(text):
     return error
 
 
-def test_only_the_files_of_an_expert_are_downloaded(hub, expert):
+def test_only_the_files_of_an_expert_are_downloaded(hub, expert, expert_dir):
     found = load_expert("owner/name")
-    assert {path.name for path in found.folder.iterdir()} == set(FILES)
+    there = {path.name for path in expert_dir.iterdir()}
+    assert {path.name for path in found.folder.iterdir()} == there & set(FILES)
+    assert there > there & set(FILES)  # the pickles
     assert found.name == "owner/name"
     assert set(found.modules) == set(expert.modules)
     assert found.gates.record == expert.gates.record
@@ -174,7 +178,22 @@ def test_push_uploads_the_files_of_an_expert(private, api, expert_dir):
     assert address == "https://huggingface.co/owner/name"
     assert create == ("create", "owner/name", {"private": private, "exist_ok": True})
     assert upload[:2] == ("upload", "owner/name")
-    assert upload[2] == {"folder_path": expert_dir, "allow_patterns": list(FILES)}
+    assert upload[2] == {
+        "folder_path": expert_dir,
+        "allow_patterns": list(FILES),
+        "delete_patterns": list(SIGNATURE_FILES),
+    }
+
+
+def test_every_kind_of_signature_is_pulled(hub, complete_dir, expert_dir):
+    complete = load_expert(complete_dir)
+    assert set(complete.signatures) >= {kind for kind in KINDS if kind != "gates"}
+    shutil.rmtree(expert_dir)
+    shutil.copytree(complete_dir, expert_dir)
+    found = load_expert("owner/name")
+    assert set(found.signatures) == set(complete.signatures)
+    for kind, signatures in complete.signatures.items():
+        assert gates_hash(found.signatures[kind].vectors) == gates_hash(signatures.vectors)
 
 
 @pytest.mark.parametrize("error", [http_error("403\nForbidden"), HFValidationError("bad\nid")])

@@ -10,6 +10,7 @@ from tests.tolerances import TOLERANCE, assert_near
 from phatgoose import load_expert, save_expert
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Expert, LoraModule, adapter_hash, linear_modules
+from phatgoose.experts.signatures import KINDS
 
 BOUND = TOLERANCE[torch.float32]
 
@@ -57,6 +58,19 @@ def test_gates_go_along(expert, tmp_path):
     for name, vector in expert.gates.vectors.items():
         assert torch.equal(loaded.gates.vectors[name], vector)
     assert (tmp_path / "saved" / "README.md").read_text() == "# mine\n"
+
+
+def test_every_kind_of_signature_goes_along(complete_dir, tmp_path):
+    complete = load_expert(complete_dir)
+    loaded = load_expert(save_expert(complete, tmp_path / "saved"))
+    assert set(loaded.signatures) == set(complete.signatures) >= set(KINDS) - {"gates"}
+    for kind, signatures in complete.signatures.items():
+        found = loaded.signatures[kind]
+        assert (found.base, found.adapter) == (signatures.base, signatures.adapter)
+        assert (found.examples, found.tokens) == (signatures.examples, signatures.tokens)
+        assert found.vectors.keys() == signatures.vectors.keys()
+        for name, vector in signatures.vectors.items():
+            assert torch.equal(found.vectors[name], vector)
 
 
 def test_patterns_name_one_module_alone(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phatgoose.experts import Gates, adapter_hash, verify_expert
+from phatgoose.experts import Gates, adapter_hash, load_expert, verify_expert
 from phatgoose.experts.gates import GATES_FILE
 from phatgoose.experts.lora import WEIGHTS_FILE, read_adapter
 from phatgoose.experts.verify import SMALLEST_GATE, check_modules, check_numbers
@@ -52,6 +52,22 @@ def test_one_bad_number_in_a_gate(expert_dir):
     gates.save(expert_dir)
     (sentence,) = verify_expert(expert_dir)
     assert f"the gate of {name} holds NaN or infinite values" in sentence
+
+
+def test_one_bad_number_in_a_signature(complete_dir):
+    found = load_expert(complete_dir).signatures["average_activation"]
+    name = sorted(found.vectors)[2]
+    found.vectors[name][3] = float("inf")
+    found.save(complete_dir)
+    (sentence,) = verify_expert(complete_dir)
+    assert f"average_activation of {name} holds NaN or infinite values" in sentence
+
+
+def test_a_signature_of_another_base(complete_dir, make_base):
+    found = load_expert(complete_dir).signatures["prompt_mean"]
+    replace(found, base=replace(found.base, shape="another")).save(complete_dir)
+    (sentence,) = verify_expert(complete_dir, make_base("llama"))
+    assert "its prompt_mean was measured on another base" in sentence
 
 
 def test_near_zero_gates_are_counted(expert_dir):

@@ -5,9 +5,16 @@ import re
 from pathlib import Path
 
 from phatgoose.errors import ExpertNotFoundError, first_line
-from phatgoose.experts import gates, lora
+from phatgoose.experts import gates, lora, signatures
 
-FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, gates.GATES_FILE, gates.CONFIG_FILE, "README.md")
+ADAPTER_FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, "README.md")
+# What belongs to one adapter and is useless beside another.
+SIGNATURE_FILES = (
+    gates.GATES_FILE,
+    gates.CONFIG_FILE,
+    *(signatures.file_name(kind) for kind in signatures.KINDS),
+)
+FILES = (*ADAPTER_FILES, *SIGNATURE_FILES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -55,7 +62,13 @@ def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
     api = HfApi()
     try:
         address = api.create_repo(hub_id, private=private, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=hub_id, allow_patterns=list(FILES))
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=hub_id,
+            allow_patterns=list(FILES),
+            # Of an earlier push: they would belong to another adapter than the one pushed now.
+            delete_patterns=list(SIGNATURE_FILES),
+        )
     except _failures() as error:
         raise ExpertNotFoundError(
             f"{hub_id}: the Hub did not take the upload ({first_line(error)}). Check the name, the "

@@ -15,7 +15,7 @@ from phatgoose.files import new_folder, write_bytes
 def save_expert(
     expert: Expert, folder: str | Path, *, task_type: str | None = None, card: str | None = None
 ) -> Path:
-    """Write an expert, its gates too where it has them, into a new folder; return the folder.
+    """Write an expert with its gates and signatures into a new folder; return the folder.
 
     The folder is there complete or not at all. PEFT loads it as any other LoRA; ranks and scales
     that differ by module are in its rank_pattern and alpha_pattern. `task_type` is PEFT's
@@ -31,6 +31,8 @@ def save_expert(
             write_bytes(partial / "README.md", card.encode())
         if expert.gates is not None:
             expert.gates.write(partial)
+        for signatures in expert.signatures.values():
+            signatures.write(partial)
     return folder
 
 

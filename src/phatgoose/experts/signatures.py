@@ -44,6 +44,11 @@ class Signatures:
         _, modules = read_adapter(folder)
         path = folder / file_name(self.kind)
         self.check(modules, str(path))
+        return self.write(folder)
+
+    def write(self, folder: Path) -> Path:
+        """Write the file without looking at the adapter; return its path."""
+        path = folder / file_name(self.kind)
         about = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,

@@ -28,7 +28,7 @@ def verify_expert(path_or_hub_id: str | Path, base: nn.Module | None = None) -> 
 
 
 def check_numbers(expert: Expert) -> Iterator[str]:
-    """Sentences on NaN or infinite values in the adapter or the gates."""
+    """Sentences on NaN or infinite values in the adapter, the gates or other signatures."""
     for name, module in expert.modules.items():
         for half, matrix in (("lora_A", module.a), ("lora_B", module.b)):
             if not _finite(matrix):
@@ -42,6 +42,13 @@ def check_numbers(expert: Expert) -> Iterator[str]:
                 f"{expert.name}: the gate of {name} holds NaN or infinite values. Train the gates "
                 "again."
             )
+    for kind, signatures in expert.signatures.items():
+        for name, vector in signatures.vectors.items():
+            if not _finite(vector):
+                yield (
+                    f"{expert.name}: the {kind} of {name} holds NaN or infinite values. Make it "
+                    "again: phatgoose experts derive"
+                )
 
 
 def _check_values(expert: Expert) -> Iterator[str]:
@@ -82,6 +89,10 @@ def _check_base(expert: Expert, base: nn.Module) -> Iterator[str]:
     difference = expert.base and expert.base.difference(identify_base(base))
     if difference:
         yield f"{expert.name}: its gates were trained on another base: {difference}."
+    for kind, signatures in expert.signatures.items():
+        difference = signatures.base.difference(identify_base(base))
+        if difference:
+            yield f"{expert.name}: its {kind} was measured on another base: {difference}."
 
 
 def _finite(tensor: Tensor) -> bool:
