@@ -11,7 +11,7 @@ from phatgoose.experts import load_expert
 from phatgoose.experts.gates import CONFIG_FILE as RECORD_FILE
 from phatgoose.experts.gates import GATES_FILE
 from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE
-from phatgoose.train import loop
+from phatgoose.train.loop import loop
 from tests.tolerances import TOLERANCE, assert_near
 
 NEAR = TOLERANCE[torch.float32].delta  # after some steps of AdamW

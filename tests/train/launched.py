@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from phatgoose import Gates, train_gates, train_gates_from_trainer, train_gates_together
-from phatgoose.train import loop as loop_module
+from phatgoose.train.loop import loop as loop_module
 from tests.train.toys import (
     Interrupted,
     PowerCut,

@@ -12,7 +12,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts import adapter_hash
 from phatgoose.tasks import Encoded, batches
 from phatgoose.train import AdapterTraining
-from phatgoose.train.gated import GatedAdapter
+from phatgoose.train.gated_adapter import GatedAdapter
 from tests.train.toys import ANIMALS, BASES, EOS, PAD, VOCABULARY
 
 

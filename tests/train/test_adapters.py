@@ -12,9 +12,10 @@ from phatgoose.errors import ConfigError, TrainingError
 from phatgoose.experts import adapter_hash
 from phatgoose.experts.lora import CONFIG_FILE
 from phatgoose.tasks import Encoded, batches
-from phatgoose.train import AdapterTraining, loop, train_adapter, train_adapters_together
+from phatgoose.train import AdapterTraining, train_adapter, train_adapters_together
+from phatgoose.train.loop import loop
 from tests.tolerances import TOLERANCE, assert_near
-from tests.train.test_gated import assert_unchanged, snapshot
+from tests.train.test_gated_adapter import assert_unchanged, snapshot
 from tests.train.toys import PAD, VOCABULARY, gpt2, llama, make, t5
 
 NEAR = TOLERANCE[torch.float32].delta  # after some steps of AdamW

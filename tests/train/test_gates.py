@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from phatgoose import tasks, train_gates
 from phatgoose.errors import ConfigError, TrainingError
 from phatgoose.experts import adapter_hash, identify_base
-from phatgoose.train.gated import GatedAdapter
+from phatgoose.train.gated_adapter import GatedAdapter
 from tests.tolerances import assert_near
-from tests.train.test_gated import assert_unchanged, reference_and, snapshot, untidy
+from tests.train.test_gated_adapter import assert_unchanged, reference_and, snapshot, untidy
 from tests.train.toys import (
     joined,
     llama,

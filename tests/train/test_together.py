@@ -24,9 +24,9 @@ from phatgoose.errors import (
     UntrainedAdapterError,
 )
 from phatgoose.experts import LoraModule
-from phatgoose.train import loop
+from phatgoose.train.loop import loop
 from tests.tolerances import TOLERANCE, assert_near
-from tests.train.test_gated import assert_unchanged, snapshot
+from tests.train.test_gated_adapter import assert_unchanged, snapshot
 from tests.train.toys import (
     BASES,
     Interrupted,

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from phatgoose.experts import LoraModule
-from phatgoose.train.gated import GatedAdapter
+from phatgoose.train.gated_adapter import GatedAdapter
 
 VOCABULARY = ["<pad>", "</s>", "<unk>", *"cat dog cow hen says meow woof moo cluck loud".split()]
 PAD, EOS = 0, 1

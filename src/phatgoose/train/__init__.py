@@ -1,12 +1,10 @@
 """Training gates, and adapters to gate."""
 
-from phatgoose.train.adapter import AdapterTraining, train_adapter
-from phatgoose.train.adapters import train_adapters_together
+from phatgoose.train.adapters import train_adapter, train_adapters_together
 from phatgoose.train.collection import gate_experts, train_experts
 from phatgoose.train.derive import derive_signatures
-from phatgoose.train.gates import train_gates
-from phatgoose.train.settings import GateTraining
-from phatgoose.train.together import train_gates_together
+from phatgoose.train.gates import train_gates, train_gates_together
+from phatgoose.train.settings import AdapterTraining, GateTraining
 from phatgoose.train.trainer import train_gates_from_trainer
 
 __all__ = [

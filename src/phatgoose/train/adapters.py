@@ -1,14 +1,14 @@
-"""Training LoRAs for many tasks of one base in one pass over it."""
+"""Training LoRAs: one by transformers.Trainer, or many in one pass over the base."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from phatgoose.errors import ConfigError
 from phatgoose.experts import LoraModule
@@ -16,20 +16,76 @@ from phatgoose.experts.base import base_name
 from phatgoose.experts.lora import lora_of, write_adapter
 from phatgoose.files import new_folder
 from phatgoose.tasks import Encoded, collate
-from phatgoose.train.adapter import MAX_GRAD_NORM, AdapterTraining
-from phatgoose.train.checkpoint import Progress
-from phatgoose.train.gates import run_identity
-from phatgoose.train.groups import group_name, in_groups
-from phatgoose.train.joint import JointModel, check_model, joint_stream
-from phatgoose.train.loop import CHECKPOINT_EVERY, Loop, Optimisation
-from phatgoose.train.mixed import autocast_dtype
-from phatgoose.train.packed import Packed
-from phatgoose.train.placement import device_of, place
-from phatgoose.train.seeding import seeded
-from phatgoose.train.stacks import LoraStack
-from phatgoose.train.stream import Batch
+from phatgoose.train.joint.groups import AdapterGroup, in_groups
+from phatgoose.train.joint.model import check_model
+from phatgoose.train.loop.placement import place
+from phatgoose.train.loop.run import Run
+from phatgoose.train.loop.seeding import seeded
+from phatgoose.train.loop.stream import Batch
+from phatgoose.train.settings import MAX_GRAD_NORM, AdapterTraining
 
 Modules = dict[str, LoraModule]
+
+
+def train_adapter(
+    model: Any,
+    encoded: Sequence[Encoded],
+    output_dir: str | Path,
+    settings: AdapterTraining | None = None,
+    *,
+    pad: int,
+    progress: bool = True,
+) -> Any:
+    """Train a LoRA on encoded examples and save it to `output_dir`; return the PeftModel.
+
+    The loss is on the targets. Linear warm-up, then cosine decay to zero. The matrices are trained
+    in fp32; if saved in bf16, the model keeps the rounded values too, so that gates trained next
+    belong to exactly what is on disk.
+    """
+    from peft import get_peft_model
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    settings = settings or AdapterTraining()
+    if not encoded:
+        raise ConfigError("train_adapter: there are no examples to train on. Give at least one.")
+    seq2seq = bool(model.config.is_encoder_decoder)
+    torch.manual_seed(settings.seed)
+    peft_model = get_peft_model(model, settings.lora_config(seq2seq=seq2seq))
+    trainer = Trainer(
+        model=peft_model,
+        args=TrainingArguments(
+            output_dir=str(output_dir),
+            max_steps=settings.steps,
+            per_device_train_batch_size=min(settings.batch_size, len(encoded)),
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=settings.warmup_steps,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=MAX_GRAD_NORM,
+            seed=settings.seed,
+            bf16=settings.bf16,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            save_strategy="no",
+            report_to="none",
+            logging_steps=max(1, settings.steps // 20),
+            disable_tqdm=not progress,
+            remove_unused_columns=False,
+        ),
+        train_dataset=list(encoded),  # type: ignore[arg-type]
+        data_collator=lambda rows: collate(rows, pad=pad, seq2seq=seq2seq),
+    )
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    with redirect_stdout(sys.stderr):  # where the Trainer prints its losses
+        trainer.train()
+    adapter = [p for p in peft_model.parameters() if p.requires_grad]
+    dtype = getattr(torch, settings.save_dtype)
+    for parameter in adapter:
+        parameter.data = parameter.data.to(dtype)
+    peft_model.save_pretrained(str(output_dir))
+    for parameter in adapter:
+        parameter.data = parameter.data.to(torch.float32)
+    return peft_model
 
 
 def train_adapters_together(
@@ -67,109 +123,32 @@ def train_adapters_together(
             raise ConfigError(f"{name}: there are no examples to train on. Give at least one.")
     check_model(model)
     groups = list(in_groups(list(tasks), together))
-    accelerator = Accelerator()
-    place(model, accelerator)
+    autocast = torch.bfloat16 if settings.bf16 else None
+    run = Run.start(autocast=autocast, checkpoint=checkpoint, progress=progress)
+    place(model, run.accelerator)
     first, config = _initial(model, settings)
+    seq2seq = bool(model.config.is_encoder_decoder)
     modules: dict[str, Modules] = {}
     for number, names in enumerate(groups, start=1):
-        group = _Group(model, first, names, settings, accelerator=accelerator)
+        group = AdapterGroup(model, first, names, settings, run)
+        examples = {name: tasks[name] for name in names}
         group.train(
-            {name: tasks[name] for name in names},
-            None if checkpoint is None else Path(checkpoint),
-            pad=pad,
-            progress=progress,
-            what=f"adapters {number}/{len(groups)}" if len(groups) > 1 else "adapters",
+            {
+                name: _batches(encoded, settings, pad=pad, seq2seq=seq2seq)
+                for name, encoded in examples.items()
+            },
+            identity={"set of examples": sha256(repr(examples).encode()).hexdigest()},
+            numbered=f" {number}/{len(groups)}" if len(groups) > 1 else "",
         )
         for expert, name in enumerate(names):
             modules[name] = group.modules(expert)
-            if accelerator.is_main_process:
+            if run.accelerator.is_main_process:
                 _save(Path(output_dir) / name, config, modules[name])
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
     return {
         name: {site: LoraModule(m.a.float(), m.b.float(), m.scale) for site, m in found.items()}
         for name, found in modules.items()
     }
-
-
-class _Group:
-    """The tasks that train in one pass."""
-
-    def __init__(
-        self,
-        model: Any,
-        first: Modules,
-        names: Sequence[str],
-        settings: AdapterTraining,
-        *,
-        accelerator: Accelerator,
-    ) -> None:
-        self.first = first
-        self.names = names
-        self.settings = settings
-        self.accelerator = accelerator
-        self.autocast = autocast_dtype(torch.bfloat16 if settings.bf16 else None)
-        shapes = {}
-        for site, module in first.items():
-            device = device_of(model.get_submodule(site))
-            shapes[f"{site} a"] = (device, tuple(module.a.shape))
-            shapes[f"{site} b"] = (device, tuple(module.b.shape))
-        self.packed = Packed(shapes, len(names))
-        parameters, stacks = self.packed.parameters, {}
-        for site, module in first.items():
-            a, b = parameters[f"{site} a"], parameters[f"{site} b"]
-            a.data.copy_(module.a.expand_as(a))
-            stacks[site] = LoraStack(a, b, scale=module.scale, dropout=settings.dropout)
-        self.joint = JointModel(model, stacks, autocast=self.autocast)
-
-    def train(
-        self,
-        tasks: Mapping[str, Sequence[Encoded]],
-        checkpoints: Path | None,
-        *,
-        pad: int,
-        progress: bool,
-        what: str,
-    ) -> Progress:
-        settings = self.settings
-        seq2seq = bool(self.joint.model.config.is_encoder_decoder)
-        batches = {
-            name: _batches(encoded, settings, pad=pad, seq2seq=seq2seq)
-            for name, encoded in tasks.items()
-        }
-        optimisation = Optimisation(
-            steps=settings.steps,
-            rate=settings.rate,
-            max_grad_norm=MAX_GRAD_NORM,
-            weight_decay=settings.weight_decay,
-            # Adapters are large beside gates, so there are at most some twenty checkpoints.
-            checkpoint_every=max(CHECKPOINT_EVERY, settings.steps // 20),
-        )
-        identity = {
-            "set of examples": sha256(repr(tasks).encode()).hexdigest(),
-            **run_identity(settings, self.accelerator, self.autocast),
-        }
-        path = checkpoints and checkpoints / f"adapters-{group_name(self.names)}.safetensors"
-        loop = Loop(self.packed, optimisation, self.accelerator, names=self.names, what=what)
-        with seeded(settings.seed), self.joint.installed(dropout=True):
-            return loop.train(
-                joint_stream(batches, self.accelerator, settings.seed),
-                self.joint,
-                identity=identity,
-                checkpoint=path,
-                progress=progress,
-            )
-
-    def modules(self, expert: int) -> Modules:
-        """One task's adapter, in the dtype it is saved in."""
-        dtype, parameters = getattr(torch, self.settings.save_dtype), self.packed.parameters
-        made = {}
-        for site, module in self.first.items():
-            a, b = (
-                parameters[f"{site} {half}"].detach()[expert].to("cpu", dtype, copy=True)
-                for half in "ab"
-            )
-            made[site] = LoraModule(a, b, module.scale)
-        return made
 
 
 def _initial(model: Any, settings: AdapterTraining) -> tuple[Modules, dict[str, Any]]:

@@ -27,12 +27,12 @@ from phatgoose.experts import (
 from phatgoose.experts.base import is_hub_name
 from phatgoose.files import write_bytes, write_json
 from phatgoose.tasks import Encoded, batches
-from phatgoose.train.adapter import AdapterTraining
 from phatgoose.train.adapters import train_adapters_together
-from phatgoose.train.groups import group_name, in_groups
-from phatgoose.train.joint import check_model
-from phatgoose.train.settings import GateTraining
-from phatgoose.train.together import check_adapter, read_modules, train_gates_together
+from phatgoose.train.gates import check_adapter, read_modules, train_together
+from phatgoose.train.joint.groups import group_name, in_groups
+from phatgoose.train.joint.model import check_model
+from phatgoose.train.loop.run import Run
+from phatgoose.train.settings import AdapterTraining, GateTraining
 
 Tasks = Mapping[str, Sequence[Encoded]]
 WORK = ".phatgoose-training"  # progress of what is not done yet; gone when all is
@@ -184,21 +184,8 @@ def _train_gates(
         )
         for name, encoded in tasks.items()
     }
-    return train_gates_together(
-        model,
-        adapters,
-        data,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        warmup_ratio=settings.warmup_ratio,
-        max_grad_norm=settings.max_grad_norm,
-        autocast=autocast,
-        tokenizer=tokenizer,
-        checkpoint=work,
-        progress=progress,
-    )
+    run = Run.start(autocast=autocast, checkpoint=work, progress=progress)
+    return train_together(model, adapters, data, settings, run, tokenizer=tokenizer)
 
 
 def _by_length(tasks: Tasks) -> list[str]:

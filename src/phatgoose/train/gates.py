@@ -1,38 +1,59 @@
-"""Training the gates of one adapter, as published."""
+"""Training gates, as published: of one adapter, or of many in one pass over the base."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from phatgoose.errors import TrainingError
-from phatgoose.experts import BaseIdentity, GateRecord, Gates, adapter_hash, identify_base
-from phatgoose.train.checkpoint import Progress
-from phatgoose.train.gated import GatedAdapter
-from phatgoose.train.loop import Loop, Optimisation, Pass
-from phatgoose.train.mixed import autocast_dtype, autocasting
-from phatgoose.train.placement import device_of, place
-from phatgoose.train.seeding import seeded
+from phatgoose.errors import (
+    ConfigError,
+    IncompatibleExpertError,
+    TrainingError,
+    UntrainedAdapterError,
+)
+from phatgoose.experts import (
+    BaseIdentity,
+    Expert,
+    GateRecord,
+    Gates,
+    LoraModule,
+    adapter_hash,
+    identify_base,
+)
+from phatgoose.experts.hub import locate
+from phatgoose.experts.lora import read_adapter
+from phatgoose.experts.verify import check_modules, check_numbers
+from phatgoose.train.gated_adapter import GatedAdapter
+from phatgoose.train.joint.groups import GateGroup, in_groups
+from phatgoose.train.joint.model import check_model
+from phatgoose.train.loop.checkpoint import Progress
+from phatgoose.train.loop.loop import Loop, Pass
+from phatgoose.train.loop.mixed import autocasting
+from phatgoose.train.loop.placement import device_of, place
+from phatgoose.train.loop.run import Run, optimisation
+from phatgoose.train.loop.seeding import seeded
+from phatgoose.train.loop.stream import Batch, own_share, size
 from phatgoose.train.settings import GateTraining
-from phatgoose.train.stream import Batch, own_share, size
 
+Adapter = str | Path | Expert | Mapping[str, LoraModule]
 Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
+Modules = Mapping[str, LoraModule]
 
 
 def train_gates(
     model: Any,
     batches: Iterable[Batch],
     *,
-    steps: int = 100,
-    learning_rate: float = 5e-3,
-    seed: int = 0,
-    gradient_accumulation_steps: int = 1,
-    warmup_ratio: float = 0.06,
-    max_grad_norm: float = 1.0,
+    steps: int = GateTraining.steps,
+    learning_rate: float = GateTraining.learning_rate,
+    seed: int = GateTraining.seed,
+    gradient_accumulation_steps: int = GateTraining.gradient_accumulation_steps,
+    warmup_ratio: float = GateTraining.warmup_ratio,
+    max_grad_norm: float = GateTraining.max_grad_norm,
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
     tokenizer: Any = None,
@@ -59,8 +80,7 @@ def train_gates(
         base: the base's Hub id, where the model's config does not have it.
         checkpoint: a file to save progress in every few steps, and to go on from if it exists.
 
-    Returns:
-        The gates. `Gates.save(adapter_dir)` writes them beside the saved adapter.
+    Returns the gates; `Gates.save(adapter_dir)` writes them beside the saved adapter.
 
     Raises:
         UntrainedAdapterError: every lora_B is zero.
@@ -75,41 +95,157 @@ def train_gates(
         gradient_accumulation_steps=gradient_accumulation_steps,
         seed=seed,
     )
-    autocast = autocast_dtype(autocast)
-    accelerator = Accelerator()
+    run = Run.start(autocast=autocast, checkpoint=checkpoint, progress=progress)
+    vectors, adapter, done = _train_alone(model, batches, settings, run, loss or _model_loss)
+    identity = identify_base(model.get_base_model(), tokenizer, name=base)
+    return Gates(vectors, _record(identity, adapter, settings, done))
+
+
+def train_gates_together(
+    model: Any,
+    adapters: Mapping[str, Adapter],
+    batches: Mapping[str, Iterable[Batch]],
+    *,
+    together: int | None = None,
+    steps: int = GateTraining.steps,
+    learning_rate: float = GateTraining.learning_rate,
+    seed: int = GateTraining.seed,
+    gradient_accumulation_steps: int = GateTraining.gradient_accumulation_steps,
+    warmup_ratio: float = GateTraining.warmup_ratio,
+    max_grad_norm: float = GateTraining.max_grad_norm,
+    autocast: torch.dtype | None = None,
+    tokenizer: Any = None,
+    base: str | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Gates]:
+    """Train the gates of many adapters at once; each gets what `train_gates` would give it alone.
+
+    Every step takes one micro-batch of each expert and runs all of them through the base together,
+    each expert's rows through its own LoRA and gate. Losses, clipping and updates are each
+    expert's own; ranks, adapted modules and batch sizes may differ.
+
+    Args:
+        model: the plain transformers base, decoder-only or encoder-decoder; comes back unchanged.
+            It may be spread or sharded, as for `train_gates`.
+        adapters: by name, a PEFT LoRA's folder or Hub id, an `Expert`, or its modules.
+        batches: by the same names, what `train_gates` takes: mappings with `input_ids` and
+            `labels`. They are padded on the right to a common length.
+        together: how many to train at once, the others after them; default: all. Fewer take
+            less memory.
+        checkpoint: a folder to save progress in every few steps, and to go on from. Experts that
+            are done are not trained again.
+
+    The other settings are `train_gates`'s.
+
+    Raises what `train_gates` raises, and:
+        ConfigError: names or settings that do not fit, or a model or batch that is refused.
+        IncompatibleExpertError: an adapter is not one of this base, or holds NaN.
+        TrainingError: an expert's loss is not finite; it is named, and none has been updated.
+        ExpertFormatError, ExpertNotFoundError: a folder cannot be read.
+    """
+    settings = GateTraining(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_ratio=warmup_ratio,
+        max_grad_norm=max_grad_norm,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        seed=seed,
+    )
+    run = Run.start(autocast=autocast, checkpoint=checkpoint, progress=progress)
+    return train_together(
+        model, adapters, batches, settings, run, tokenizer=tokenizer, base=base, together=together
+    )
+
+
+def train_together(
+    model: Any,
+    adapters: Mapping[str, Adapter],
+    batches: Mapping[str, Iterable[Batch]],
+    settings: GateTraining,
+    run: Run,
+    *,
+    tokenizer: Any,
+    base: str | None = None,
+    together: int | None = None,
+) -> dict[str, Gates]:
+    """`train_gates_together`, for those who have the settings as one."""
+    check_names(adapters, batches)
+    check_model(model)
+    groups = list(in_groups(list(adapters), together))
+    for name, adapter in adapters.items():  # all of them, before any is trained
+        check_adapter(name, read_modules(adapter), model)
+    place(model, run.accelerator)
+    identity = identify_base(model, tokenizer, name=base)
+    gates = {}
+    for number, names in enumerate(groups, start=1):
+        modules = {name: read_modules(adapters[name]) for name in names}
+        group = GateGroup(model, modules, settings, run)
+        done = group.train(
+            {name: batches[name] for name in names},
+            identity={"adapter": sha256(repr(group.hashes).encode()).hexdigest()},
+            numbered=f" {number}/{len(groups)}" if len(groups) > 1 else "",
+        )
+        for expert, name in enumerate(names):
+            record = _record(identity, group.hashes[name], settings, done, expert)
+            gates[name] = Gates(group.vectors(expert), record)
+    return gates
+
+
+def _train_alone(
+    model: Any, batches: Iterable[Batch], settings: GateTraining, run: Run, loss: Loss
+) -> tuple[dict[str, Tensor], str, Progress]:
+    """One adapter's gates, the adapter's hash, and what was done."""
     if isinstance(model, nn.Module):
-        place(model, accelerator)
+        place(model, run.accelerator)
     gated = GatedAdapter(model)
     adapter = adapter_hash(gated.modules())
-    identity = {"adapter": adapter, **run_identity(settings, accelerator, autocast)}
-    with seeded(seed), gated.installed():
-        done = Loop(gated.packed, optimisation(settings), accelerator).train(
-            own_share(batches, accelerator),
-            _Forward(model, loss or _model_loss, autocast),
-            identity=identity,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-            progress=progress,
+    with seeded(settings.seed), gated.installed():
+        done = Loop(gated.packed, optimisation(settings), run.accelerator).train(
+            own_share(batches, run.accelerator),
+            _Forward(model, loss, run.autocast),
+            identity={"adapter": adapter, **run.identity(settings)},
+            checkpoint=run.checkpoint,
+            progress=run.progress,
         )
-    return Gates(
-        vectors={name: gate.detach().cpu() for name, gate in gated.gates.items()},
-        record=make_record(
-            identify_base(model.get_base_model(), tokenizer, name=base), adapter, settings, done
-        ),
-    )
+    return {name: gate.detach().cpu() for name, gate in gated.gates.items()}, adapter, done
 
 
-def optimisation(settings: GateTraining) -> Optimisation:
-    """What the loop has to know of the settings."""
-    return Optimisation(
-        steps=settings.steps,
-        rate=settings.rate,
-        max_grad_norm=settings.max_grad_norm,
-        weight_decay=settings.weight_decay,
-        micro=settings.gradient_accumulation_steps,
-    )
+def check_names(adapters: Mapping[str, Any], batches: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless both have the same names, and there are some."""
+    if not adapters:
+        raise ConfigError("adapters: there are none to train. Give at least one.")
+    for one, other, missing in (
+        (adapters, batches, "has no batches"),
+        (batches, adapters, "has batches but no adapter"),
+    ):
+        alone = sorted(set(one) - set(other))
+        if alone:
+            raise ConfigError(f"{alone[0]}: {missing}. Give both by the same names.")
 
 
-def make_record(
+def read_modules(adapter: Adapter) -> Modules:
+    """An adapter's LoRAs by site, from wherever they are."""
+    if isinstance(adapter, Expert):
+        return adapter.modules
+    if isinstance(adapter, str | Path):
+        return read_adapter(locate(adapter))[1]
+    return adapter
+
+
+def check_adapter(name: str, modules: Modules, model: Any) -> None:
+    """Refuse an adapter that is not of this base, holds NaN, or is untrained."""
+    expert = Expert(name, modules, gates=None, base_name=None)
+    for problem in (*check_numbers(expert), *check_modules(expert, model)):
+        raise IncompatibleExpertError(problem)
+    if not any(torch.any(module.b) for module in modules.values()):
+        raise UntrainedAdapterError(
+            f"{name}: every lora_B is zero, so its gates would get no gradient. Train the adapter "
+            "first, then its gates."
+        )
+
+
+def _record(
     base: BaseIdentity, adapter: str, settings: GateTraining, done: Progress, expert: int = 0
 ) -> GateRecord:
     """What is kept of one expert's gate phase."""
@@ -123,17 +259,6 @@ def make_record(
         first_loss=None if done.first_loss is None else done.first_loss[expert],
         last_loss=None if done.last_loss is None else done.last_loss[expert],
     )
-
-
-def run_identity(
-    settings: Any, accelerator: Accelerator, autocast: torch.dtype | None
-) -> dict[str, str]:
-    """What has to be the same for a run to go on from a checkpoint."""
-    return {
-        "number of processes": str(accelerator.num_processes),
-        "autocast": str(autocast),
-        **{key: str(value) for key, value in asdict(settings).items()},
-    }
 
 
 class _Forward:

@@ -1,8 +1,69 @@
-"""Settings of the gate phase."""
+"""Settings of the adapter phase and of the gate phase. Nothing heavy is imported here."""
 
+import math
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from phatgoose.errors import ConfigError
+
+SaveDtype = Literal["float32", "bfloat16"]
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTraining:
+    """Settings of the adapter phase."""
+
+    rank: int = 8
+    alpha: int = 16
+    target_modules: str | list[str] = "all-linear"
+    dropout: float = 0.0
+    steps: int = 500
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    seed: int = 0
+    bf16: bool = False  # run the model under bf16 autocast
+    save_dtype: SaveDtype = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("rank", "alpha", "steps", "batch_size", "learning_rate"):
+            if not getattr(self, field) > 0:
+                raise ConfigError(f"{field} must be above 0, got {getattr(self, field)}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be between 0 and 2**32 - 1, got {self.seed}.")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}.")
+        if self.save_dtype not in get_args(SaveDtype):
+            raise ConfigError(
+                f"save_dtype must be one of {get_args(SaveDtype)}, got {self.save_dtype!r}."
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup_ratio * self.steps)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from zero, as transformers.Trainer has it."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def lora_config(self, *, seq2seq: bool) -> Any:
+        """PEFT's LoraConfig for it."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

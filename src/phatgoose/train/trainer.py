@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Gates
 from phatgoose.train.gates import train_gates
-from phatgoose.train.seeding import seeded
+from phatgoose.train.loop.seeding import seeded
 
 
 def train_gates_from_trainer(

@@ -11,9 +11,9 @@ from phatgoose.errors import ConfigError, UnsupportedAdapterError, UntrainedAdap
 from phatgoose.experts import LoraModule
 from phatgoose.experts.base import base_name, linear_sizes
 from phatgoose.experts.lora import refuse_unsupported
-from phatgoose.train.frozen import frozen
-from phatgoose.train.packed import Packed
-from phatgoose.train.placement import device_of, refuse_fsdp1, whole_weight
+from phatgoose.train.loop.frozen import frozen
+from phatgoose.train.loop.packed import Packed
+from phatgoose.train.loop.placement import device_of, refuse_fsdp1, whole_weight
 
 Layer = Any  # a peft LoraLayer
 

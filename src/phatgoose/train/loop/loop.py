@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from phatgoose.errors import TrainingError
-from phatgoose.train.checkpoint import Progress, load_checkpoint, save_checkpoint
-from phatgoose.train.packed import Packed
-from phatgoose.train.stream import skip
+from phatgoose.train.loop.checkpoint import Progress, load_checkpoint, save_checkpoint
+from phatgoose.train.loop.packed import Packed
+from phatgoose.train.loop.stream import skip
 
 T = TypeVar("T")
 CHECKPOINT_EVERY = 10  # steps

@@ -10,7 +10,7 @@ import torch
 from phatgoose.errors import ConfigError
 from phatgoose.experts.tensors import read_tensors
 from phatgoose.files import write_tensors
-from phatgoose.train.packed import Packed
+from phatgoose.train.loop.packed import Packed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from phatgoose import train_gates, train_gates_from_trainer, train_gates_together
 from phatgoose.errors import ConfigError
-from phatgoose.train.gated import GatedAdapter
+from phatgoose.train.gated_adapter import GatedAdapter
 from tests.tolerances import TOLERANCE, assert_near
 from tests.train import sharded
 from tests.train.test_processes import launch

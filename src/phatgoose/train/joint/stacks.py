@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phatgoose.experts import LoraModule
-from phatgoose.train.rows import Rows
+from phatgoose.train.joint.rows import Rows
 
 
 class Stack(ABC):

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from phatgoose.errors import TrainingError
-from phatgoose.train.loop import Loop, Optimisation, Pass
-from phatgoose.train.packed import Packed
+from phatgoose.train.loop.loop import Loop, Optimisation, Pass
+from phatgoose.train.loop.packed import Packed
 
 CPU = torch.device("cpu")
 NAMES = ["one", "two", "three"]

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phatgoose.experts import LoraModule
-from phatgoose.train.rows import Rows
-from phatgoose.train.stacks import GatedStack, LoraStack, add_stack
+from phatgoose.train.joint.rows import Rows
+from phatgoose.train.joint.stacks import GatedStack, LoraStack, add_stack
 from tests.tolerances import TOLERANCE, assert_near
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phatgoose.errors import ConfigError
 from phatgoose.tasks import IGNORED
-from phatgoose.train.stream import Batch
+from phatgoose.train.loop.stream import Batch
 
 # What a batch may hold, each [rows, length], and what a shorter one is filled up with.
 FILL = {

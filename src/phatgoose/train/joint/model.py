@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from phatgoose.errors import ConfigError, TrainingError
 from phatgoose.nn.site import BANK
 from phatgoose.tasks import IGNORED
-from phatgoose.train.frozen import frozen
-from phatgoose.train.loop import Pass
-from phatgoose.train.mixed import autocasting
-from phatgoose.train.placement import device_of, refuse_fsdp1
-from phatgoose.train.rows import Rows, put_together
-from phatgoose.train.seeding import OwnRandom
-from phatgoose.train.stacks import Stack, add_stack
-from phatgoose.train.stream import Batch, own_share
+from phatgoose.train.joint.rows import Rows, put_together
+from phatgoose.train.joint.stacks import Stack, add_stack
+from phatgoose.train.loop.frozen import frozen
+from phatgoose.train.loop.loop import Pass
+from phatgoose.train.loop.mixed import autocasting
+from phatgoose.train.loop.placement import device_of, refuse_fsdp1
+from phatgoose.train.loop.seeding import OwnRandom
+from phatgoose.train.loop.stream import Batch, own_share
 
 # Losses of transformers that are a mean over target tokens of the next token's.
 LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")

@@ -16,7 +16,7 @@ from peft import (
 from torch import nn
 
 from phatgoose.errors import ConfigError, UnsupportedAdapterError, UntrainedAdapterError
-from phatgoose.train.gated import GatedAdapter
+from phatgoose.train.gated_adapter import GatedAdapter
 from tests.tolerances import TOLERANCE, assert_near
 from tests.train.reference import Reference
 from tests.train.toys import (

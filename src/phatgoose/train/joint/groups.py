@@ -1,0 +1,164 @@
+"""Many experts, some at a time: those of one group train in one pass over the base."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import ConfigError
+from phatgoose.experts import LoraModule, adapter_hash
+from phatgoose.train.joint.model import JointModel, joint_stream
+from phatgoose.train.joint.stacks import GatedStack, LoraStack, Stack, sites_of
+from phatgoose.train.loop.checkpoint import Progress
+from phatgoose.train.loop.loop import Loop
+from phatgoose.train.loop.packed import Packed
+from phatgoose.train.loop.placement import device_of
+from phatgoose.train.loop.run import Run, optimisation
+from phatgoose.train.loop.seeding import seeded
+from phatgoose.train.loop.stream import Batch
+from phatgoose.train.settings import AdapterTraining, GateTraining
+
+Modules = Mapping[str, LoraModule]
+
+
+def in_groups(names: Sequence[str], together: int | None) -> Iterator[list[str]]:
+    """The names in turn, so many at a time; ConfigError if that is below one."""
+    if together is not None and together < 1:
+        raise ConfigError(f"together must be at least 1, got {together}.")
+    size = together or max(1, len(names))
+    for start in range(0, len(names), size):
+        yield list(names[start : start + size])
+
+
+def group_name(names: Sequence[str]) -> str:
+    """A short name for a group's files."""
+    return sha256(repr(list(names)).encode()).hexdigest()[:12]
+
+
+class Group:
+    """Some experts that train in one pass. A subclass says which parameters of theirs."""
+
+    what: ClassVar[str]  # the parameters' name: in checkpoints' names, and beside the progress bar
+    dropout: ClassVar[bool] = False  # whether the base's dropout is on
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        settings: AdapterTraining | GateTraining,
+        run: Run,
+        *,
+        packed: Packed,
+        joint: JointModel,
+    ) -> None:
+        self.names = list(names)
+        self.settings = settings
+        self.run = run
+        self.packed = packed
+        self.joint = joint
+
+    def train(
+        self,
+        batches: Mapping[str, Iterable[Batch]],
+        *,
+        identity: Mapping[str, str],
+        numbered: str = "",
+    ) -> Progress:
+        """Train on each expert's batches; `identity` tells this group's checkpoint from others."""
+        run, seed = self.run, self.settings.seed
+        loop = Loop(
+            self.packed,
+            optimisation(self.settings),
+            run.accelerator,
+            names=self.names,
+            what=f"{self.what}{numbered}",
+        )
+        file = f"{self.what}-{group_name(self.names)}.safetensors"
+        with seeded(seed), self.joint.installed(dropout=self.dropout):
+            return loop.train(
+                joint_stream(batches, run.accelerator, seed),
+                self.joint,
+                identity={**identity, **run.identity(self.settings)},
+                checkpoint=run.checkpoint and run.checkpoint / file,
+                progress=run.progress,
+            )
+
+
+@final
+class GateGroup(Group):
+    """Gates of adapters that stay as they are."""
+
+    what = "gates"
+
+    def __init__(
+        self, model: Any, adapters: Mapping[str, Modules], settings: GateTraining, run: Run
+    ) -> None:
+        self.adapters = adapters
+        self.hashes = {name: adapter_hash(modules) for name, modules in adapters.items()}
+        sites = {
+            site: [modules.get(site) for modules in adapters.values()]
+            for site in sites_of(adapters)
+        }
+        shapes = {}
+        for site, modules in sites.items():
+            features = next(m.in_features for m in modules if m is not None)
+            shapes[site] = device_of(model.get_submodule(site)), (features,)
+        packed = Packed(shapes, len(adapters))
+        dtype = run.autocast or torch.float32  # what PEFT computes an adapter in
+        stacks = {
+            site: GatedStack(modules, packed.parameters[site], dtype)
+            for site, modules in sites.items()
+        }
+        joint = JointModel(model, stacks, autocast=run.autocast)
+        super().__init__(list(adapters), settings, run, packed=packed, joint=joint)
+
+    def vectors(self, expert: int) -> dict[str, Tensor]:
+        """One expert's gates, a copy of their own."""
+        return {
+            site: self.packed.parameters[site].detach()[expert].to("cpu", copy=True)
+            for site in self.adapters[self.names[expert]]
+        }
+
+
+@final
+class AdapterGroup(Group):
+    """LoRAs that all start from `first`."""
+
+    what = "adapters"
+    dropout = True
+
+    def __init__(
+        self,
+        model: Any,
+        first: Modules,
+        names: Sequence[str],
+        settings: AdapterTraining,
+        run: Run,
+    ) -> None:
+        self.first = first
+        self.dtype = getattr(torch, settings.save_dtype)
+        shapes = {}
+        for site, module in first.items():
+            device = device_of(model.get_submodule(site))
+            shapes[f"{site} a"] = (device, tuple(module.a.shape))
+            shapes[f"{site} b"] = (device, tuple(module.b.shape))
+        packed = Packed(shapes, len(names))
+        stacks: dict[str, Stack] = {}
+        for site, module in first.items():
+            a, b = packed.parameters[f"{site} a"], packed.parameters[f"{site} b"]
+            a.data.copy_(module.a.expand_as(a))
+            stacks[site] = LoraStack(a, b, scale=module.scale, dropout=settings.dropout)
+        joint = JointModel(model, stacks, autocast=run.autocast)
+        super().__init__(names, settings, run, packed=packed, joint=joint)
+
+    def modules(self, expert: int) -> dict[str, LoraModule]:
+        """One expert's adapter, in the dtype it is saved in."""
+        parameters, made = self.packed.parameters, {}
+        for site, module in self.first.items():
+            a, b = (
+                parameters[f"{site} {half}"].detach()[expert].to("cpu", self.dtype, copy=True)
+                for half in "ab"
+            )
+            made[site] = LoraModule(a, b, module.scale)
+        return made

@@ -1,0 +1,1 @@
+"""The loop of all phases: optimiser, checkpoints, data, random generators, devices."""
