@@ -134,3 +134,17 @@ def test_gradients_reach_the_scores():
     slope = first * (1 - first)
     wanted = torch.tensor([[slope, 0.0, -slope]], dtype=torch.float64)
     assert_near(scores.grad, wanted, TOLERANCE[torch.float32].output)
+
+
+@pytest.mark.parametrize("few", [0, choose.FEW_EXPERTS])
+@pytest.mark.parametrize("top_k", [1, 2, choose.FEW_EXPERTS])
+@pytest.mark.parametrize("null_score", [None, 0.1])
+def test_leading_dimensions_are_tokens(few, top_k, null_score, monkeypatch):
+    """Scores [2, 3, E] are those of six tokens: each is chosen for along its own last dimension."""
+    monkeypatch.setattr(choose, "FEW_EXPERTS", few)
+    scores = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(1))
+    scores[0, 1] = scores[1, 2, 3:] = -math.inf
+    together = choose_experts(scores, top_k, null_score=null_score)
+    alone = choose_experts(scores.flatten(0, 1), top_k, null_score=null_score)
+    assert torch.equal(together.experts.flatten(0, 1), alone.experts)
+    assert torch.equal(together.weights.flatten(0, 1), alone.weights)
