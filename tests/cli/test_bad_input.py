@@ -184,7 +184,6 @@ def test_an_expert_without_gates(refuses, world):
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("--top-k", 3, ["top_k is 3", "2 experts", "or add experts"]),
         ("--top-k", 0, ["top_k", "at least 1", "0"]),
         ("--router", "compass", ["compass", "phatgoose"]),
         ("--temperature", 0, ["temperature", "above 0", "0"]),

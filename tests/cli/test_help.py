@@ -77,8 +77,9 @@ def test_help_tells_the_exit_codes(run):
     assert EXIT_CODES in run("--help").out
 
 
-def test_the_module_runs_and_tells_its_version():
-    command = [sys.executable, "-m", "phatgoose.cli", "--version"]
+@pytest.mark.parametrize("module", ["phatgoose", "phatgoose.cli"])
+def test_the_module_runs_and_tells_its_version(module):
+    command = [sys.executable, "-m", module, "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, phatgoose.__version__)
 

@@ -41,6 +41,13 @@ def test_generate_on_a_tiny_pool(run, tiny):
     assert plain.out == "".join(row["answer"] + "\n" for row in rows)
 
 
+def test_one_expert_with_the_published_settings_is_its_adapter(run, world):
+    base = ("generate", "goose", "--base", world.base, "--experts", world.one, *CPU)
+    asked = run(*base, "--max-new-tokens", 8)
+    assert asked.code == 0
+    assert asked.out == run(*base, "--max-new-tokens", 8, "--router", "single:one").out
+
+
 def test_raw_prompts_get_no_newline(run, world, tiny):
     raw = run("generate", "goose\n", *tiny, "--max-new-tokens", 8, "--raw")
     assert raw.out == run("generate", "goose", *tiny, "--max-new-tokens", 8).out

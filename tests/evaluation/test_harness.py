@@ -315,7 +315,7 @@ def test_lm_evals_default_device_is_no_order(
         ({"experts": "no/such/folder/here"}, "no/such/folder/here"),
         ({"dtype": "float31"}, "'float31' is none"),
         ({"dtype": "int8"}, "'int8' is none"),
-        ({"top_k": 9}, "top_k is 9"),
+        ({"top_k": 0}, "top_k must be at least 1"),
         ({"scale": "huge"}, "scale must be one of"),
         ({"experts": "default"}, "was made for another base"),
     ],

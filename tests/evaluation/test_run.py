@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,18 +200,18 @@ def test_killed_and_started_again_it_gives_the_same(world: World) -> None:
 
 
 def test_a_method_that_cannot_serve_the_pool_leaves_marked_cells(world: World) -> None:
-    few = ExpertPool([world.pool["copy"]])
-    results = world.run("out", ["base", Routed("two of one", pool=few)])
-    reason = results["failed"]["two of one"]
-    assert "top_k is 2" in reason
+    bare = ExpertPool([replace(world.pool["copy"], gates=None)])
+    results = world.run("out", ["base", Routed("gateless", pool=bare)])
+    reason = results["failed"]["gateless"]
+    assert "has no gates" in reason
     for cells in results["results"].values():
-        cell = cells["two of one"]
+        cell = cells["gateless"]
         assert (cell["score"], cell["n"], cell["reason"]) == (None, 0, reason)
-    assert results["average"]["two of one"]["score"] is None
+    assert results["average"]["gateless"]["score"] is None
     text = (world.root / "out" / "table.md").read_text()
-    assert "| two of one | — |" in text and f"- two of one: {reason}" in text
-    with pytest.raises(ConfigError, match="none could answer.*top_k is 2"):
-        world.run("out", [Routed("two of one", pool=few)])
+    assert "| gateless | — |" in text and f"- gateless: {reason}" in text
+    with pytest.raises(ConfigError, match="none could answer.*has no gates"):
+        world.run("out", [Routed("gateless", pool=bare)])
 
 
 def test_a_task_no_model_can_answer_is_marked(world: World) -> None:

@@ -1,6 +1,8 @@
 """A routed layer in every mode a torch module can be used in."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -146,9 +148,27 @@ def test_training_and_evaluation_route_alike(model_and_pool):
     assert torch.equal(logits(model.train(), batch), logits(model.eval(), batch))
 
 
-def test_a_routed_model_is_not_copied(model_and_pool):
-    model, pool = model_and_pool()
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_by_torch(model):
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled, saved_by_torch])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_routed_model_is_not_copied(family, make_copy, model_and_pool):
+    model, pool = model_and_pool(family)
+    batch = make_batch(model, [4, 7])
+    plain = logits(model, batch)
     route(model, pool)
-    with pytest.raises(RoutingError, match="unroute"):
-        copy.deepcopy(model)
-    copy.deepcopy(unroute(model))
+    for part in (model, model.get_decoder(), next(iter(pool["e0"].modules))):
+        part = model.get_submodule(part) if isinstance(part, str) else part
+        with pytest.raises(RoutingError, match=r"neither copied nor pickled.*unroute\(model\)"):
+            make_copy(part)
+    copied = make_copy(unroute(model))
+    assert torch.equal(logits(copied, batch), plain)
+    assert torch.equal(logits(route(copied, pool), batch), logits(route(model, pool), batch))

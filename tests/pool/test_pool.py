@@ -2,7 +2,9 @@
 
 import gc
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,10 +86,21 @@ def test_load_and_add_from_folders(experts):
     assert pool.add(str(folders[3])) is pool["e3"]
 
 
-@pytest.mark.parametrize("kind", [str, lambda folder: folder])
-def test_load_wants_a_list(kind, experts):
-    with pytest.raises(ConfigError, match="wants a list"):
-        ExpertPool.load(kind(experts[0].folder))
+@pytest.mark.parametrize("kind", [str, Path])
+def test_load_of_a_folder_of_experts(kind, experts, tmp_path):
+    for expert in experts[:2]:
+        shutil.copytree(expert.folder, tmp_path / "pool" / expert.name)
+    shutil.copytree(experts[2].folder, tmp_path / "pool" / ".half-written")
+    (tmp_path / "pool" / "notes").mkdir()
+    assert ExpertPool.load(kind(tmp_path / "pool")).names == ["e0", "e1"]
+    assert ExpertPool.load([experts[3].folder, kind(tmp_path / "pool")]).names == ["e3", "e0", "e1"]
+    assert ExpertPool.load(kind(experts[0].folder)).names == ["e0"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "nul\0", "a b"])
+def test_load_of_what_can_be_no_folder(name):
+    with pytest.raises(ExpertNotFoundError, match="not a folder"):
+        ExpertPool.load(name)
 
 
 def test_load_of_nothing_there(tmp_path):
@@ -190,14 +203,18 @@ def test_removing_is_routing_with_the_smaller_pool(experts):
     }
 
 
-def test_a_routed_model_keeps_enough_experts(experts):
+def test_a_routed_model_keeps_an_expert(experts):
     model, pool = make_model("llama"), ExpertPool(experts[:3])
     route(model, pool, top_k=2)
     before = logits(model, batch := make_batch(model, [4]))
     pool.remove("e2")
-    with pytest.raises(RoutingError, match=r"^e1: .*leave 1 experts.*top_k=2"):
-        pool.remove("e1")
-    assert pool.names == ["e0", "e1"]
+    pool.remove("e1")  # one expert, and top_k is 2
+    alone = route(make_model("llama"), ExpertPool(experts[:1]), top_k=1)
+    assert torch.equal(logits(model, batch), logits(alone, batch))
+    with pytest.raises(RoutingError, match="^e0: it is the last expert.*unroute"):
+        pool.remove("e0")
+    assert pool.names == ["e0"]
+    pool.add(experts[1])
     pool.add(experts[2])
     assert torch.equal(logits(model, batch), before)
     unroute(model)
@@ -234,8 +251,9 @@ def test_a_model_that_is_gone_is_not_followed(experts):
     model = route(make_model("llama"), pool)
     del model
     gc.collect()
-    pool.remove("e1")  # below the top_k of the model that was
-    assert pool.names == ["e0"]
+    for name in ("e0", "e1"):  # none may stay, for no model needs one
+        pool.remove(name)
+    assert not len(pool)
 
 
 @pytest.fixture

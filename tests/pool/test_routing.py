@@ -10,6 +10,7 @@ from torch import nn
 
 from phatgoose import ExpertPool, load_expert, record, restrict, route, unroute
 from phatgoose.errors import ConfigError, IncompatibleExpertError, MissingGateError, RoutingError
+from phatgoose.nn.settings import _say_fewer
 from tests.models import LINEARS, make_batch, make_model, save_expert
 from tests.tolerances import TOLERANCE, assert_near
 
@@ -106,6 +107,26 @@ def test_a_failed_route_leaves_nothing_behind(model_and_pool):
     route(model, pool)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"scale": "unit"}, {"null_score": 0.1}])
+def test_a_pool_smaller_than_top_k_is_used_whole(count, settings, model_and_pool, caplog):
+    model, pool = model_and_pool(count=count)
+    batch = make_batch(model, [4, 7])
+    whole = count + ("null_score" in settings)
+    wanted = logits(route(model, pool, top_k=whole, **settings), batch)
+    unroute(model)
+    caplog.clear()
+    _say_fewer.cache_clear()
+    for _ in range(2):
+        assert torch.equal(logits(route(model, pool, top_k=count + 40, **settings), batch), wanted)
+        with record(model) as trace:
+            logits(model, batch)
+        assert trace.top_k == trace.experts[Q].shape[1] == whole
+        unroute(model)
+    said = f"top_k is {count + 40} and the pool has {count} expert(s): each token uses all."
+    assert [r.message for r in caplog.records] == [said]  # once a process
+
+
 def test_an_empty_pool(model_and_pool):
     model, _ = model_and_pool()
     with pytest.raises(RoutingError, match="pool is empty"):
@@ -115,7 +136,6 @@ def test_an_empty_pool(model_and_pool):
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
-        ({"top_k": 5}, RoutingError, "top_k is 5, the pool has 4"),
         ({"top_k": 0}, ConfigError, "top_k must be at least 1, got 0"),
         ({"temperature": 0.0}, ConfigError, "temperature must be above 0"),
         ({"scale": "sum"}, ConfigError, "scale must be one of"),

@@ -1,5 +1,6 @@
 """Where the experts that a user names are."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from phatgoose import default
 from phatgoose.experts.lora import CONFIG_FILE
 
 
-def expert_sources(given: Sequence[str] | None) -> list[str | Path]:
+def expert_sources(given: Sequence[str | Path] | None) -> list[str | Path]:
     """Expert folders and Hub ids; a folder of expert folders stands for all of them.
 
     None stands for the experts in the package.
@@ -16,9 +17,9 @@ def expert_sources(given: Sequence[str] | None) -> list[str | Path]:
         return [*default.expert_folders()]
     sources: list[str | Path] = []
     for source in given:
-        inside = sorted(path.parent for path in Path(source).glob(f"*/{CONFIG_FILE}"))
-        if inside and not (Path(source) / CONFIG_FILE).exists():
-            sources += inside
-        else:
-            sources.append(source)
+        inside: list[Path] = []
+        # os.path answers no where Path raises: names too long, or with a null character.
+        if os.path.isdir(source) and not (Path(source) / CONFIG_FILE).exists():
+            inside = sorted(path.parent for path in Path(source).glob(f"[!.]*/{CONFIG_FILE}"))
+        sources += inside or [source]
     return sources

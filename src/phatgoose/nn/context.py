@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from phatgoose.nn.copying import refuse_copy
 from phatgoose.types import TokenContext
 
 Stream = Literal["decoder", "encoder", "cross"]
@@ -37,8 +38,9 @@ class ContextKeeper:
         self._prompt_length = 0  # tokens that `generate` was given
         self._generating: tuple[Tensor | None, Tensor | None, bool | None] | None = None
         self._history: WeakKeyDictionary[Any, TokenContext] = WeakKeyDictionary()
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._encoder_prefix: str | None = None
+        self._refuse_copies(model)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder, decoder = model.get_encoder(), model.get_decoder()
             prefix = next(name for name, module in model.named_modules() if module is encoder)
@@ -92,6 +94,12 @@ class ContextKeeper:
         pre = module.register_forward_pre_hook(before, with_kwargs=True)
         post = module.register_forward_hook(after, always_call=True)
         self._undo += [pre.remove, post.remove]
+        self._refuse_copies(module)
+
+    def _refuse_copies(self, module: nn.Module) -> None:
+        """Have copy and pickle, which ask the object itself, fail before they come to its hooks."""
+        module.__dict__["__reduce_ex__"] = refuse_copy
+        self._undo.append(lambda: module.__dict__.pop("__reduce_ex__", None))
 
     def _listen_to_generate(self) -> None:
         name = "prepare_inputs_for_generation"

@@ -1,5 +1,7 @@
 """How tokens choose among experts."""
 
+import functools
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -8,6 +10,8 @@ from phatgoose.errors import ConfigError
 from phatgoose.ops import BACKENDS, Backend
 from phatgoose.ops.choose import Scale
 from phatgoose.routers import Router
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +47,13 @@ class RoutingSettings:
     def kept(self, candidates: int) -> int:
         """How many experts a token keeps of so many candidates, at most."""
         return candidates if self.top_k == "all" else self.top_k
+
+    def note_size(self, experts: int) -> None:
+        """Say that a pool of so many experts has fewer than top_k, if it has; once a process."""
+        if self.top_k != "all" and experts < self.top_k:
+            _say_fewer(self.top_k, experts)
+
+
+@functools.cache
+def _say_fewer(top_k: object, experts: int) -> None:
+    log.warning("top_k is %s and the pool has %d expert(s): each token uses all.", top_k, experts)

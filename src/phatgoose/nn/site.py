@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts import Expert
 from phatgoose.nn.bank import Bank
 from phatgoose.nn.context import ContextKeeper, Stream
+from phatgoose.nn.copying import refuse_copy
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.trace import Trace
 from phatgoose.ops import choose_experts, library
@@ -110,6 +111,9 @@ class Site:
         del self.layer._modules[BANK]
         self.bank.sites.discard(self.part)
         self.bank.routed = None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_copy(protocol)
 
     def _before(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._routed = self._forked = None  # what a forward left that failed

@@ -12,6 +12,7 @@ import torch
 from phatgoose.errors import ConfigError, IncompatibleExpertError
 from phatgoose.experts import Expert, load_expert
 from phatgoose.experts.base import is_hub_name
+from phatgoose.experts.sources import expert_sources
 from phatgoose.experts.verify import check_numbers
 
 
@@ -39,10 +40,12 @@ class ExpertPool:
             self.add(expert)
 
     @classmethod
-    def load(cls, sources: Iterable[str | Path]) -> "ExpertPool":
-        """Load experts from folders or Hub ids; see `load_expert` for what it raises."""
-        if isinstance(sources, str | Path):
-            raise ConfigError(f"ExpertPool.load wants a list of experts, got {sources!r} alone.")
+    def load(cls, sources: str | Path | Iterable[str | Path]) -> "ExpertPool":
+        """Load experts from folders or Hub ids; see `load_expert` for what it raises.
+
+        A folder of expert folders stands for all of them, in the order of their names.
+        """
+        sources = expert_sources([sources] if isinstance(sources, str | Path) else [*sources])
         pool = cls()
         # Reading, hashing and checking leave Python to others.
         with _one_thread_each(), ThreadPoolExecutor() as threads:

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,8 @@ def route(
     Args:
         model: the experts' base model; not a PeftModel.
         router: a router's name, or a Router.
-        top_k: experts per token and layer, or "all". A layer with fewer candidates uses those.
+        top_k: experts per token and layer, or "all". A layer or a pool with fewer candidates
+            uses those; the log says so once where the pool has fewer.
         temperature: divides the kept scores before their softmax.
         scale: "softmax" weighs the kept experts as published; "unit" gives each weight 1, so
             top_k=1 uses the best one as strongly as its adapter was trained.
@@ -68,7 +69,7 @@ def route(
             compiled models and CUDA graphs stay valid and use the pool as it is then.
 
     Raises:
-        RoutingError: empty pool, top_k above its size, a PeftModel, or a model already routed.
+        RoutingError: empty pool, a PeftModel, or a model already routed.
         IncompatibleExpertError: an expert was trained on another base.
         MissingGateError: the router needs gates an expert does not have.
         ConfigError: a setting is out of range, or no router has that name.
@@ -95,11 +96,7 @@ def route(
         )
     if not len(pool):
         raise RoutingError("route: the pool is empty. Add an expert first.")
-    if settings.kept(len(pool)) > len(pool):
-        raise RoutingError(
-            f"route: top_k is {settings.top_k}, the pool has {len(pool)} experts. Choose top_k of "
-            f"at most {len(pool)}, or add experts."
-        )
+    settings.note_size(len(pool))
     room = (capacity or 0, max_rank or 0)
     routed = RoutedModel(model, pool, router, settings, room)
     model.__dict__[ATTRIBUTE] = routed
@@ -119,7 +116,9 @@ def record(model: nn.Module) -> Iterator[Trace]:
     routed = _routed(model)
     if routed.state.trace is not None:
         raise RoutingError("record: this model is being recorded already.")
-    trace = Trace(names=routed.pool.names, top_k=routed.state.settings.kept(len(routed.pool)))
+    settings, names = routed.state.settings, routed.pool.names
+    candidates = len(names) + (settings.null_score is not None)
+    trace = Trace(names=names, top_k=min(settings.kept(len(names)), candidates))
     routed.state.trace = trace
     try:
         yield trace
@@ -225,12 +224,6 @@ class RoutedModel:
             site.close()
         self.state.keeper.close()
 
-    def __deepcopy__(self, _: object) -> NoReturn:
-        raise RoutingError(
-            "copy.deepcopy: a routed model cannot be copied, its hooks would still serve the "
-            "original. Call phatgoose.unroute(model), copy it, then route both."
-        )
-
     def prepare_add(self, expert: Expert) -> None:
         """Check an expert and make room for it: whatever can fail, before anything changes."""
         self._check_not_recorded()
@@ -282,11 +275,12 @@ class RoutedModel:
 
     def prepare_remove(self, name: str) -> None:
         self._check_not_recorded()
-        if len(self.pool) - 1 < self.state.settings.kept(1):
+        if len(self.pool) == 1:
             raise RoutingError(
-                f"{name}: removing it would leave {len(self.pool) - 1} experts, a routed model "
-                f"uses top_k={self.state.settings.top_k}. Add another first, or unroute the model."
+                f"{name}: it is the last expert of a pool that routes a model. Add another first, "
+                "or call phatgoose.unroute(model)."
             )
+        self.state.settings.note_size(len(self.pool) - 1)
 
     def remove(self, index: int) -> None:
         for bank in self._banks():

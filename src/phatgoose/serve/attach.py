@@ -31,19 +31,15 @@ def load_pool(
 ) -> tuple[ExpertPool, nn.Module]:
     """The experts, all of which are for the base that vLLM is about to load; and its skeleton.
 
-    Raises what `route` and `load_expert` raise. A pool that grows may be smaller than top_k.
+    Raises what `route` and `load_expert` raise. A pool that grows may be empty.
     """
     if settings.background is not None:
         read_background(settings.background)  # here, to refuse it before anything large is loaded
     pool = ExpertPool.load(expert_sources(settings.experts))
-    wanted, room = settings.routing.kept(len(pool)), len(pool)
-    if grows and settings.capacity:
-        room = max(room, settings.capacity)
-    if wanted > room:
-        raise RoutingError(
-            f"phatgoose: top_k is {wanted}, the pool has {len(pool)} experts and room for {room}. "
-            f"Choose top_k of at most {room}, or add experts."
-        )
+    room = max(len(pool), settings.capacity or 0) if grows else len(pool)
+    if not room:
+        raise RoutingError("phatgoose: the pool is empty, and has no room. Name an expert.")
+    settings.routing.note_size(room)
     base = skeleton(model_config)
     for expert in pool:
         check_base(expert, base, model_config.model)
