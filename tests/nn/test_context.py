@@ -1,16 +1,21 @@
 """A router sees which tokens it routes: their ids, positions and what came before."""
 
+import inspect
+
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor
 
-from phatgoose import route
+from phatgoose import record, route, unroute
 from phatgoose.errors import RoutingError
 from phatgoose.types import TokenContext
 from tests.models import PAD, make_batch
 from tests.routers.counting import CountingRouter
 
 TEXT = ("input_ids", "attention_mask")
+# transformers 5.24 renamed it.
+PARAMETERS = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in PARAMETERS else "past_key_values"
 
 
 @pytest.fixture
@@ -20,6 +25,7 @@ def watched(model_and_pool):
     def make(family="llama"):
         model, pool = model_and_pool(family, 2)
         router = CountingRouter(strength=0.0)
+        make.pool, make.router = pool, router
         return route(model, pool, router), router.seen
 
     return make
@@ -240,6 +246,65 @@ def test_a_cache_filled_before_routing_has_unknown_ids(model_and_pool):
     route(model, pool, router)
     model(ids[:, 5:], past_key_values=cache)
     assert_context(router.seen[-1], None, torch.ones(1, 6), 1)
+
+
+class OtherName(LlamaForCausalLM):
+    """A model that takes its cache as transformers 5.23 or 5.24 do not name it."""
+
+    def forward(self, input_ids=None, attention_mask=None, memory=None, **kwargs):
+        kwargs[CACHE] = memory
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs["memory"] = inputs.pop(CACHE, None)
+        return inputs
+
+
+def test_a_cache_is_known_by_what_it_does(watched):
+    model, seen = watched()
+    batch = make_batch(model, [4, 7])
+    wanted = model.generate(**text(batch), max_new_tokens=4)
+    before = list(seen)
+    seen.clear()
+    unroute(model)
+    model.__class__ = OtherName
+    route(model, watched.pool, watched.router)
+    assert torch.equal(model.generate(**text(batch), max_new_tokens=4), wanted)
+    for context, same in zip(seen, before, strict=True):
+        assert_context(context, same.ids, same.real, same.length)
+
+
+class Hidden:
+    """A cache that does not tell how long it is."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+
+class HiddenCache(OtherName):
+    def forward(self, input_ids=None, attention_mask=None, memory=None, **kwargs):
+        return super().forward(input_ids, attention_mask, memory and memory.cache, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs["memory"] = Hidden(inputs["memory"])
+        return inputs
+
+
+def test_a_cache_that_cannot_be_read_is_refused(model_and_pool):
+    model, pool = model_and_pool()
+    model.__class__ = HiddenCache
+    batch = text(make_batch(model, [4, 7]))
+    route(model, pool)
+    model.generate(**batch, max_new_tokens=3)  # nothing here asks what came before
+    with pytest.raises(RoutingError, match="8 tokens so far, of which 1 are"), record(model):
+        model.generate(**batch, max_new_tokens=3)
+    route(unroute(model), pool, CountingRouter())
+    with pytest.raises(RoutingError, match="8 tokens so far, of which 1 are"):
+        model.generate(**batch, max_new_tokens=3)
+    with pytest.raises(RoutingError, match="`mems` .list. is no KV cache"):
+        model(batch["input_ids"], mems=[torch.zeros(2, 3)])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

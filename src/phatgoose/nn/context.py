@@ -34,6 +34,7 @@ class ContextKeeper:
             ("decoder", "encoder", "cross")
         )
         self._cross_states: Tensor | None = None
+        self.unread = ""  # what of a forward's arguments hides which tokens came before
         self._encoded: tuple[Tensor, Tensor | None] | None = None  # the encoder's output, its ids
         self._prompt_length = 0  # tokens that `generate` was given
         self._generating: tuple[Tensor | None, Tensor | None, bool | None] | None = None
@@ -82,10 +83,8 @@ class ContextKeeper:
         signature = inspect.signature(module.forward)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if _is_captured():
-                return
-            arguments = signature.bind_partial(*args, **kwargs).arguments
-            enter({**arguments.pop("kwargs", {}), **arguments})
+            if not _is_captured():
+                enter(_arguments(signature, args, kwargs))
 
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             if not _is_captured():
@@ -135,9 +134,11 @@ class ContextKeeper:
         shape = _shape(arguments)
         if shape is None:
             return
-        cache = arguments.get("past_key_values")
-        cached = getattr(cache, "get_seq_length", None)
-        past = int(cached()) if callable(cached) else 0
+        cache = _cache(arguments)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self.unread = _unread(arguments, cache, generating, past + shape[1])
+        if self.unread:
+            return
         before = self._history.get(cache) if past else None
         if before is not None and before.real.shape != (shape[0], past):
             before = None  # the cache was cropped behind our back
@@ -155,7 +156,7 @@ class ContextKeeper:
             first = generating[2] if generating[2] is not None else not past
             context = self._without_finished(context, first)
         self._streams["decoder"] = context
-        if cache is not None and hasattr(cache, "get_seq_length"):
+        if cache is not None:
             self._history[cache] = context
         self._enter_cross(arguments)
 
@@ -215,6 +216,61 @@ class ContextKeeper:
             for cache in _caches(output):
                 self._history[cache] = context
         self._streams["decoder"] = self._streams["cross"] = self._cross_states = None
+        self.unread = ""
+
+
+def _arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a forward by name, those in its `**kwargs` too."""
+    try:
+        bound = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError:  # the forward will say so itself
+        return dict(kwargs)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound = {**bound.pop(name, {}), **bound}
+    return bound
+
+
+def _cache(arguments: dict[str, Any]) -> Any:
+    """The KV cache among a forward's arguments, told by what it can do: names change."""
+    found = (value for value in arguments.values() if hasattr(value, "get_seq_length"))
+    return next(found, None)
+
+
+def _unread(
+    arguments: dict[str, Any],
+    cache: Any,
+    generating: tuple[Tensor | None, Tensor | None, bool | None] | None,
+    length: int,
+) -> str:
+    """What shows that tokens came before which these arguments do not tell of; "" if nothing."""
+    for name, value in arguments.items():
+        if value is not cache and name not in ("attention_mask", "labels") and _is_state(value):
+            return f"`{name}` ({type(value).__name__}) is no KV cache that tells its length"
+    masks = [arguments.get("attention_mask")]
+    if generating is not None:
+        masks += [generating[0], generating[1]]
+    for seen in masks:
+        if isinstance(seen, Tensor) and seen.dim() == 2 and seen.shape[1] > length:
+            return (
+                f"there are {seen.shape[1]} tokens so far, of which {length} are in this forward "
+                "and in a KV cache among its arguments"
+            )
+    return ""
+
+
+def _is_state(value: Any) -> bool:
+    """Whether a forward's argument is what an earlier forward left, and no KV cache with a length.
+
+    Such are the tuples of tensors of older models, and the state of recurrent ones.
+    """
+    if isinstance(value, list | tuple):
+        return any(_is_state(each) for each in value) or (
+            len(value) > 0 and all(isinstance(v, Tensor) and v.is_floating_point() for v in value)
+        )
+    return hasattr(value, "conv_states") or hasattr(value, "ssm_states")
 
 
 def _caches(output: Any) -> list[Any]:

@@ -43,10 +43,12 @@ class RoutingState:
         if not self.router.has_prior:
             return None
         if context is None:
+            unread = self.keeper.unread
             raise RoutingError(
                 f"the {type(self.router).__name__} has a prior, and a layer sees tokens that "
-                "cannot be matched with the model's input. Call the model itself, not a part of "
-                "it; gradient checkpointing and torch.compile do not work with a prior."
+                f"cannot be matched with the model's input{unread and ': '}{unread}. Call the "
+                "model itself, not a part of it; gradient checkpointing and torch.compile do not "
+                "work with a prior."
             )
         if stream not in self._priors or self._priors[stream][0] is not context:
             self._priors[stream] = (context, self.router.prior(context, self.experts))
@@ -281,7 +283,7 @@ class Site:
         chosen = torch.tensor(members, device=x.device)[routed.experts[:, place]]
         routing = Routing(chosen, routed.weights[:, place].detach())
         assert self.state.trace is not None
-        self.state.trace.add(self.name, stream, context, routing)
+        self.state.trace.add(self.name, stream, context, routing, self.state.keeper.unread)
 
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules

@@ -41,14 +41,22 @@ class Trace:
     )
 
     def add(
-        self, module: str, stream: Stream, context: TokenContext | None, routing: Routing
+        self,
+        module: str,
+        stream: Stream,
+        context: TokenContext | None,
+        routing: Routing,
+        unread: str = "",
     ) -> None:
-        """Take in one call of one site; `routing` speaks of the pool's indices."""
+        """Take in one call of one site; `routing` speaks of the pool's indices.
+
+        Raises RoutingError without a context, and says what was `unread` if that is known.
+        """
         if context is None:
             raise RoutingError(
                 f"{module}: sees {routing.experts.shape[0]} tokens that cannot be matched with the "
-                "model's input, so it cannot be recorded. Call the model itself, not a part of it, "
-                "and neither compiled nor captured in a CUDA graph."
+                f"model's input{unread and ': '}{unread}. So it cannot be recorded. Call the model "
+                "itself, not a part of it, and neither compiled nor captured in a CUDA graph."
             )
         self.streams[module] = stream
         self._seen[module].append((context, routing))
