@@ -34,6 +34,10 @@ class ExpertNotFoundError(PhatgooseError):
     """No folder and no reachable Hub repository goes by this name."""
 
 
+class BaseNotFoundError(ExpertNotFoundError):
+    """There is no way to a base model from here."""
+
+
 class MissingGateError(PhatgooseError):
     """The router needs a gate that the expert does not have."""
 

@@ -22,6 +22,7 @@ from phatgoose.train.loop.placement import place
 from phatgoose.train.loop.run import Run
 from phatgoose.train.loop.seeding import seeded
 from phatgoose.train.loop.stream import Batch
+from phatgoose.train.loop.targets import batch_losses
 from phatgoose.train.settings import MAX_GRAD_NORM, AdapterTraining
 
 Modules = dict[str, LoraModule]
@@ -43,7 +44,7 @@ def train_adapter(
     belong to exactly what is on disk.
     """
     from peft import get_peft_model
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
     settings = settings or AdapterTraining()
     if not encoded:
@@ -51,7 +52,7 @@ def train_adapter(
     seq2seq = bool(model.config.is_encoder_decoder)
     torch.manual_seed(settings.seed)
     peft_model = get_peft_model(model, settings.lora_config(seq2seq=seq2seq))
-    trainer = Trainer(
+    trainer = _trainer_class()(
         model=peft_model,
         args=TrainingArguments(
             output_dir=str(output_dir),
@@ -86,6 +87,29 @@ def train_adapter(
     for parameter in adapter:
         parameter.data = parameter.data.to(torch.float32)
     return peft_model
+
+
+def _trainer_class() -> Any:
+    """transformers.Trainer, with logits only where there are labels."""
+    from transformers import Trainer
+
+    class TargetTrainer(Trainer):
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            alone = self.accelerator.num_processes == 1 and self.args.n_gpu <= 1
+            losses = batch_losses(model, inputs) if alone and not return_outputs else None
+            if losses is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+                return losses.mean()
+            return losses.sum() / num_items_in_batch
+
+    return TargetTrainer
 
 
 def train_adapters_together(

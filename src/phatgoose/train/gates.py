@@ -37,6 +37,7 @@ from phatgoose.train.loop.placement import device_of, place
 from phatgoose.train.loop.run import Run, optimisation
 from phatgoose.train.loop.seeding import seeded
 from phatgoose.train.loop.stream import Batch, own_share, size
+from phatgoose.train.loop.targets import batch_losses
 from phatgoose.train.settings import GateTraining
 
 Adapter = str | Path | Expert | Mapping[str, LoraModule]
@@ -73,7 +74,8 @@ def train_gates(
         batches: mappings of keyword arguments for the model, labels among them, as for
             transformers.Trainer. Gone through again if it ends early and can start again.
             Under `accelerate launch`, processes take turns at its batches.
-        loss: `loss(model, batch)`; default `model(**batch).loss`.
+        loss: `loss(model, batch)`; default `model(**batch).loss`, whose logits are computed only
+            where there are labels.
         autocast: run the model in this dtype (torch.bfloat16); default: what `accelerate launch
             --mixed_precision` says, or else the model's own.
         tokenizer: if given, its fingerprint is kept, and a pool refuses another base's.
@@ -96,7 +98,7 @@ def train_gates(
         seed=seed,
     )
     run = Run.start(autocast=autocast, checkpoint=checkpoint, progress=progress)
-    vectors, adapter, done = _train_alone(model, batches, settings, run, loss or _model_loss)
+    vectors, adapter, done = _train_alone(model, batches, settings, run, loss or model_loss)
     identity = identify_base(model.get_base_model(), tokenizer, name=base)
     return Gates(vectors, _record(identity, adapter, settings, done))
 
@@ -278,8 +280,10 @@ class _Forward:
         return Pass(value.reshape(1), [rows], tokens.reshape(1))
 
 
-def _model_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    value = model(**batch).loss
+def model_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The model's own loss, with logits only where there are labels."""
+    losses = batch_losses(model, batch)
+    value = model(**batch).loss if losses is None else losses.mean()
     if value is None:
         raise TrainingError("the model returned no loss. Give batches with labels, or pass loss=.")
     return value

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from phatgoose import train_gates
 from phatgoose.errors import ConfigError, ExpertFormatError
+from phatgoose.train.gates import model_loss
 from tests.train.toys import Interrupted, PowerCut, make, make_batch, make_batches, make_rows, same
 
 
@@ -39,7 +40,7 @@ def test_an_interrupted_run_ends_with_the_same_gates(tmp_path, micro):
 
     def loss(model, batch):
         seen.append(batch)
-        return model(**batch).loss
+        return model_loss(model, batch)
 
     found = train(batches(), checkpoint=checkpoint, loss=loss, **settings)
     assert len(seen) == 6 * micro, "it went on from step 10"

@@ -5,14 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phatgoose.errors import ConfigError, TrainingError
+from phatgoose.errors import ConfigError
 from phatgoose.nn.site import BANK
-from phatgoose.tasks import IGNORED
 from phatgoose.train.joint.rows import Rows, put_together
 from phatgoose.train.joint.stacks import Stack, add_stack
 from phatgoose.train.loop.frozen import frozen
@@ -21,9 +19,7 @@ from phatgoose.train.loop.mixed import autocasting
 from phatgoose.train.loop.placement import device_of, refuse_fsdp1
 from phatgoose.train.loop.seeding import OwnRandom
 from phatgoose.train.loop.stream import Batch, own_share
-
-# Losses of transformers that are a mean over target tokens of the next token's.
-LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
+from phatgoose.train.loop.targets import LOSSES, Targets, output_head, target_losses
 
 
 class JointModel:
@@ -42,6 +38,8 @@ class JointModel:
         self.device = device_of(model)
         pad = getattr(model.config, "pad_token_id", None)
         self.pad = pad if isinstance(pad, int) and pad >= 0 else 0
+        head = output_head(model)
+        self._head_is_site = any(model.get_submodule(name) is head for name in stacks)
         self._rows = Rows.of([1], self.device)
         self._shapes: set[tuple[int, ...]] = set()
 
@@ -64,21 +62,23 @@ class JointModel:
                 handle.remove()
 
     def __call__(self, batches: Mapping[str, Batch]) -> Pass:
-        joint, rows = put_together(batches, pad=self.pad, device=self.device)
-        labels, tokens = joint.pop("labels"), joint["attention_mask"].sum(1)
-        if self.model.config.is_encoder_decoder:
-            if "decoder_input_ids" not in joint:
-                before = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-                joint["decoder_input_ids"] = before
-        else:  # the next token is what is wanted
-            labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        joint, labels, rows = put_together(batches, pad=self.pad, device=self.device)
+        seq2seq = bool(self.model.config.is_encoder_decoder)
+        # Counted where the batches are, so that the step waits for the device once, at its end.
+        targets = Targets.of(labels, seq2seq=seq2seq).to(self.device)
+        tokens = joint["attention_mask"].sum(1)
+        if seq2seq and "decoder_input_ids" not in joint:
+            before = self.model.prepare_decoder_input_ids_from_labels(
+                labels=labels.to(self.device, non_blocking=True)
+            )
+            joint["decoder_input_ids"] = before
         self._rows = rows
         self._shapes = {tuple(joint["input_ids"].shape), tuple(labels.shape)}
-        no_cache = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
+        if hasattr(self.model.config, "use_cache"):
+            joint["use_cache"] = False
         with autocasting(self.device, self.autocast):
-            logits = self.model(**joint, **no_cache).logits
-        losses = _mean_losses(logits, labels.to(logits.device), rows)
-        return Pass(losses, rows.counts, rows.sums(tokens))
+            losses = target_losses(self.model, joint, targets, whole=self._head_is_site)
+        return Pass(_means(losses, targets, rows), rows.counts, rows.sums(tokens))
 
     def _hook(self, name: str, stack: Stack) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -137,15 +137,9 @@ def joint_stream(
         yield {name: next(each) for name, each in streams.items()}
 
 
-def _mean_losses(logits: Float[Tensor, "B L V"], labels: Tensor, rows: Rows) -> Float[Tensor, " E"]:
-    """Nats per target token of each expert."""
-    if logits.shape[:2] != labels.shape:
-        raise TrainingError(
-            f"the model gave logits {list(logits.shape)} for labels {list(labels.shape)}. Train "
-            "each adapter alone."
-        )
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(labels.shape)
-    targets = (labels != IGNORED).sum(1).float()
-    return rows.sums(losses.sum(1)) / rows.sums(targets)
+def _means(losses: Float[Tensor, " N"], targets: Targets, rows: Rows) -> Float[Tensor, " E"]:
+    """Nats per target token of each expert; one without any has NaN."""
+    owners = rows.owners[targets.rows].to(losses.device)
+    sums = losses.new_zeros(2, len(rows.counts))
+    total, count = sums.index_add(1, owners, torch.stack([losses, torch.ones_like(losses)]))
+    return total / count

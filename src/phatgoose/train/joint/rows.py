@@ -63,8 +63,10 @@ class Rows:
 
 def put_together(
     batches: Mapping[str, Batch], *, pad: int, device: torch.device
-) -> tuple[dict[str, Tensor], Rows]:
+) -> tuple[dict[str, Tensor], Tensor, Rows]:
     """One batch of all experts' rows, padded on the right to a common length.
+
+    Its inputs are on the device; its labels stay where the batches are.
 
     Raises ConfigError, naming the expert, where a batch holds what cannot be put together.
     """
@@ -83,8 +85,10 @@ def put_together(
         longest, fill = max(part.shape[1] for part in parts), FILL[key]
         fill = pad if fill is None else fill
         padded = [F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
-        joint[key] = torch.cat(padded).to(device, non_blocking=True)
-    return joint, Rows.of([batch["input_ids"].shape[0] for batch in whole], device)
+        joint[key] = torch.cat(padded)
+    labels = joint.pop("labels")
+    joint = {key: value.to(device, non_blocking=True) for key, value in joint.items()}
+    return joint, labels, Rows.of([batch["input_ids"].shape[0] for batch in whole], device)
 
 
 def _checked(name: str, batch: Batch) -> dict[str, Tensor]:
