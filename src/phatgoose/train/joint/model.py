@@ -62,7 +62,8 @@ class JointModel:
                 handle.remove()
 
     def __call__(self, batches: Mapping[str, Batch]) -> Pass:
-        joint, labels, rows = put_together(batches, pad=self.pad, device=self.device)
+        tensors, labels, rows = put_together(batches, pad=self.pad, device=self.device)
+        joint: dict[str, Any] = dict(tensors)
         seq2seq = bool(self.model.config.is_encoder_decoder)
         # Counted where the batches are, so that the step waits for the device once, at its end.
         targets = Targets.of(labels, seq2seq=seq2seq).to(self.device)

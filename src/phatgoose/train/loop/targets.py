@@ -87,7 +87,8 @@ def target_losses(
 def batch_losses(model: Any, batch: Mapping[str, Any]) -> Float[Tensor, " N"] | None:
     """The losses that `model(**batch).loss` is the mean of, or None where it may be another."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, labels = getattr(base, "config", None), batch.get("labels")
+    config: Any = getattr(base, "config", None)
+    labels = batch.get("labels")
     if (
         not isinstance(labels, Tensor)
         or labels.ndim != 2
