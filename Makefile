@@ -28,6 +28,7 @@ demo: $(READY)
 
 # One torch thread a worker: more workers than eight cost memory and win little.
 test: $(READY)
+	@$(BIN)/phatgoose base fetch || echo 'The tests of the real base are skipped.'
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 $(PYTEST_ARGS)
 

@@ -19,6 +19,8 @@ COMMANDS = [
     "analyze",
     "gate",
     "train",
+    "base",
+    "base fetch",
     "experts",
     "experts list",
     "experts verify",
