@@ -7,6 +7,7 @@
 #   make bench    what routing costs on this machine: out/benchmarks/performance.md, in minutes
 #   make test-vllm   the plugin inside vLLM on a CPU, in .venv-vllm (Python 3.11 to 3.13); all its
 #                    tests with VLLM_ARGS=, in twice the time
+#   make docs     the documentation as a site, out/site; a broken link fails
 #   make clean    remove .venv, .venv-vllm and caches
 #
 # Another interpreter: make clean test PYTHON=python3.12
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-vllm check study bench format clean
+.PHONY: demo test test-vllm check docs study bench format clean
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -44,6 +45,9 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 RESULTS := out/benchmarks
 bench: $(READY)

@@ -22,7 +22,7 @@ INTRO = """\
 
 How fast routing is, and what memory it takes, beside a plain layer, one ordinary LoRA and other
 ways to route. `python benchmarks/report.py` writes this page from the files in
-[`benchmarks/results`](../benchmarks/results); under each table is the command that measured it.
+`benchmarks/results`; under each table is the command that measured it.
 What was tried and did not help is in [log.md](log.md).
 
 Times are medians. *Over plain* is the time divided by that of the same layer without experts,
@@ -31,7 +31,7 @@ beat by much; its formula is under each table, its rates of products and of copi
 the same run. `reference`, `torch` and `triton` are our backends; plain `phatgoose` is what is
 chosen by default. PEFT's Arrow is the real one. r-three (the authors' code) and mttl are
 restatements of what those repositories compute for a layer
-([`peers.py`](../benchmarks/peers.py)), without what surrounds it; their outputs, and ours, were
+(`benchmarks/peers.py`), without what surrounds it; their outputs, and ours, were
 compared with the routed sum in fp64 in the same run.
 """
 

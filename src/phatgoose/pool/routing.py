@@ -64,9 +64,10 @@ def route(
         backend: what computes a routed layer: "triton" (kernels for NVIDIA GPUs), "torch" (any
             device), "reference" (the definition, slow), or "auto", which picks one of the first
             two by device.
-        capacity, max_rank: how many experts, of what rank, a layer has room for; the pool's own
-            numbers by default. Within them the pool can change without new memory, so that
-            compiled models and CUDA graphs stay valid and use the pool as it is then.
+        capacity: how many experts a layer has room for; the pool's own number by default. Within
+            it the pool can change without new memory, so that compiled models and CUDA graphs
+            stay valid and use the pool as it is then.
+        max_rank: likewise, the highest rank a layer has room for.
 
     Raises:
         RoutingError: empty pool, a PeftModel, or a model already routed.
