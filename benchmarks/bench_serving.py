@@ -52,8 +52,8 @@ import common
 from bench_generate import RANK, SHAPES, TOP_K
 from common import Results, say
 from phatgoose.experts import Expert, Gates, LoraModule, identify_base, linear_modules, save_expert
-from phatgoose.experts.gates import GateRecord
 from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_hash
+from phatgoose.experts.signatures import GateRecord
 from phatgoose.serve.http.recent import EVERY
 
 LOCAL = {  # vLLM's attention on a CPU wants larger heads than other benchmarks' tiny model has

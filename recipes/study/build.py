@@ -13,14 +13,14 @@ from pathlib import Path
 
 from jobs import devices, run_all
 from phatgoose import default
-from phatgoose.experts.signatures import file_name
+from phatgoose.experts.kinds import KINDS
 from phatgoose.files import write_bytes
 from phatgoose.tasks import read_examples, split_file
 
 RECIPES = Path(__file__).parent.parent
 PACKAGED = default.BASE.parent / "experts"
 PHATGOOSE = (sys.executable, "-m", "phatgoose.cli")
-DONE = "phatgoose_config.json"  # what `phatgoose train` writes last
+DONE = "phatgoose_gates.safetensors"  # what `phatgoose train` writes last
 MEASURED = ("average_activation", "prompt_mean")
 GATE_STEPS = (10, 30, 100, 300)
 LARGE_BASE = (
@@ -88,7 +88,7 @@ def rest(args: Namespace, pool: str) -> Iterator[Job]:
     if not (folder / "multitask" / DONE).exists():
         yield multitask(args, pool, base)
     found = sorted(p for p in (folder / "experts").iterdir() if p.is_dir())
-    found = [p for p in found if not all((p / file_name(kind)).exists() for kind in MEASURED)]
+    found = [p for p in found if not all((p / KINDS[kind].file).exists() for kind in MEASURED)]
     count = min(len(found), args.each * len(devices()))
     for number in range(count):
         command = [*PHATGOOSE, "experts", "derive", *found[number::count]]

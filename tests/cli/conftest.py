@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from phatgoose.cli import main
-from phatgoose.experts.gates import CONFIG_FILE, GATES_FILE
+from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import WEIGHTS_FILE
 from tests.models import PAD, VOCABULARY, make_model, save_expert, save_gates
 
@@ -75,8 +75,7 @@ class World:
     def ungated(self, expert: str) -> Path:
         """Take an expert's gates away."""
         folder = self.root / expert
-        for name in (GATES_FILE, CONFIG_FILE):
-            (folder / name).unlink()
+        (folder / KINDS["gates"].file).unlink()
         return folder
 
     def foreign(self) -> Path:

@@ -7,11 +7,12 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from phatgoose.experts import load_expert
-from phatgoose.experts.gates import CONFIG_FILE as RECORD_FILE
-from phatgoose.experts.gates import GATES_FILE
+from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.experts.signatures import HEADER
 
 NAME = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{NAME}.lora_"
@@ -36,9 +37,8 @@ def leave_a_pickle(world, expert="one"):
 
 
 def swap_the_gates(world, expert="one"):
-    for name in (GATES_FILE, RECORD_FILE):
-        shutil.copy(world.two / name, world.root / expert / name)
-    return world.root / expert, "gates were trained for adapter", "phatgoose gate"
+    shutil.copy(world.two / KINDS["gates"].file, world.root / expert)
+    return world.root / expert, "gates were made for adapter", "phatgoose gate"
 
 
 def put_a_nan(world, expert="one"):
@@ -82,9 +82,9 @@ def garble_the_config(world, expert="one"):
 
 
 def garble_the_record(world, expert="one"):
-    path = world.root / expert / RECORD_FILE
-    path.write_text(path.read_text()[:-20])
-    return path, "not readable as JSON", "Copy it again"
+    path = world.root / expert / KINDS["gates"].file
+    save_file(load_file(path), path, {HEADER: '{"format_version": 2, "kind"'})
+    return path, "a field of its record", "Copy it again"
 
 
 DAMAGE = [
@@ -351,7 +351,7 @@ class TestInterrupts:
         return lambda: run("gate", world.one, *argv)
 
     @pytest.mark.parametrize("call", ["fsync", "replace"])
-    @pytest.mark.parametrize("file", ["phatgoose_gates.checkpoint", GATES_FILE, RECORD_FILE])
+    @pytest.mark.parametrize("file", ["phatgoose_gates.checkpoint", KINDS["gates"].file])
     def test_old_gates_stay(self, world, monkeypatch, gate, call, file):
         before = load_expert(world.one).gates
         saved = world.files()
@@ -369,7 +369,7 @@ class TestInterrupts:
 
     def test_the_same_command_goes_on(self, world, monkeypatch, gate):
         with monkeypatch.context() as patch:
-            interrupt(patch, "replace", RECORD_FILE)
+            interrupt(patch, "replace", KINDS["gates"].file)
             assert gate().code == 130
         assert (world.one / "phatgoose_gates.checkpoint").exists()
         assert gate().code == 0

@@ -2,14 +2,14 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from phatgoose.experts import load_expert
-from phatgoose.experts.gates import CONFIG_FILE as RECORD_FILE
-from phatgoose.experts.gates import GATES_FILE
+from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.train.loop import loop
 from tests.tolerances import TOLERANCE, assert_near
@@ -54,7 +54,7 @@ def near(found, wanted, *files):
 
 
 def record(folder):
-    found = json.loads((folder / RECORD_FILE).read_text())
+    found = asdict(load_expert(folder).gates.record)
     return {key: found[key] for key in ("base", "training", "steps", "examples", "tokens")}
 
 
@@ -89,7 +89,7 @@ def test_train_makes_the_experts_that_train_makes_one_by_one(run, world, tasks, 
         alone = world.root / "alone" / name
         argv = ("train", "--data", tasks / name, "--base", world.base, "--out", alone)
         assert run(*argv, *SHORT, "--steps", 12, "--rank", 2).code == 0
-        near(pool / name, alone, WEIGHTS_FILE, GATES_FILE)
+        near(pool / name, alone, WEIGHTS_FILE, KINDS["gates"].file)
         assert record(pool / name) == record(alone)
         assert load_expert(pool / name).gates is not None
         assert f"# {name}\n" in (pool / name / "README.md").read_text()
@@ -171,7 +171,7 @@ def test_gate_trains_what_gate_trains_one_by_one(run, world, tasks, adapters):
     for name, expert in (("yes", "one"), ("long", "two")):
         alone = world.root / expert
         assert run("gate", alone, "--data", tasks / name, "--base", world.base, *SHORT).code == 0
-        near(adapters / name, alone, GATES_FILE)
+        near(adapters / name, alone, KINDS["gates"].file)
         assert record(adapters / name) == record(alone)
     assert sorted(path.name for path in adapters.iterdir()) == ["long", "yes"]
     before = files(adapters)
@@ -187,10 +187,9 @@ def test_gates_of_another_adapter_are_as_good_as_none(run, world, tasks, adapter
     argv = ("experts", "gate", adapters, "--tasks", tasks, "--base", world.base, *SHORT, "--json")
     assert run(*argv).code == 0
     wanted = shutil.copytree(adapters / "long", world.root / "wanted")
-    for file in (GATES_FILE, RECORD_FILE):
-        shutil.copy(adapters / "yes" / file, adapters / "long" / file)
+    shutil.copy(adapters / "yes" / KINDS["gates"].file, adapters / "long")
     assert json.loads(run(*argv).out)["there"] == [str(adapters / "yes")]
-    near(adapters / "long", wanted, GATES_FILE)
+    near(adapters / "long", wanted, KINDS["gates"].file)
 
 
 def test_gate_goes_on_where_it_was_stopped(run, world, tasks, adapters, monkeypatch):

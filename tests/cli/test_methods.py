@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 import phatgoose
 from phatgoose import ExpertPool, default
 from phatgoose.evaluation import generate_text, is_router, method_names
+from phatgoose.experts import adapter_hash
+from phatgoose.experts.kinds import KINDS
 from phatgoose.models import load_base
 from phatgoose.routers import evidence, mixed, router_names, zscore
 from tests.cli.conftest import EXAMPLES
@@ -207,16 +209,16 @@ class TestGeneral:
 
     def test_signatures_of_the_adapter_do_not_outlive_it(self, world, general):
         expert = phatgoose.load_expert(world.one)
-        assert set(expert.signatures) == {"arrow", "average_activation", "prompt_mean"}
+        assert set(expert.signatures) == set(KINDS)
         (less,) = phatgoose.subtract_general([expert], phatgoose.load_expert(world.general))
         assert set(less.signatures) == {"prompt_mean"}
-        less.signatures["prompt_mean"].check(less.modules, "one")
+        less.signatures["prompt_mean"].check(less.modules, adapter_hash(less.modules), "one")
 
     def test_a_router_that_needs_gates_is_refused(self, refuses, general):
         says = ["one", "has no gates", "made of other adapters", "adapter_evidence"]
         refuses("generate", "goose", *general, says=says)
         refuses("trace", "goose", *general, says=says)
-        says = ["one", "no average activation", "use another router"]
+        says = ["one", "no average activation", "use a router that does not"]
         refuses("generate", "goose", *general, "--router", "average_activation", says=says)
         refuses("generate", "goose", *general, "--router", "phatgoose_mixed", says=["has no gates"])
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from phatgoose.experts import load_expert, verify_expert
-from phatgoose.experts.gates import CONFIG_FILE, GATES_FILE
+from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import WEIGHTS_FILE
 
 TEXTS = [{"text": word * 3} for word in ("goose ", "hat ", "rank ")]
@@ -96,20 +96,20 @@ def test_gate_takes_task_folders_and_compressed_files(run, world, options):
     saved = []
     for data in (world.data, world.task):
         assert run("gate", world.one, *options, "--data", data).code == 0
-        saved.append((world.one / GATES_FILE).read_bytes())
+        saved.append((world.one / KINDS["gates"].file).read_bytes())
     assert saved[0] == saved[1]  # and the same examples in the same order give the same gates
 
 
 def test_gate_goes_on_where_it_was_stopped(run, world, options, monkeypatch):
     argv = ("gate", world.one, *options, "--gate-steps", 12)
     assert run(*argv).code == 0
-    wanted = (world.one / GATES_FILE).read_bytes(), (world.one / CONFIG_FILE).read_bytes()
+    wanted = (world.one / KINDS["gates"].file).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("phatgoose.experts.Gates.save", _interrupted)
         assert run(*argv).code == 130
     assert (world.one / "phatgoose_gates.checkpoint").exists()
     assert run(*argv).code == 0
-    assert wanted == ((world.one / GATES_FILE).read_bytes(), (world.one / CONFIG_FILE).read_bytes())
+    assert wanted == (world.one / KINDS["gates"].file).read_bytes()
 
 
 def _interrupted(*_):

@@ -10,9 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from phatgoose.errors import ExpertNotFoundError
 from phatgoose.experts import load_expert
-from phatgoose.experts.gates import gates_hash
 from phatgoose.experts.hub import FILES, SIGNATURE_FILES, locate, push
-from phatgoose.experts.signatures import KINDS
+from phatgoose.experts.signatures import KINDS, vectors_hash
 
 OTHERS = ["adapter_model.bin", "training_args.bin", "optimizer.pt", "model.pkl", "run.py"]
 
@@ -193,7 +192,7 @@ def test_every_kind_of_signature_is_pulled(hub, complete_dir, expert_dir):
     found = load_expert("owner/name")
     assert set(found.signatures) == set(complete.signatures)
     for kind, signatures in complete.signatures.items():
-        assert gates_hash(found.signatures[kind].vectors) == gates_hash(signatures.vectors)
+        assert vectors_hash(found.signatures[kind].vectors) == vectors_hash(signatures.vectors)
 
 
 @pytest.mark.parametrize("error", [http_error("403\nForbidden"), HFValidationError("bad\nid")])

@@ -177,7 +177,7 @@ def test_an_imported_expert_is_sound(run, few, model, base):
 
 
 def released_files():
-    return {CONFIG_FILE, WEIGHTS_FILE, "phatgoose_gates.safetensors", "phatgoose_config.json"}
+    return {CONFIG_FILE, WEIGHTS_FILE, "phatgoose_gates.safetensors"}
 
 
 def test_the_config_is_what_peft_writes(run, few, base, model):
@@ -319,9 +319,9 @@ def nudge(tensors):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda folder, edit: edit(folder / WEIGHTS_FILE, nudge), "gates were trained for"),
+        (lambda folder, edit: edit(folder / WEIGHTS_FILE, nudge), "gates were made for"),
         (lambda folder, edit: (folder / WEIGHTS_FILE).write_bytes(b"half"), "not a readable"),
-        (lambda folder, edit: (folder / "phatgoose_config.json").unlink(), "no phatgoose_config"),
+        (lambda folder, edit: (folder / "phatgoose_gates.safetensors").unlink(), "it has no gates"),
         (
             lambda folder, edit: [p.unlink() for p in folder.glob("phatgoose_*")],
             "it has no gates",

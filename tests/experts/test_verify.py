@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phatgoose.experts import Gates, adapter_hash, load_expert, verify_expert
-from phatgoose.experts.gates import GATES_FILE
+from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import WEIGHTS_FILE, read_adapter
 from phatgoose.experts.verify import SMALLEST_GATE, check_modules, check_numbers
 
@@ -51,7 +51,7 @@ def test_one_bad_number_in_a_gate(expert_dir):
     gates.vectors[name][3] = float("nan")
     gates.save(expert_dir)
     (sentence,) = verify_expert(expert_dir)
-    assert f"the gate of {name} holds NaN or infinite values" in sentence
+    assert f"the gates at {name} hold NaN or infinite values" in sentence
 
 
 def test_one_bad_number_in_a_signature(complete_dir):
@@ -60,14 +60,17 @@ def test_one_bad_number_in_a_signature(complete_dir):
     found.vectors[name][3] = float("inf")
     found.save(complete_dir)
     (sentence,) = verify_expert(complete_dir)
-    assert f"average_activation of {name} holds NaN or infinite values" in sentence
+    assert f"average activation at {name} hold NaN or infinite values" in sentence
 
 
-def test_a_signature_of_another_base(complete_dir, make_base):
-    found = load_expert(complete_dir).signatures["prompt_mean"]
-    replace(found, base=replace(found.base, shape="another")).save(complete_dir)
-    (sentence,) = verify_expert(complete_dir, make_base("llama"))
-    assert "its prompt_mean was measured on another base" in sentence
+def test_every_signature_of_another_base(complete_dir, make_base):
+    found = load_expert(complete_dir).signatures
+    for signatures in found.values():
+        replace(signatures, base=replace(signatures.base, shape="another")).save(complete_dir)
+    sentences = verify_expert(complete_dir, make_base("llama"))
+    assert [sentence.split(": ", 2)[1] for sentence in sentences] == [
+        f"its {KINDS[kind].words} were made on another base" for kind in found
+    ]
 
 
 def test_near_zero_gates_are_counted(expert_dir):
@@ -93,7 +96,7 @@ def test_another_base_of_the_same_sizes(save_adapter, make_gates, make_base):
     model = make_base("llama")
     model.config._name_or_path = "owner/two"
     (sentence,) = verify_expert(folder, model)
-    assert "gates were trained on another base" in sentence
+    assert "gates were made on another base" in sentence
     assert "owner/one" in sentence and "owner/two" in sentence
 
 
@@ -140,9 +143,9 @@ def test_one_trained_module_is_enough(spoil):
 
 
 def test_an_unreadable_expert_is_one_sentence(expert_dir, tmp_path):
-    (expert_dir / GATES_FILE).write_bytes(b"")
+    (expert_dir / KINDS["gates"].file).write_bytes(b"")
     (sentence,) = verify_expert(expert_dir)
-    assert GATES_FILE in sentence and "\n" not in sentence
+    assert KINDS["gates"].file in sentence and "\n" not in sentence
     (sentence,) = verify_expert(tmp_path / "nowhere")
     assert "not a folder" in sentence
 

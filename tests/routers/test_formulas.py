@@ -133,7 +133,6 @@ def test_arrow_chooses_as_peft_s(tmp_path):
             if "lora_B" in name:
                 weight[:, 0] *= 12
         save_file(weights, folder / "adapter_model.safetensors")
-        (folder / "phatgoose_config.json").unlink()
         (folder / "phatgoose_gates.safetensors").unlink()
     pool, batch = ExpertPool.load(folders), make_batch(model, [9, 6])
     theirs = create_arrow_model(

@@ -250,10 +250,10 @@ def test_the_folder_and_whether_to_save(trained, tmp_path):
     train = phatgoose.train_gates_from_trainer
     gates = train(trainer, output_dir=tmp_path / "new", steps=2, progress=False)
     assert same(dict(phatgoose.load_expert(tmp_path / "new").gates.vectors), dict(gates.vectors))
-    before = (trained("trainer").folder / "phatgoose_config.json").read_bytes()
+    before = (trained("trainer").folder / "phatgoose_gates.safetensors").read_bytes()
     again = train(trainer, save=False, steps=2, progress=False)
     assert same(again.vectors, gates.vectors)
-    assert (trained("trainer").folder / "phatgoose_config.json").read_bytes() == before
+    assert (trained("trainer").folder / "phatgoose_gates.safetensors").read_bytes() == before
 
 
 def test_reloaded_in_bf16_and_gated_again(trained):

@@ -14,13 +14,13 @@ from phatgoose.cli.sources import by_name
 from phatgoose.cli.training import adapter_settings, check_options, encode_examples
 from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
 from phatgoose.experts import GateRecord, load_expert
+from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import read_config
-from phatgoose.experts.signatures import KINDS
 from phatgoose.experts.sources import expert_sources
 from phatgoose.models import load_base
 from phatgoose.tasks import Example, load_examples, task_folders
 from phatgoose.train import derive_signatures, gate_experts, train_experts
-from phatgoose.train.derive import draw
+from phatgoose.train.derive import MEASURES, draw
 
 
 def train(arguments: Namespace) -> None:
@@ -94,13 +94,16 @@ def derive(arguments: Namespace) -> None:
         tokenizer,
         list(experts.values()),
         _encode(arguments, examples, model, tokenizer),
-        kinds=tuple(KINDS) if tasks else ("arrow",),
+        kinds=None if tasks else [kind for kind in MEASURES if not KINDS[kind].needs_data],
         examples=arguments.examples,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
     )
     files = {
-        name: [str(signatures.save(folders[name])) for signatures in of_expert.values()]
+        name: [
+            str(signatures.save(folders[name]) / KINDS[kind].file)
+            for kind, signatures in of_expert.items()
+        ]
         for name, of_expert in made.items()
     }
     if arguments.json:

@@ -88,7 +88,7 @@ def check_options(arguments: Namespace) -> GateTraining:
 
 def _check_adapter(folder: Path, modules: Mapping[str, LoraModule], model: Any) -> None:
     """Refuse what PEFT would load in part, with a warning, or train into NaN."""
-    expert = Expert(folder.name, modules, gates=None, base_name=None, folder=folder)
+    expert = Expert(folder.name, modules, base_name=None, folder=folder)
     for problem in (*check_numbers(expert), *check_modules(expert, model)):
         raise IncompatibleExpertError(problem)
 

@@ -12,7 +12,8 @@ from phatgoose.evaluation.batches import Progress
 from phatgoose.evaluation.collection import Item, Role
 from phatgoose.evaluation.evaluate import predict
 from phatgoose.experts import Expert, adapter_hash
-from phatgoose.experts.gates import gates_hash
+from phatgoose.experts.kinds import GATES
+from phatgoose.experts.signatures import vectors_hash
 from phatgoose.pool import ExpertPool
 from phatgoose.pool.retrieval import ExampleIndex
 from phatgoose.routers import Router, derivations, make_router
@@ -292,13 +293,12 @@ def adapter_hashes(pool: ExpertPool) -> dict[str, str]:
 
 def pool_hashes(pool: ExpertPool) -> dict[str, dict[str, Any]]:
     """What experts are, by content."""
-    return {
-        expert.name: {
+    hashes = {}
+    for expert in pool:
+        kept = {kind: vectors_hash(found.vectors) for kind, found in expert.signatures.items()}
+        hashes[expert.name] = {
             "adapter": adapter_hash(expert.modules),
-            "gates": gates_hash(expert.gates.vectors) if expert.gates else None,
-            "signatures": {
-                kind: gates_hash(found.vectors) for kind, found in expert.signatures.items()
-            },
+            "gates": kept.pop(GATES, None),  # apart, as in results that exist
+            "signatures": kept,
         }
-        for expert in pool
-    }
+    return hashes

@@ -2,9 +2,9 @@
 
 from phatgoose.experts.base import BaseIdentity, identify_base, linear_modules
 from phatgoose.experts.expert import Expert, load_expert
-from phatgoose.experts.gates import GateRecord, Gates
 from phatgoose.experts.lora import LoraModule, adapter_hash
 from phatgoose.experts.save import save_expert
+from phatgoose.experts.signatures import GateRecord, Gates, Signatures
 from phatgoose.experts.verify import verify_expert
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "GateRecord",
     "Gates",
     "LoraModule",
+    "Signatures",
     "adapter_hash",
     "identify_base",
     "linear_modules",

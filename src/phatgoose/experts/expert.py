@@ -1,33 +1,55 @@
-"""One expert: a LoRA adapter, and its gates where it has them."""
+"""One expert: a LoRA adapter, and its signatures."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType, MappingProxyType
 
-from phatgoose.errors import IncompatibleExpertError
 from phatgoose.experts.base import BaseIdentity
-from phatgoose.experts.gates import Gates
 from phatgoose.experts.hub import locate
-from phatgoose.experts.lora import LoraModule, adapter_hash, read_adapter
-from phatgoose.experts.signatures import Signatures, load_signatures
+from phatgoose.experts.kinds import GATES
+from phatgoose.experts.lora import LoraModule, read_adapter
+from phatgoose.experts.signatures import Gates, Signatures, load_signatures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Expert:
     """A trained adapter of one base, by name."""
 
     name: str
     modules: Mapping[str, LoraModule]  # by the module's name in the base
-    gates: Gates | None
     base_name: str | None  # what the adapter's own config says it was trained on
-    folder: Path | None = None
-    signatures: Mapping[str, Signatures] = field(default_factory=dict)  # by kind
+    folder: Path | None
+    signatures: Mapping[str, Signatures]  # by kind; gates are one
+
+    def __init__(
+        self,
+        name: str,
+        modules: Mapping[str, LoraModule],
+        gates: Gates | EllipsisType | None = ...,
+        base_name: str | None = None,
+        folder: Path | None = None,
+        signatures: Mapping[str, Signatures] = MappingProxyType({}),
+    ) -> None:
+        """`gates`, where given, stand in for those among `signatures`; None takes these away."""
+        if not isinstance(gates, EllipsisType):
+            others = {kind: found for kind, found in signatures.items() if kind != GATES}
+            signatures = others if gates is None else {GATES: gates, **others}
+        object.__setattr__(self, "name", name)  # as a frozen dataclass's own __init__ does
+        object.__setattr__(self, "modules", modules)
+        object.__setattr__(self, "base_name", base_name)
+        object.__setattr__(self, "folder", folder)
+        object.__setattr__(self, "signatures", signatures)
+
+    @property
+    def gates(self) -> Gates | None:
+        found = self.signatures.get(GATES)
+        assert found is None or isinstance(found, Gates)
+        return found
 
     @property
     def base(self) -> BaseIdentity | None:
-        """The base its gates or signatures were made on; None without any."""
-        if self.gates:
-            return self.gates.record.base
+        """The base its signatures were made on; None without any."""
         return next((signatures.base for signatures in self.signatures.values()), None)
 
 
@@ -41,25 +63,16 @@ def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Exper
         ExpertNotFoundError: no such folder, and the Hub does not give it.
         ExpertFormatError: a file is missing, damaged, or not what the format says.
         UnsupportedAdapterError: DoRA, modules_to_save, biases, pickles and the like.
-        IncompatibleExpertError: the gates belong to another adapter.
+        IncompatibleExpertError: a signature belongs to another adapter, or to another base than
+            the others.
     """
     folder = locate(path_or_hub_id)
     config, modules = read_adapter(folder)
-    gates = Gates.load(folder)
-    if gates is not None:
-        gates.check(modules, str(folder))
-        found = adapter_hash(modules)
-        if found != gates.record.adapter:
-            raise IncompatibleExpertError(
-                f"{folder}: its gates were trained for adapter {gates.record.adapter[:12]}, the "
-                f"adapter here is {found[:12]}. Train the gates again: phatgoose gate {folder}"
-            )
     is_local = Path(path_or_hub_id).is_dir()
     default = folder.resolve().name if is_local else str(path_or_hub_id).partition("@")[0]
     return Expert(
         name=name or default,
         modules=modules,
-        gates=gates,
         base_name=config.get("base_model_name_or_path"),
         folder=folder,
         signatures=load_signatures(folder, modules),

@@ -5,15 +5,12 @@ import re
 from pathlib import Path
 
 from phatgoose.errors import ExpertNotFoundError, first_line
-from phatgoose.experts import gates, lora, signatures
+from phatgoose.experts import lora
+from phatgoose.experts.kinds import KINDS
 
 ADAPTER_FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, "README.md")
 # What belongs to one adapter and is useless beside another.
-SIGNATURE_FILES = (
-    gates.GATES_FILE,
-    gates.CONFIG_FILE,
-    *(signatures.file_name(kind) for kind in signatures.KINDS),
-)
+SIGNATURE_FILES = tuple(file for kind in KINDS.values() for file in kind.files)
 FILES = (*ADAPTER_FILES, *SIGNATURE_FILES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 

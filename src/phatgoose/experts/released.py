@@ -32,9 +32,9 @@ from phatgoose.errors import (
 )
 from phatgoose.experts.base import BaseIdentity, identify_base, is_hub_name
 from phatgoose.experts.expert import Expert, load_expert
-from phatgoose.experts.gates import GateRecord, Gates, gates_hash
 from phatgoose.experts.lora import LoraModule, adapter_hash
 from phatgoose.experts.save import save_expert
+from phatgoose.experts.signatures import GateRecord, Gates, vectors_hash
 from phatgoose.experts.verify import check_modules
 
 _P3 = """
@@ -301,7 +301,7 @@ def _view(name: str, halves: _Halves, base: str) -> Expert:
         module: LoraModule(part[_A].T, part[_B].T, 1 / part[_A].shape[1])
         for module, part in halves.items()
     }
-    return Expert(name, modules, gates=None, base_name=base)
+    return Expert(name, modules, base_name=base)
 
 
 def _with_gates(
@@ -333,7 +333,7 @@ def _difference(found: Expert, wanted: Expert) -> str | None:
         return "it has no gates"
     if found.gates.record.adapter != wanted.gates.record.adapter:
         return "its adapter differs"
-    if gates_hash(found.gates.vectors) != gates_hash(wanted.gates.vectors):
+    if vectors_hash(found.gates.vectors) != vectors_hash(wanted.gates.vectors):
         return "its gates differ"
     return found.gates.record.base.difference(wanted.gates.record.base)
 

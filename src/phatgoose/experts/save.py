@@ -29,8 +29,6 @@ def save_expert(
         write_adapter(partial, peft_config(expert, task_type).to_dict(), expert.modules)
         if card is not None:
             write_bytes(partial / "README.md", card.encode())
-        if expert.gates is not None:
-            expert.gates.write(partial)
         for signatures in expert.signatures.values():
             signatures.write(partial)
     return folder

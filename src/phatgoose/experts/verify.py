@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.base import identify_base, linear_modules
 from phatgoose.experts.expert import Expert, load_expert
+from phatgoose.experts.kinds import KINDS
 
 # A gate whose largest entry is below this has not moved from zero in any way that could route.
 SMALLEST_GATE = 1e-4
@@ -28,7 +29,7 @@ def verify_expert(path_or_hub_id: str | Path, base: nn.Module | None = None) -> 
 
 
 def check_numbers(expert: Expert) -> Iterator[str]:
-    """Sentences on NaN or infinite values in the adapter, the gates or other signatures."""
+    """Sentences on NaN or infinite values in the adapter or its signatures."""
     for name, module in expert.modules.items():
         for half, matrix in (("lora_A", module.a), ("lora_B", module.b)):
             if not _finite(matrix):
@@ -36,18 +37,13 @@ def check_numbers(expert: Expert) -> Iterator[str]:
                     f"{expert.name}: {half} of {name} holds NaN or infinite values. Train the "
                     "adapter again, with a lower learning rate or in bfloat16."
                 )
-    for name, vector in (expert.gates.vectors if expert.gates else {}).items():
-        if not _finite(vector):
-            yield (
-                f"{expert.name}: the gate of {name} holds NaN or infinite values. Train the gates "
-                "again."
-            )
-    for kind, signatures in expert.signatures.items():
+    for signatures in expert.signatures.values():
+        kind = KINDS[signatures.kind]
         for name, vector in signatures.vectors.items():
             if not _finite(vector):
                 yield (
-                    f"{expert.name}: the {kind} of {name} holds NaN or infinite values. Make it "
-                    "again: phatgoose experts derive"
+                    f"{expert.name}: the {kind.words} at {name} hold NaN or infinite values. Make "
+                    f"them again: {kind.remedy(expert.folder)}"
                 )
 
 
@@ -86,13 +82,11 @@ def check_modules(expert: Expert, base: nn.Module) -> Iterator[str]:
 
 def _check_base(expert: Expert, base: nn.Module) -> Iterator[str]:
     yield from check_modules(expert, base)
-    difference = expert.base and expert.base.difference(identify_base(base))
-    if difference:
-        yield f"{expert.name}: its gates were trained on another base: {difference}."
-    for kind, signatures in expert.signatures.items():
+    for signatures in expert.signatures.values():
         difference = signatures.base.difference(identify_base(base))
         if difference:
-            yield f"{expert.name}: its {kind} was measured on another base: {difference}."
+            words = KINDS[signatures.kind].words
+            yield f"{expert.name}: its {words} were made on another base: {difference}."
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -74,7 +74,7 @@ def merge_experts(
         modules = merge_with_peft(
             pool.experts, method, weights, rank=rank, density=density, seed=seed
         )
-    return Expert(name, modules, gates=None, base_name=common_base(pool))
+    return Expert(name, modules, base_name=common_base(pool))
 
 
 def gather(experts: Sequence[Expert]) -> dict[str, dict[int, LoraModule]]:

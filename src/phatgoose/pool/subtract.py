@@ -9,7 +9,7 @@ from torch import Tensor
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Expert, LoraModule, adapter_hash
 from phatgoose.experts.combine import weighted_sum
-from phatgoose.experts.signatures import KINDS
+from phatgoose.experts.kinds import KINDS
 from phatgoose.pool.merge import gather
 from phatgoose.pool.pool import ExpertPool
 
@@ -66,9 +66,9 @@ def _changed(expert: Expert, modules: dict[str, LoraModule]) -> Expert:
     kept = {
         kind: replace(found, adapter=adapter)
         for kind, found in expert.signatures.items()
-        if not KINDS[kind]
+        if not KINDS[kind].follows_adapter
     }
-    return replace(expert, modules=modules, gates=None, folder=None, signatures=kept)
+    return replace(expert, modules=modules, folder=None, signatures=kept)
 
 
 def _products(

@@ -6,7 +6,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from phatgoose.errors import MissingGateError
 from phatgoose.experts import Expert
 from phatgoose.ops import EPS, gate_scores
 from phatgoose.routers.base import Router
@@ -23,16 +22,10 @@ class AverageActivationRouter(Router):
 
     name = "average_activation"
     standardises = True
+    needs = "average_activation"
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
-        if "average_activation" not in expert.signatures:
-            how = (
-                f"Measure it: phatgoose experts derive {expert.folder} --tasks TASKS"
-                if expert.folder
-                else "It was made of other adapters, and theirs is not its own: use another router"
-            )
-            raise MissingGateError(f"{expert.name}: has no average activation. {how}.")
-        mean = expert.signatures["average_activation"].vectors[module]
+        mean = self.kept(expert)[module]
         return F.layer_norm(mean, mean.shape, eps=EPS)
 
     def score(

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phatgoose.errors import ConfigError
+from phatgoose.errors import ConfigError, MissingGateError
 from phatgoose.experts import Expert
+from phatgoose.experts.kinds import KINDS
 from phatgoose.types import TokenContext
 
 
@@ -21,6 +22,9 @@ class Router(ABC):
     name: ClassVar[str]
     # Whether `score` is s · standardised x / sqrt(I), which kernels compute and choose in one go.
     standardises: ClassVar[bool] = False
+    # The kind of signature (`experts.kinds`) that every expert must have; None: no kind.
+    needs: ClassVar[str | None] = None
+    instead: ClassVar[str] = "adapter_evidence or arrow"  # routers for experts that lack it
     # Its paper's own settings, by the names of RoutingSettings, where they are not PHATGOOSE's.
     defaults: ClassVar[Mapping[str, Any]] = {}
     _known: ClassVar[dict[str, type["Router"]]] = {}
@@ -37,6 +41,26 @@ class Router(ABC):
     def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
         """Called with the bare model, and the experts about to join, before their signatures."""
         return
+
+    def kept(self, expert: Expert) -> Mapping[str, Float[Tensor, " I"]]:
+        """The expert's vectors of the kind that this router needs, by module.
+
+        Raises MissingGateError where it has none.
+        """
+        assert self.needs is not None, f"{self.name} needs no kind"
+        found = expert.signatures.get(self.needs)
+        if found is not None:
+            return found.vectors
+        kind = KINDS[self.needs]
+        how = (
+            f"Make them: {kind.remedy(expert.folder)}"
+            if expert.folder
+            else f"It was made of other adapters, whose {kind.words} are not its own"
+        )
+        raise MissingGateError(
+            f"{expert.name}: has no {kind.words}, which the router {self.name} needs. {how}. Or "
+            f"use a router that does not: {self.instead}."
+        )
 
     @abstractmethod
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " W"]:

@@ -13,7 +13,7 @@ Ours, not the paper's. For decoder-only models.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from phatgoose.errors import ConfigError, ExpertFormatError, MissingGateError
 from phatgoose.experts import Expert
+from phatgoose.experts.kinds import KINDS
 from phatgoose.routers.base import Modifier, Router
 from phatgoose.routers.entropy import most_even
 from phatgoose.routers.inputs import first_readers, token_inputs, written_by
@@ -155,33 +156,31 @@ class PromptsEvidence(ContextEvidence):
     """
 
     usual_strength = 4.0
+    needs = "prompt_mean"
+    instead = "adapter_evidence"
 
     def require(self, expert: Expert) -> None:
-        again = f"phatgoose experts derive {expert.folder or 'FOLDER'} --tasks TASKS"
-        mean = self._means(expert).get(self.readers[0])
+        mean = self.kept(expert).get(self.readers[0])
+        again = f"Measure it again: {KINDS[self.needs].remedy(expert.folder)}"
         if mean is None:
             raise MissingGateError(
-                f"{expert.name}: has no mean prompt at {self.readers[0]}. Measure it: {again}. Or "
-                "use the adapter_evidence router, which needs none."
+                f"{expert.name}: has no mean prompt at {self.readers[0]}, which the base reads "
+                f"first. {again}"
             )
         if not mean.isfinite().all():
             raise ExpertFormatError(
                 f"{expert.name}: its mean prompt at {self.readers[0]} has values that are not "
-                f"finite. Measure it again: {again}"
+                f"finite. {again}"
             )
 
     def weigh(
         self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"]
     ) -> Float[Tensor, "E V"]:
         assert self.background is not None
-        means = [self._means(expert)[self.readers[0]].to(inputs.device) for expert in experts]
+        means = [self.kept(expert)[self.readers[0]].to(inputs.device) for expert in experts]
         stacked = torch.stack([self.background.mean, *means])
         found = most_even(inputs, stacked, self.background.covariance(inputs))
         return found[1:] - found[0]
-
-    def _means(self, expert: Expert) -> Mapping[str, Tensor]:
-        found = expert.signatures.get("prompt_mean")
-        return found.vectors if found else {}
 
 
 class AdapterEvidence(ContextEvidence):

@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from phatgoose.errors import MissingGateError
 from phatgoose.experts import Expert
+from phatgoose.experts.kinds import GATES
 from phatgoose.ops import EPS, gate_scores
 from phatgoose.routers.base import Router
 
@@ -22,20 +22,13 @@ class PhatgooseRouter(Router):
 
     name = "phatgoose"
     standardises = True
+    needs = GATES
+    instead = (
+        "adapter_evidence, arrow or, where other experts of the pool have gates, phatgoose_mixed"
+    )
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
-        if expert.gates is None:
-            how = (
-                f"Train them: phatgoose gate {expert.folder}"
-                if expert.folder
-                else "It was made of other adapters, whose gates are not its own"
-            )
-            raise MissingGateError(
-                f"{expert.name}: has no gates, and the phatgoose router needs them. {how}. Or "
-                "use a router that needs none: adapter_evidence, arrow, or, where other experts of "
-                "the pool have gates, phatgoose_mixed."
-            )
-        gate = expert.gates.vectors[module].float()
+        gate = self.kept(expert)[module].float()
         return F.layer_norm(gate, gate.shape, eps=EPS)
 
     def score(

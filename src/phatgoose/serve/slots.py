@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError
 from phatgoose.experts import Expert, LoraModule, adapter_hash, identify_base
-from phatgoose.experts.gates import gates_hash
+from phatgoose.experts.signatures import vectors_hash
 from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.nn import Bank
 from phatgoose.serve import layers
@@ -98,9 +98,7 @@ class Slots:
         if self.gated:
             return 0  # what a rank keeps of its gate is as wide as its input
         nothing = LoraModule(torch.zeros(rank, features), torch.zeros(rank, rank), 1.0)
-        return len(
-            self._router.signature(Expert("nothing", {"layer": nothing}, None, None), "layer")
-        )
+        return len(self._router.signature(Expert("nothing", {"layer": nothing}), "layer"))
 
     def shares(self, pieces: Mapping[str, list[Piece]]) -> dict[str, Share]:
         """What this rank needs of the pieces."""
@@ -119,12 +117,12 @@ class Slots:
     def resident(self, expert: Expert) -> Resident:
         # An expert from a folder was found to be the adapter that its gates name.
         if expert.folder is not None and expert.gates is not None:
-            adapter = expert.gates.record.adapter
+            adapter = expert.gates.adapter
         else:
             adapter = adapter_hash(expert.modules)
         hashed = hashlib.sha256(adapter.encode())
         if self.evidence is not None and "prompt_mean" in expert.signatures:
-            hashed.update(gates_hash(expert.signatures["prompt_mean"].vectors).encode())
+            hashed.update(vectors_hash(expert.signatures["prompt_mean"].vectors).encode())
         for name in sorted(expert.modules):
             signature = self._router.signature(expert, name).detach().to("cpu", torch.float32)
             hashed.update(name.encode() + signature.contiguous().numpy().tobytes())

@@ -1,17 +1,18 @@
 """Vectors for routers that need no gates, measured on some of an expert's own data."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Expert, adapter_hash, identify_base
-from phatgoose.experts.signatures import KINDS, Signatures
+from phatgoose.experts.kinds import KINDS
+from phatgoose.experts.signatures import Signatures
 from phatgoose.nn import ContextKeeper
 from phatgoose.pool import ExpertPool, assign, route, unroute
 from phatgoose.routers.inputs import first_readers, token_inputs, watching
@@ -27,7 +28,7 @@ def derive_signatures(
     experts: Sequence[Expert],
     data: Mapping[str, Sequence[Encoded]],
     *,
-    kinds: Sequence[str] = tuple(KINDS),
+    kinds: Sequence[str] | None = None,
     examples: int = 256,
     batch_size: int = 16,
     seed: int = 0,
@@ -44,43 +45,34 @@ def derive_signatures(
     Args:
         model: the bare base, not routed; it comes back so.
         data: examples by expert's name (`tasks.encode`), of which `examples` are drawn.
+        kinds: which; default: all of these.
 
     Raises ConfigError for an unknown kind, or where an expert has no data that its kinds need.
     """
-    unknown = sorted(set(kinds) - set(KINDS))
+    kinds = tuple(MEASURES) if kinds is None else kinds
+    unknown = sorted(set(kinds) - set(MEASURES))
     if unknown:
-        raise ConfigError(f"kinds: {unknown[0]!r} is unknown. Choose from: {', '.join(KINDS)}.")
-    if set(kinds) != {"arrow"}:
+        raise ConfigError(f"kinds: {unknown[0]!r} is unknown. Choose from: {', '.join(MEASURES)}.")
+    drawn = {expert.name: draw(data.get(expert.name, ()), examples, seed) for expert in experts}
+    if any(KINDS[kind].needs_data for kind in kinds):
         for expert in experts:
-            if not data.get(expert.name):
+            if not drawn[expert.name]:
                 raise ConfigError(f"{expert.name}: no examples were given to measure it on.")
     base = identify_base(model, tokenizer)
-    drawn = {expert.name: draw(data.get(expert.name, ()), examples, seed) for expert in experts}
+    given = Given(model, experts, drawn, batch_size, tokenizer.pad_token_id, progress)
     made: dict[str, dict[str, Signatures]] = {expert.name: {} for expert in experts}
-
-    def keep(expert: Expert, kind: str, vectors: dict[str, Tensor]) -> None:
-        rows = () if kind == "arrow" else drawn[expert.name]
-        tokens = sum(len(row.prompt) + len(row.target) for row in rows)
-        made[expert.name][kind] = Signatures(
-            kind, vectors, base, adapter_hash(expert.modules), len(rows), tokens
-        )
-
-    if "arrow" in kinds:
-        for expert in experts:
-            keep(expert, "arrow", {name: _arrow(lora) for name, lora in expert.modules.items()})
-    if "prompt_mean" in kinds:
-        for expert, vectors in zip(experts, _prompt_means(model, experts, drawn), strict=True):
-            keep(expert, "prompt_mean", vectors)
-    if "average_activation" in kinds:
-        pad = tokenizer.pad_token_id
-        route(model, ExpertPool(experts), "uniform")
-        try:
-            for expert in tqdm(experts, desc="average activation", disable=not progress):
-                with assign(model, [expert.name]):
-                    vectors = _mean_inputs(model, expert, drawn[expert.name], batch_size, pad)
-                keep(expert, "average_activation", vectors)
-        finally:
-            unroute(model)
+    for kind in (kind for kind in MEASURES if kind in kinds):
+        for expert, vectors in zip(experts, MEASURES[kind](given), strict=True):
+            rows = drawn[expert.name] if KINDS[kind].needs_data else ()
+            made[expert.name][kind] = Signatures(
+                kind,
+                vectors,
+                base,
+                adapter_hash(expert.modules),
+                examples=len(rows),
+                tokens=sum(len(row.prompt) + len(row.target) for row in rows),
+                training={"seed": seed} if KINDS[kind].needs_data else {},
+            )
     return made
 
 
@@ -90,17 +82,47 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return [rows[index] for index in sorted(chosen)]
 
 
-def _arrow(lora: Any) -> Float[Tensor, " I"]:
-    return right_singular(lora)[1][0].float()
+@dataclass(frozen=True)
+class Given:
+    """What there is to measure experts with."""
+
+    model: Any
+    experts: Sequence[Expert]
+    drawn: Mapping[str, list[Encoded]]  # by the expert's name
+    batch_size: int
+    pad: int
+    progress: bool
 
 
-def _prompt_means(
-    model: Any, experts: Sequence[Expert], drawn: Mapping[str, list[Encoded]]
-) -> Iterator[dict[str, Tensor]]:
+Vectors = list[dict[str, Tensor]]  # by expert in their order, and by module
+
+
+def _arrows(given: Given) -> Vectors:
+    return [
+        {name: right_singular(lora)[1][0].float() for name, lora in expert.modules.items()}
+        for expert in given.experts
+    ]
+
+
+def _average_activations(given: Given) -> Vectors:
+    found = []
+    route(given.model, ExpertPool(given.experts), "uniform")
+    try:
+        for expert in tqdm(given.experts, desc="average activation", disable=not given.progress):
+            with assign(given.model, [expert.name]):
+                found.append(_mean_inputs(given, expert))
+    finally:
+        unroute(given.model)
+    return found
+
+
+def _prompt_means(given: Given) -> Vectors:
+    model, drawn = given.model, given.drawn
     module = first_readers(model)[0]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     inputs = token_inputs(model, vocabulary).cpu()
-    for expert in experts:
+    found = []
+    for expert in given.experts:
         ids = torch.tensor(
             [token for row in drawn[expert.name] for token in row.prompt], dtype=torch.long
         )
@@ -109,13 +131,13 @@ def _prompt_means(
         counts = torch.bincount(ids, minlength=vocabulary)
         used = counts.nonzero().squeeze(1)
         share = counts[used].double() / counts.sum()
-        yield {module: (share @ inputs[used].double()).float()}
+        found.append({module: (share @ inputs[used].double()).float()})
+    return found
 
 
-def _mean_inputs(
-    model: Any, expert: Expert, rows: list[Encoded], batch_size: int, pad: int
-) -> dict[str, Tensor]:
+def _mean_inputs(given: Given, expert: Expert) -> dict[str, Tensor]:
     """The mean over rows of each adapted module's mean input."""
+    model, rows, size = given.model, given.drawn[expert.name], given.batch_size
     seq2seq = model.config.is_encoder_decoder
     rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.target))  # spares padding
     sums: dict[str, Tensor] = {}
@@ -132,8 +154,8 @@ def _mean_inputs(
 
     try:
         with watching(model, list(expert.modules), add), torch.no_grad():
-            for start in range(0, len(rows), batch_size):
-                batch = collate(rows[start : start + batch_size], pad=pad, seq2seq=seq2seq)
+            for start in range(0, len(rows), size):
+                batch = collate(rows[start : start + size], pad=given.pad, seq2seq=seq2seq)
                 if seq2seq:  # the labels' padding is not the model's to see otherwise
                     batch["decoder_attention_mask"] = batch["labels"] != IGNORED
                 batch = {name: value.to(model.device) for name, value in batch.items()}
@@ -141,3 +163,11 @@ def _mean_inputs(
     finally:
         keeper.close()
     return {name: (total / len(rows)).float().cpu() for name, total in sums.items()}
+
+
+# How each kind is measured; the cheapest first. Gates are trained instead (`train_gates`).
+MEASURES: dict[str, Callable[[Given], Vectors]] = {
+    "arrow": _arrows,
+    "prompt_mean": _prompt_means,
+    "average_activation": _average_activations,
+}

@@ -237,7 +237,7 @@ def read_modules(adapter: Adapter) -> Modules:
 
 def check_adapter(name: str, modules: Modules, model: Any) -> None:
     """Refuse an adapter that is not of this base, holds NaN, or is untrained."""
-    expert = Expert(name, modules, gates=None, base_name=None)
+    expert = Expert(name, modules)
     for problem in (*check_numbers(expert), *check_modules(expert, model)):
         raise IncompatibleExpertError(problem)
     if not any(torch.any(module.b) for module in modules.values()):

@@ -1,24 +1,101 @@
-"""Gates on disk: written whole, and never read beside an adapter they were not trained for."""
+"""Signatures on disk: written whole, and never read beside an adapter they were not made for."""
 
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from phatgoose.errors import ExpertFormatError, IncompatibleExpertError
-from phatgoose.experts import BaseIdentity, GateRecord, Gates, load_expert
-from phatgoose.experts.gates import CONFIG_FILE, GATES_FILE, gates_hash
+from phatgoose.experts import BaseIdentity, GateRecord, Gates, Signatures, load_expert
+from phatgoose.experts.kinds import GATES, KINDS
 from phatgoose.experts.lora import WEIGHTS_FILE
+from phatgoose.experts.signatures import HEADER, vectors_hash
+
+GATES_FILE = KINDS[GATES].file
+
+
+FIELDS = [field.name for field in fields(Signatures) if field.name != "vectors"]
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def record_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()[HEADER])
+
+
+def edit_record(path, change):
+    """Rewrite the record in a file's header: change(record), or a text in its place."""
+    text = change if isinstance(change, str) else json.dumps(change(record_of(path)))
+    save_file(load_file(path), path, {HEADER: text})
+
+
+def same(one, other):
+    """Whether two signatures are equal, vectors and all."""
+    return (
+        all(getattr(one, name) == getattr(other, name) for name in FIELDS)
+        and one.vectors.keys() == other.vectors.keys()
+        and all(torch.equal(one.vectors[name], other.vectors[name]) for name in one.vectors)
+    )
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_kind_reads_back_as_it_was(kind, complete_dir):
+    found = load_expert(complete_dir).signatures[kind]
+    assert (type(found) is Gates) == (kind == GATES)
+    changed = replace(found, training={"seed": 3, "names": ["a", "b"]}, steps=5, first_loss=0.25)
+    assert changed.save(complete_dir) == complete_dir
+    again = load_expert(complete_dir).signatures[kind]
+    assert same(again, changed) and not same(again, found)
+    assert record_of(complete_dir / KINDS[kind].file)["vectors"] == vectors_hash(found.vectors)
+
+
+def test_a_file_is_the_same_each_time_it_is_written(complete_dir):
+    before = contents(complete_dir)
+    for signatures in load_expert(complete_dir).signatures.values():
+        signatures.save(complete_dir)
+    assert contents(complete_dir) == before
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_kind_of_another_base_is_refused(kind, complete_dir, one_line):
+    found = load_expert(complete_dir).signatures[kind]
+    replace(found, base=replace(found.base, shape="another")).save(complete_dir)
+    with pytest.raises(IncompatibleExpertError, match="on different bases") as info:
+        load_expert(complete_dir)
+    assert KINDS[kind].words in one_line(info)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_other_values_than_the_record_was_written_with_are_refused(kind, complete_dir, one_line):
+    path = complete_dir / KINDS[kind].file
+    tensors, text = load_file(path), json.dumps(record_of(path))
+    name = sorted(tensors)[0]
+    tensors[name][3] += 1e-6
+    save_file(tensors, path, {HEADER: text})
+    with pytest.raises(ExpertFormatError, match="hash differs") as info:
+        load_expert(complete_dir)
+    assert path.name in one_line(info)
+
+
+def test_gates_are_vectors_and_a_record_or_fields(expert):
+    gates = expert.gates
+    assert same(Gates(gates.vectors, gates.record), gates)
+    assert Gates(gates.vectors, gates.record).kind == GATES
+    moved = replace(gates, record=replace(gates.record, steps=9))
+    assert moved.steps == moved.record.steps == 9 and moved.base == gates.base
+    assert replace(expert, gates=None).gates is None
+    assert replace(expert, gates=moved).signatures[GATES] is moved
+    assert replace(expert, name="x").gates is gates
 
 
 def test_round_trip(save_adapter, make_gates, make_base):
@@ -61,7 +138,7 @@ def test_trainable_and_strided_vectors_are_stored(save_adapter, make_gates):
         name: torch.stack([v, v], 1).requires_grad_()[:, 0] for name, v in gates.vectors.items()
     }
     replace(gates, vectors=vectors).save(folder)
-    assert gates_hash(Gates.load(folder).vectors) == gates_hash(gates.vectors)
+    assert vectors_hash(Gates.load(folder).vectors) == vectors_hash(gates.vectors)
 
 
 def test_an_adapter_without_gates_loads(save_adapter):
@@ -70,12 +147,12 @@ def test_an_adapter_without_gates_loads(save_adapter):
     assert expert.name == "adapter"
 
 
-def test_saving_twice_replaces_both_files(expert_dir, make_gates):
+def test_saving_twice_replaces_the_file(expert_dir, make_gates):
     second = make_gates(expert_dir, steps=7)
     second.save(expert_dir)
     found = Gates.load(expert_dir)
     assert found.record.steps == 7
-    assert gates_hash(found.vectors) == gates_hash(second.vectors)
+    assert vectors_hash(found.vectors) == vectors_hash(second.vectors)
 
 
 def scale_lora_b(tensors):
@@ -96,7 +173,7 @@ def test_a_changed_adapter_is_refused(expert_dir, edit_tensors, one_line):
 
 def test_a_changed_scale_is_refused(expert_dir, edit_json):
     edit_json(expert_dir / "adapter_config.json", lora_alpha=6)
-    with pytest.raises(IncompatibleExpertError, match="trained for adapter"):
+    with pytest.raises(IncompatibleExpertError, match="made for adapter"):
         load_expert(expert_dir)
 
 
@@ -112,12 +189,9 @@ def test_gates_of_another_expert_are_refused(expert_dir, save_adapter, make_gate
     other = save_adapter(folder="other", r=2)
     make_gates(other).save(other)
     shutil.copy(other / GATES_FILE, expert_dir)
-    with pytest.raises(ExpertFormatError, match="hash differs") as info:
+    with pytest.raises(IncompatibleExpertError, match="gates were made for adapter") as info:
         load_expert(expert_dir)
-    assert GATES_FILE in one_line(info)
-    shutil.copy(other / CONFIG_FILE, expert_dir)
-    with pytest.raises(IncompatibleExpertError, match="trained for adapter"):
-        load_expert(expert_dir)
+    assert f"phatgoose gate {expert_dir}" in one_line(info)
 
 
 def change_one(vectors):
@@ -148,11 +222,19 @@ def test_missing_modules_are_refused(missing, expert_dir):
     names = sorted(gates.vectors)
     vectors = {name: gates.vectors[name] for name in names[missing:]}
     tail = " and 1 more modules" if missing == 2 else r"\."
-    with pytest.raises(IncompatibleExpertError, match=f"no gate for {names[0]}{tail}"):
+    with pytest.raises(IncompatibleExpertError, match=f"gates lack {names[0]}{tail}"):
         replace(gates, vectors=vectors).save(expert_dir)
     replace(gates, vectors=vectors).write(expert_dir)
-    with pytest.raises(IncompatibleExpertError, match=f"no gate for {names[0]}"):
+    with pytest.raises(IncompatibleExpertError, match=f"gates lack {names[0]}"):
         load_expert(expert_dir)
+
+
+def test_a_mean_prompt_is_a_vector_too(complete_dir):
+    """Though the adapter need not have its module."""
+    found = load_expert(complete_dir).signatures["prompt_mean"]
+    replace(found, vectors={"x": torch.ones(2, 3)}).write(complete_dir)
+    with pytest.raises(IncompatibleExpertError, match=r"wanted \[in_features\]"):
+        load_expert(complete_dir)
 
 
 def test_extra_modules_are_refused(expert_dir):
@@ -162,49 +244,58 @@ def test_extra_modules_are_refused(expert_dir):
         replace(gates, vectors=vectors).save(expert_dir)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_other_versions_are_refused(version, expert_dir, edit_json, one_line):
-    edit_json(expert_dir / CONFIG_FILE, format_version=version)
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
+def test_other_versions_are_refused(version, expert_dir, one_line):
+    edit_record(expert_dir / GATES_FILE, lambda record: {**record, "format_version": version})
     with pytest.raises(ExpertFormatError, match="format_version") as info:
         load_expert(expert_dir)
     assert repr(version) in one_line(info)
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b"\xff", b'{"format_version": 1}'], ids=repr
+    "text", ["", "{", "[]", "null", "1", '{"format_version": 2}', "[" * 5000], ids=lambda t: t[:20]
 )
-def test_a_bad_config_is_a_format_error(text, expert_dir, one_line):
-    (expert_dir / CONFIG_FILE).write_bytes(text)
-    with pytest.raises(ExpertFormatError, match=CONFIG_FILE) as info:
+def test_a_bad_record_is_a_format_error(text, expert_dir, one_line):
+    edit_record(expert_dir / GATES_FILE, text)
+    with pytest.raises(ExpertFormatError, match=GATES_FILE) as info:
         load_expert(expert_dir)
     one_line(info)
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"base": None}, {"base": {"name": "x"}}, {"base": []}, {"colour": "red"}, {"adapter": None}],
+    "changed",
+    [
+        {"base": None},
+        {"base": {"name": "x"}},
+        {"base": []},
+        {"base": {"name": None, "revision": None, "shape": None, "tokenizer": None}},
+        {"base": {"name": 3, "revision": None, "shape": "s", "tokenizer": None}},
+        {"colour": "red"},
+        {"adapter": None},
+        {"kind": "arrow"},
+        {"kind": []},
+        {"steps": "many"},
+        {"training": []},
+        {"first_loss": "low"},
+        {"vectors": None},
+    ],
+    ids=str,
 )
-def test_fields_of_another_kind_are_a_format_error(fields, expert_dir, edit_json, one_line):
-    edit_json(expert_dir / CONFIG_FILE, **fields)
-    with pytest.raises(ExpertFormatError, match="field is missing or unknown") as info:
+def test_fields_of_another_kind_are_a_format_error(changed, expert_dir, one_line):
+    edit_record(expert_dir / GATES_FILE, lambda record: {**record, **changed})
+    with pytest.raises(ExpertFormatError, match="field of its record") as info:
         load_expert(expert_dir)
     one_line(info)
 
 
-@pytest.mark.parametrize("field", ["base", "adapter", "gates"])
+@pytest.mark.parametrize("field", ["base", "adapter", "vectors", "kind", "format_version"])
 def test_a_missing_field_is_a_format_error(field, expert_dir):
-    path = expert_dir / CONFIG_FILE
-    config = json.loads(path.read_text())
-    del config[field]
-    path.write_text(json.dumps(config))
+    def without(record):
+        del record[field]
+        return record
+
+    edit_record(expert_dir / GATES_FILE, without)
     with pytest.raises(ExpertFormatError, match=field):
-        load_expert(expert_dir)
-
-
-@pytest.mark.parametrize("gone", [GATES_FILE, CONFIG_FILE])
-def test_half_a_pair_is_a_format_error(gone, expert_dir):
-    (expert_dir / gone).unlink()
-    with pytest.raises(ExpertFormatError, match=gone):
         load_expert(expert_dir)
 
 
@@ -232,37 +323,11 @@ def test_an_interrupted_save_leaves_the_old_files(call, expert_dir, make_gates, 
     assert load_expert(expert_dir).gates.record.steps == 100
 
 
-@pytest.mark.parametrize("old", [True, False])
-def test_an_interrupt_between_the_two_files_changes_neither(
-    old, expert_dir, make_gates, monkeypatch
-):
-    second = make_gates(expert_dir, steps=3)
-    if not old:
-        for name in (GATES_FILE, CONFIG_FILE):
-            (expert_dir / name).unlink()
-    before = contents(expert_dir)
-    real = os.replace
-
-    def interrupt_config(source, target):
-        if os.path.basename(target) == CONFIG_FILE:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupt_config)
-        with pytest.raises(KeyboardInterrupt):
-            second.save(expert_dir)
-    assert contents(expert_dir) == before
-    second.save(expert_dir)
-    assert load_expert(expert_dir).gates.record.steps == 3
-
-
 def test_files_are_plain_and_readable_by_others(expert_dir):
-    config = json.loads((expert_dir / CONFIG_FILE).read_text())
-    tensors = load_file(expert_dir / GATES_FILE)
-    assert config["format_version"] == 1
-    assert config["gates"] == gates_hash(tensors)
-    assert set(config["base"]) == {"name", "revision", "shape", "tokenizer"}
+    record, tensors = record_of(expert_dir / GATES_FILE), load_file(expert_dir / GATES_FILE)
+    assert record["format_version"] == 2 and record["kind"] == "gates"
+    assert record["vectors"] == vectors_hash(tensors)
+    assert set(record["base"]) == {"name", "revision", "shape", "tokenizer"}
     if os.name == "posix":
         assert (expert_dir / GATES_FILE).stat().st_mode & 0o777 == 0o644
 
@@ -290,7 +355,7 @@ def test_written_gates_read_back(tmp_path_factory, values):
 def test_hash_sees_names_and_values_only():
     plain = {"a": torch.arange(3.0), "b": torch.ones(2)}
     stored = {"b": torch.ones(2, dtype=torch.float64), "a": torch.arange(6.0)[::2] / 2}
-    assert gates_hash(stored) == gates_hash(plain)
+    assert vectors_hash(stored) == vectors_hash(plain)
     swapped = {"a": plain["b"], "b": plain["a"]}
     nudged = {**plain, "a": plain["a"] + 1e-6}
-    assert len({gates_hash(v) for v in (plain, swapped, nudged, {"a": plain["a"]})}) == 4
+    assert len({vectors_hash(v) for v in (plain, swapped, nudged, {"a": plain["a"]})}) == 4
