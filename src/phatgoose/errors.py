@@ -10,6 +10,12 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def visible(text: str) -> str:
+    """A stranger's text in one line, without what a terminal would obey: control characters,
+    line breaks and marks that turn the direction of writing come as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class PhatgooseError(Exception):
     """Base class of all errors raised by phatgoose."""
 

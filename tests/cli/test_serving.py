@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import os
+import sys
 
 import pytest
 
 from phatgoose import default
+from phatgoose.cli import serving
 from phatgoose.cli.main import build_parser
 from phatgoose.cli.serving import SPARE, vllm_flags
 from phatgoose.errors import ConfigError
@@ -113,6 +116,39 @@ def test_settings_without_a_flag(flag):
 def test_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         flags(*words)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """asked(word, ...): what serve hands to vLLM's server, which is not started."""
+    started = []
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(serving.runpy, "run_module", lambda *_, **__: started.append(sys.argv))
+    monkeypatch.setattr(serving, "_log_to_stderr", lambda: None)
+    for name in (access.API_KEY, access.ALLOW_NO_KEY, access.EXPERTS_ROOT, access.ALLOW_HUB):
+        monkeypatch.setenv(name, "x")  # so that what serve sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", [])
+
+    def ask(*words):
+        arguments, arguments.more = build_parser().parse_known_args(["serve", *words])
+        serving.serve(arguments)
+        return started.pop()
+
+    return ask
+
+
+def test_without_a_key_only_this_machine_is_served(asked):
+    for host in ("0.0.0.0", "::", "", "192.0.2.1"):
+        with pytest.raises(ConfigError, match="Set --api-key"):
+            asked("--host", host)
+    assert "0.0.0.0" in asked("--host", "0.0.0.0", "--allow-no-key")
+    del os.environ[access.ALLOW_NO_KEY]
+    assert "0.0.0.0" in asked("--host", "0.0.0.0", "--api-key", "k")
+    assert "127.0.0.1" in asked("--api-key", "")
+    assert "--uds" in asked("--host", "0.0.0.0", "--uds", "/tmp/socket")
+    with pytest.raises(ConfigError, match="Set --api-key"):
+        asked("--host", "0.0.0.0", "--api-key", "")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

@@ -30,6 +30,8 @@ def test_read(text, routed):
     ("text", "message"),
     [
         ("{", "no JSON"),
+        ("[" * 200_000, "no JSON"),
+        ('{"allow":' * 5000, "no JSON"),
         ("[]", "JSON object, got list"),
         (3, "JSON object, got int"),
         ('{"alow": []}', "no setting 'alow'"),

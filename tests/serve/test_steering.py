@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
+from phatgoose.serve import ledger as usage
 from phatgoose.serve.ledger import Ledger, report
 from phatgoose.serve.live import RoutedRunner
 from phatgoose.serve.steering import Steering
@@ -130,7 +131,7 @@ def test_shares(steering):
 
     steering.rename(["c", "b", None])
     totals = ledger.totals(steering.names)
-    assert totals["tokens"] == pytest.approx({"a": 2.0, "b": 0.75, "c": 0.0})
+    assert totals["tokens"] == pytest.approx({"b": 0.75, "c": 0.0})  # the counter of a has ended
     assert totals["base"] == pytest.approx(1.25)
     assert totals["count"] == 4
     two = -(0.25 * torch.tensor(0.25).log() + 0.75 * torch.tensor(0.75).log())
@@ -147,6 +148,59 @@ def test_requests_go_by_several_names():
     assert [name for name, _ in ledger.take("cmpl-1")] == [ids[2], ids[0], ids[3], ids[1]]
     assert [name for name, _ in ledger.take("cmpl-11")] == ["cmpl-11-0-0123abcd"]
     assert not ledger.take("cmpl-1")
+
+
+def served(ledger, request, steps, *, tokens=1):
+    """A request in so many forwards, beside another one with seven tokens."""
+    for number in range(steps):
+        ledger.clear(tokens + 7)
+        ledger.tally[: tokens + 7, 1] = 1.0
+        ledger.add([request, "other"], [tokens, 7], {request: number * tokens, "other": 0})
+
+
+def test_what_nobody_asks_for_is_bounded_by_tokens(monkeypatch):
+    """Clients that go away midway leave their tokens behind."""
+    monkeypatch.setattr(usage, "KEPT_TOKENS", 100)
+    ledger = Ledger(40, 1, CPU)
+    for number in range(5):
+        ledger.start(f"r{number}", ["a"], with_tokens=True)
+        served(ledger, f"r{number}", 10, tokens=4)
+        ledger.finish(f"r{number}")
+    assert [bool(ledger.take(f"r{number}")) for number in range(5)] == [False] * 3 + [True] * 2
+    # One that is longer than all that is kept is there until the next one.
+    ledger.start("long", ["a"], with_tokens=True)
+    served(ledger, "long", 200)
+    ledger.finish("long")
+    assert report(ledger.take("long"))["tokens"] == [["a"] * 200]
+
+
+def test_tokens_are_kept_as_a_few_tensors_of_their_own(monkeypatch):
+    """A view of a batch's tensor would keep all of it; a tensor a token costs hundreds of bytes."""
+    monkeypatch.setattr(usage, "PIECES", 16)
+    ledger = Ledger(8, 1, CPU)
+    ledger.start("r", ["a"], with_tokens=True)
+    served(ledger, "r", 100)
+    ledger.clear(8)
+    ledger.add(["r"], [1], {"r": 105})  # five came from the prefix cache
+    ledger.finish("r")
+    [(_, record)] = ledger.take("r")
+    assert [(first, len(columns)) for first, columns in record.best] == [(0, 100), (105, 1)]
+    assert all(c.untyped_storage().nbytes() == 4 * len(c) for _, c in record.best)
+    assert report([("r", record)])["tokens"] == [["a"] * 100 + [None] * 5 + [""]]
+
+
+def test_counters_of_experts_that_are_gone_end(steering):
+    ledger = steering.ledger
+    for number in range(50):
+        steering.rename([f"expert {number}", "b", None])
+        steering.begin(step(new=[(f"r{number}", None)]))
+        steering.place([f"r{number}"], [1])
+        ledger.tally[0, 1] = 1.0
+        steering.end(step(new=[(f"r{number}", None)]))
+    assert ledger.totals(steering.names)["tokens"] == {"expert 49": 1.0, "b": 0.0}
+    steering.rename([None, "b", None])
+    steering.rename(["expert 49", "b", None])
+    assert ledger.totals(steering.names)["tokens"]["expert 49"] == 0.0  # it is another one
 
 
 class FirstRunner:

@@ -481,6 +481,11 @@ def _add_serving(commands: Commands) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=int, default=8000, help="(8000)")
     add("--api-key", help="that every request needs ($VLLM_API_KEY; none)")
+    add(
+        "--allow-no-key",
+        action="store_true",
+        help="listen beyond this machine although there is no API key ($PHATGOOSE_ALLOW_NO_KEY=1)",
+    )
     add("--admin-key", help="to add and remove experts ($PHATGOOSE_ADMIN_KEY; nobody may)")
     add("--experts-root", help="folder that experts may be added from ($PHATGOOSE_EXPERTS_ROOT)")
     add(

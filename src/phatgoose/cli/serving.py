@@ -42,7 +42,9 @@ def serve(arguments: Namespace) -> int:
     _set_environment(arguments)
     from phatgoose.serve.http import Access, told
 
-    Access.read(os.environ, None)  # raises now rather than once the model is loaded
+    # Both raise now rather than once the model is loaded.
+    uds = _position(arguments.more, "--uds") is not None
+    Access.read(os.environ, None).check_address(arguments.host, uds="a file" if uds else None)
     _log_to_stderr()
     sys.argv = ["phatgoose serve", *flags]
     try:
@@ -111,6 +113,7 @@ def _set_environment(arguments: Namespace) -> None:
         access.API_KEY: arguments.api_key,
         access.EXPERTS_ROOT: arguments.experts_root,
         access.ALLOW_HUB: " ".join(arguments.allow_hub) if arguments.allow_hub else None,
+        access.ALLOW_NO_KEY: "1" if arguments.allow_no_key else None,
     }
     os.environ.update({name: value for name, value in given.items() if value is not None})
 

@@ -12,7 +12,30 @@ ADAPTER_FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, "README.md")
 # What belongs to one adapter and is useless beside another.
 SIGNATURE_FILES = tuple(file for kind in KINDS.values() for file in kind.files)
 FILES = (*ADAPTER_FILES, *SIGNATURE_FILES)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_REVISION = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
+
+
+def is_repository(text: str) -> bool:
+    """Whether the Hub could call an owner ("owner") or a repository ("owner/name") so."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text is "owner/name" or "owner/name@revision", by the Hub's own rules.
+
+    Whether there is such a folder plays no part: a Hub id is never a path.
+    """
+    repository, at, revision = text.partition("@")
+    if "/" not in repository or not is_repository(repository):
+        return False
+    return not at or bool(_REVISION.fullmatch(revision) and ".." not in revision)
 
 
 def locate(path_or_hub_id: str | Path, *, local_dir: Path | None = None) -> Path:
@@ -24,16 +47,23 @@ def locate(path_or_hub_id: str | Path, *, local_dir: Path | None = None) -> Path
     if os.path.isdir(text):  # Path.is_dir raises on names that are too long
         return Path(text)
     is_file = os.path.exists(text)
-    if is_file or not _HUB_ID.fullmatch(text):
+    if is_file or not is_hub_id(text):
         raise ExpertNotFoundError(
             f"{text}: not a folder{' but a file' if is_file else ''}, and not a Hub id "
             "(owner/name). Give the folder that holds adapter_config.json."
         )
-    return _download(text, local_dir)
+    return download(text, local_dir=local_dir)
 
 
-def _download(hub_id: str, local_dir: Path | None) -> Path:
+def download(hub_id: str, *, local_dir: Path | None = None) -> Path:
+    """The local folder of an expert on the Hub, whatever folders there are of that name.
+
+    Raises ExpertNotFoundError.
+    """
     from huggingface_hub import snapshot_download
+
+    if not is_hub_id(hub_id):
+        raise ExpertNotFoundError(f"{hub_id}: not a Hub id (owner/name or owner/name@revision).")
 
     repository, _, revision = hub_id.partition("@")
     try:

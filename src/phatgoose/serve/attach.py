@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from phatgoose.errors import ConfigError, RoutingError, first_line
+from phatgoose.errors import ConfigError, RoutingError, first_line, visible
 from phatgoose.experts import Expert
 from phatgoose.experts.sources import expert_sources
 from phatgoose.nn import Bank
@@ -91,7 +91,8 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
             router=None if slots.gated else settings.router,
         )
         layer.requires_unquantized_input = True  # nobody may quantise what the gates read
-    log.info("routing %d layers among %s", len(banks), ", ".join(pool.names) or "no experts")
+    names = visible(", ".join(pool.names)) or "no experts"
+    log.info("routing %d layers among %s", len(banks), names)
 
 
 def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Steering:

@@ -39,7 +39,7 @@ class Choice:
         """Parse the JSON, or take it parsed. Raises ConfigError for what is not understood."""
         try:
             given = json.loads(text) if isinstance(text, str) else text
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"phatgoose: the request's settings are no JSON ({error}).") from None
         if not isinstance(given, dict):
             raise ConfigError(

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 BASE = ""  # stands for the base alone among the names of experts
-KEPT = 1024  # answers of finished requests that nobody has asked for yet
+KEPT = 1024  # finished requests that nobody has asked about yet,
+KEPT_TOKENS = 1 << 20  # and their tokens, where they are kept one by one
+PIECES = 256  # of a request's tokens, before they are put together
 
 
 @dataclass
@@ -22,6 +24,28 @@ class Record:
     sums: Float[Tensor, " 1+C"]
     with_tokens: bool
     best: list[tuple[int, Tensor]] = field(default_factory=list)  # first position, columns [T]
+    tokens: int = 0  # in `best`
+    _pieces: int = 0  # since they were put together
+
+    def note(self, first: int, best: Int[Tensor, " T"]) -> None:
+        """The columns of further tokens. They are copied: a view would keep the whole batch."""
+        self.best.append((first, best.clone()))
+        self.tokens += len(best)
+        self._pieces += 1
+        if self._pieces == PIECES:
+            self.pack()
+
+    def pack(self) -> None:
+        """Put pieces together that follow each other: a step of decoding brings one token."""
+        runs: list[tuple[int, list[Tensor]]] = []
+        end = -1
+        for first, columns in self.best:
+            if first != end:
+                runs.append((first, []))
+            runs[-1][1].append(columns)
+            end = first + len(columns)
+        self.best = [(first, torch.cat(pieces)) for first, pieces in runs]
+        self._pieces = 0
 
 
 class Ledger:
@@ -47,10 +71,13 @@ class Ledger:
 
     def finish(self, request: str) -> None:
         record = self._running.pop(request, None)
-        if record is not None:
-            self._finished[request] = record
-            if len(self._finished) > KEPT:
-                self._finished.popitem(last=False)
+        if record is None:
+            return
+        record.pack()
+        self._finished[request] = record
+        kept = sum(other.tokens for other in self._finished.values())
+        while len(self._finished) > KEPT or (kept > KEPT_TOKENS and len(self._finished) > 1):
+            kept -= self._finished.popitem(last=False)[1].tokens
 
     def clear(self, tokens: int) -> None:
         """Before a forward of so many tokens."""
@@ -65,14 +92,14 @@ class Ledger:
         self._count += tokens
         if not self._running:
             return
-        best, start = shares.argmax(1), 0
+        best, start = shares.argmax(1).to(torch.int32), 0
         for request, count in zip(requests, counts, strict=True):
             record, here = self._running.get(request), slice(start, start + count)
             start += count
             if record is not None:
                 record.sums += shares[here].sum(0)
                 if record.with_tokens:
-                    record.best.append((first[request], best[here]))
+                    record.note(first[request], best[here])
 
     def take(self, request: str) -> list[tuple[str, Record]]:
         """Forget and return the records of a request, by vLLM's own id or the one it was given.
@@ -95,6 +122,10 @@ class Ledger:
             if name is not None and (amount or name):
                 self._totals[name] = self._totals.get(name, 0.0) + amount
         self._sums.zero_()
+
+    def keep(self, names: Sequence[str | None]) -> None:
+        """End the counts of all other experts; one that comes again starts from nothing."""
+        self._totals = {n: t for n, t in self._totals.items() if n == BASE or n in names}
 
     def totals(self, names: Sequence[str | None]) -> dict[str, Any]:
         self.settle(names)

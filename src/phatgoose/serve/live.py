@@ -2,13 +2,14 @@
 
 import itertools
 import logging
+import traceback
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from phatgoose.errors import ConfigError, PhatgooseError, first_line
+from phatgoose.errors import ConfigError, PhatgooseError, first_line, visible
 from phatgoose.experts import load_expert
 from phatgoose.serve.ledger import report
 from phatgoose.serve.settings import ServeSettings, served_router
@@ -197,5 +198,8 @@ def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
 
 
 def _failed(error: Exception) -> dict[str, str | None]:
-    log.warning("refused: %s", error, exc_info=not isinstance(error, PhatgooseError))
-    return {"error": f"{type(error).__name__}: {first_line(error)}"}
+    """What the others are told. A stranger's file may have put anything into the error's text."""
+    log.warning("refused: %s", visible(str(error)))
+    if not isinstance(error, PhatgooseError):
+        log.warning("raised here:\n%s", "".join(traceback.format_tb(error.__traceback__)))
+    return {"error": f"{type(error).__name__}: {visible(first_line(error))}"}

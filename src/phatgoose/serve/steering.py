@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.errors import ConfigError, RoutingError, visible
 from phatgoose.serve.choice import Choice
 from phatgoose.serve.ledger import Ledger
 from phatgoose.serve.readings import Readings
@@ -41,12 +41,14 @@ class Steering:
         """The pool has changed: these are the experts now, by slot."""
         if self.ledger is not None:
             self.ledger.settle(self.names)
+            self.ledger.keep(names)
         self.names = list(names)
         for request, choice in self._choices.items():
             try:
                 self._rows[request] = self._row(choice)
             except ConfigError as error:
-                log.error("request %s goes on with the base alone: %s", request, error)
+                why = visible(f"{request} goes on with the base alone: {error}")
+                log.error("request %s", why)
                 self._rows[request] = torch.full((len(self.names),), -torch.inf)
 
     def begin(self, step: Any) -> None:
@@ -139,7 +141,8 @@ class Steering:
         except ConfigError as error:
             # Whoever sends requests is to check them; one that slips through must neither be served
             # by other experts nor stop the engine.
-            log.error("request %s is refused, its answer is left empty: %s", new.req_id, error)
+            why = visible(f"{new.req_id} is refused, its answer is left empty: {error}")
+            log.error("request %s", why)
             new.sampling_params = _silent(new.sampling_params)
             return
         self._choices[new.req_id], self._rows[new.req_id] = choice, row

@@ -9,6 +9,7 @@ def environment(monkeypatch):
     for name in (access.ADMIN_KEY, access.EXPERTS_ROOT, access.ALLOW_HUB, access.API_KEY):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(access.DRAIN_SECONDS, raising=False)
+    monkeypatch.delenv(access.ALLOW_NO_KEY, raising=False)
     monkeypatch.setattr(told, "listen", lambda: None)
 
 

@@ -66,7 +66,8 @@ class FakeWorker:
 
     def phatgoose_totals(self):
         count = sum(self.tokens.values())
-        return {"tokens": dict(self.tokens), "entropy": 0.5, "count": count, "base": 0.0}
+        tokens = {name: count for name, count in self.tokens.items() if name in self.names}
+        return {"tokens": tokens, "entropy": 0.5, "count": count, "base": 0.0}
 
 
 class FakeEngine:
@@ -164,7 +165,7 @@ def by_token(routing, prompt, answer):
     return {**routing, "tokens": [[names[at % len(names)] for at in range(length)]]}
 
 
-def fake_vllm(engine, *, served="pool", api_key=None, registry=None):
+def fake_vllm(engine, *, served="pool", api_key=None, registry=None, host="127.0.0.1", more=()):
     """The routes of vLLM's server that matter, with state as it has it."""
 
     async def answer(request):
@@ -232,10 +233,13 @@ def fake_vllm(engine, *, served="pool", api_key=None, registry=None):
             Route("/v1/embeddings", other, methods=["POST"]),
             Route("/health", health),
             Route("/metrics", metrics),
+            *more,
         ]
     )
     app.state.engine_client = engine
-    app.state.args = SimpleNamespace(api_key=api_key, served_model_name=[served], model="base")
+    app.state.args = SimpleNamespace(
+        api_key=api_key, served_model_name=[served], model="base", host=host, uds=None
+    )
     return app
 
 
@@ -291,7 +295,18 @@ class Server:
         await self._messages.put({"type": "lifespan.shutdown"})
         await self._life
 
-    async def call(self, method, path, body=None, *, key=None, raw=None, headers=None) -> Reply:
+    async def call(
+        self,
+        method,
+        path,
+        body=None,
+        *,
+        key=None,
+        raw=None,
+        headers=None,
+        receive=None,
+        send=None,
+    ) -> Reply:
         content = raw if raw is not None else (b"" if body is None else json.dumps(body).encode())
         given = {"content-type": "application/json", "content-length": str(len(content))}
         given |= {"authorization": f"Bearer {key}"} if key else {}
@@ -314,20 +329,21 @@ class Server:
         parts = [content[: len(content) // 2], content[len(content) // 2 :]]
         reply = Reply()
 
-        async def receive():
+        async def given_receive():
             if parts:
                 more = len(parts) > 1
                 return {"type": "http.request", "body": parts.pop(0), "more_body": more}
             await asyncio.Event().wait()
 
-        async def send(message):
+        async def given_send(message):
             if message["type"] == "http.response.start":
                 reply.status = message["status"]
                 reply.headers = {k.decode(): v.decode() for k, v in message["headers"]}
             else:
                 reply.chunks.append(message.get("body", b""))
 
-        await asyncio.wait_for(self.app(scope, receive, send), 10)
+        app = self.app(scope, receive or given_receive, send or given_send)
+        await asyncio.wait_for(app, 10)
         return reply
 
     async def ask(self, prompt="hi", **body) -> Reply:

@@ -175,11 +175,11 @@ async def test_hub_ids_on_the_list(root, monkeypatch, tmp_path):
     monkeypatch.setenv(access.ALLOW_HUB, "friend someone/theirs")
     asked = []
 
-    def locate(source):
+    def download(source):
         asked.append(source)
         return tmp_path / "secret"  # where the Hub's files are is not below the root
 
-    monkeypatch.setattr(access, "locate", locate)
+    monkeypatch.setattr(access, "download", download)
     async with Server() as server:
         for source in ("friendly/x", "someone/other", "someone", "friend", "x/friend"):
             assert (await add(server, source)).status == 403
@@ -187,6 +187,79 @@ async def test_hub_ids_on_the_list(root, monkeypatch, tmp_path):
         assert (await add(server, "someone/theirs")).json["id"] == "someone/theirs"
         assert asked == ["friend/x@main", "someone/theirs"]
         assert (await remove(server, "friend/x")).status == 200
+
+
+NO_HUB_IDS = [
+    "friend/../outside",
+    "friend/mine/../../outside",
+    "friend/mine/..",
+    "friend/..",
+    "friend/.",
+    "friend//x",
+    "friend/",
+    "friend/x/y",
+    "/friend/x",
+    "./friend/x",
+    "../friend/x",
+    "friend\\x",
+    "friend/x\0",
+    "friend/x\n",
+    "friend/ x",
+    "friend/x@",
+    "friend/x@../../refs",
+    "friend/x@/etc",
+    "friend/x@a/../b",
+    "friend/x@main@main",
+    "friend/x@main\n",
+    "friend/x.git",
+    "Friend/x",
+    "FRIEND/x",
+    "friend/x?revision=main",
+    "friend%2Fx",
+    "https://huggingface.co/friend/x",
+    "hf://friend/x",
+    "friend@main/x",
+    "friend",
+    "friend/" + "x" * 97,
+]
+
+
+@pytest.fixture
+def beside(root, tmp_path, monkeypatch):
+    """The server's working directory has folders by the names of Hub ids, as a pull leaves them."""
+    monkeypatch.setenv(access.ALLOW_HUB, "friend")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("friend/mine", "outside", "Friend/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "adapter_config.json").write_text("{}")
+    (tmp_path / "friend" / "linked").symlink_to(tmp_path / "outside")
+
+
+@pytest.mark.parametrize("source", NO_HUB_IDS)
+async def test_what_is_no_hub_id_is_not_taken_for_one(beside, monkeypatch, source):
+    monkeypatch.setattr(access, "download", lambda source: pytest.fail("downloaded"))
+    async with Server() as server:
+        reply = await add(server, source, name="x")
+        assert reply.status == 403, reply.body
+        assert "phatgoose_prepare" not in server.engine.calls
+
+
+@pytest.mark.parametrize("source", ["friend/mine", "friend/linked", "friend/mine@main"])
+async def test_a_hub_id_is_never_a_folder(beside, monkeypatch, source):
+    """Though there is one of that name: the Hub is asked."""
+    asked = []
+
+    def snapshot_download(repository, **more):
+        asked.append((repository, more["revision"]))
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    async with Server() as server:
+        reply = await add(server, source, name="x")
+        assert reply.status == 404
+        assert "phatgoose_prepare" not in server.engine.calls
+    name, _, revision = source.partition("@")
+    assert asked == [(name, revision or None)]
 
 
 @pytest.mark.parametrize(
@@ -341,6 +414,23 @@ async def test_metrics(root):
             assert line in lines
 
 
+async def test_counters_of_experts_that_are_gone_end(root):
+    """Else whoever adds experts under new names adds lines to /metrics without end."""
+    async with Server() as server:
+        for number in range(5):
+            assert (await add(server, name=f"n{number}")).status == 201
+            await server.text(str(number))
+            await server.app.pool.sample()
+            assert f'expert="n{number}"' in (await server.call("GET", "/metrics")).body.decode()
+            early = server.engine.workers[0].phatgoose_totals()
+            assert (await remove(server, f"n{number}")).status == 200
+            # A worker's answer of before the change, read after it, brings nothing back.
+            server.engine.workers[0].phatgoose_totals = lambda early=early: early
+            await server.app.pool.sample()
+            assert 'expert="n' not in (await server.call("GET", "/metrics")).body.decode()
+            del server.engine.workers[0].phatgoose_totals
+
+
 @pytest.mark.parametrize("engines", [1, 2])
 async def test_shares_of_the_last_minutes(root, engines):
     async with Server(FakeEngine(engines=engines)) as server:
@@ -398,6 +488,9 @@ def test_shares_forget_what_is_older_than_the_window():
     [
         ({access.ADMIN_KEY: "x", access.API_KEY: "x"}, "an API key too"),
         ({access.EXPERTS_ROOT: "/no/such/root"}, "not a folder"),
+        ({access.ALLOW_HUB: "friend .."}, "allow an owner"),
+        ({access.ALLOW_HUB: "friend/"}, "allow an owner"),
+        ({access.ALLOW_HUB: "friend/../x"}, "allow an owner"),
         ({access.ALLOW_HUB: "a/b/c"}, "owner/name"),
         ({access.ALLOW_HUB: "/"}, "owner/name"),
         ({access.DRAIN_SECONDS: "0"}, "above 0"),
@@ -407,6 +500,31 @@ def test_shares_forget_what_is_older_than_the_window():
 def test_settings_that_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         Access.read(given, None)
+
+
+@pytest.mark.parametrize(
+    "host", [None, "", "0.0.0.0", "::", "0", "10.0.0.1", "::ffff:10.0.0.1", "no.such.host.invalid"]
+)
+async def test_other_machines_need_a_key(host, monkeypatch):
+    with pytest.raises(ConfigError, match="--allow-no-key"):
+        Access().check_address(host)
+    Access().check_address(host, uds="/run/phatgoose.sock")
+    Access(api_keys=("k",)).check_address(host)
+    Access(allow_no_key=True).check_address(host)
+    # However the server was started, `vllm serve` with our middleware, say.
+    async with Server(host=host) as server:
+        assert server.started["type"] == "lifespan.startup.failed"
+        assert "--allow-no-key" in server.started["message"]
+    async with Server(host=host, api_key=["k"]) as server:
+        assert server.started["type"] == "lifespan.startup.complete"
+    monkeypatch.setenv(access.ALLOW_NO_KEY, "1")
+    async with Server(host=host) as server:
+        assert server.started["type"] == "lifespan.startup.complete"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_this_machine_needs_none(host):
+    Access().check_address(host)
 
 
 def test_keys_are_not_shown():

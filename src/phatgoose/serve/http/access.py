@@ -2,8 +2,10 @@
 that the server's processes, however they were started, agree."""
 
 import hashlib
+import ipaddress
 import os
 import secrets
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +13,14 @@ from pathlib import Path
 from starlette.datastructures import Headers
 
 from phatgoose.errors import ConfigError, ExpertNotFoundError
-from phatgoose.experts.hub import locate
+from phatgoose.experts.hub import download, is_hub_id, is_repository
 from phatgoose.serve.http.refusal import Refusal
 
 ADMIN_KEY = "PHATGOOSE_ADMIN_KEY"
 EXPERTS_ROOT = "PHATGOOSE_EXPERTS_ROOT"
 ALLOW_HUB = "PHATGOOSE_ALLOW_HUB"  # owners and owner/name, with spaces between
 DRAIN_SECONDS = "PHATGOOSE_DRAIN_SECONDS"
+ALLOW_NO_KEY = "PHATGOOSE_ALLOW_NO_KEY"  # "1": whoever reaches the server may use it
 API_KEY = "VLLM_API_KEY"  # vLLM's own, where --api-key is not given
 
 
@@ -30,6 +33,7 @@ class Access:
     root: Path | None = None
     hub: Sequence[str] = ()
     drain: float = 300.0  # seconds that a change waits for requests in flight
+    allow_no_key: bool = False  # on addresses that other machines reach
 
     def __post_init__(self) -> None:
         if self.admin_key is not None and self.admin_key in self.api_keys:
@@ -37,7 +41,7 @@ class Access:
         if self.root is not None and not self.root.is_dir():
             raise ConfigError(f"{self.root}: the root of experts is not a folder.")
         for entry in self.hub:
-            if not entry.strip("/") or entry.count("/") > 1:
+            if not is_repository(entry):
                 raise ConfigError(f"{entry}: allow an owner on the Hub, or owner/name.")
         if not self.drain > 0:
             raise ConfigError(f"phatgoose: {DRAIN_SECONDS} must be above 0, got {self.drain}.")
@@ -58,6 +62,20 @@ class Access:
             root=Path(root).resolve() if root else None,
             hub=tuple(environment.get(ALLOW_HUB, "").split()),
             drain=drain,
+            allow_no_key=environment.get(ALLOW_NO_KEY, "") not in ("", "0"),
+        )
+
+    def check_address(self, host: str | None, *, uds: str | None = None) -> None:
+        """Raise ConfigError for an address that other machines reach, where there is no key.
+
+        `host` None or "" is every address of the machine; `uds` a socket that is a file.
+        """
+        if self.api_keys or self.allow_no_key or uds or is_loopback(host or "0.0.0.0"):
+            return
+        raise ConfigError(
+            f"phatgoose: on {host or 'all addresses'} other machines could use the server without "
+            f"a key. Set --api-key (${API_KEY}), listen on 127.0.0.1, or say --allow-no-key "
+            f"(${ALLOW_NO_KEY}=1) if that is meant."
         )
 
     def check_user(self, headers: Headers) -> None:
@@ -89,7 +107,8 @@ class Access:
         downloaded first if the source is a Hub id that is allowed.
 
         Folders are those below the root, once links are followed, and so are their files; a
-        relative one starts at the root. Raises Refusal.
+        relative one starts at the root. A Hub id is never a path: no folder is looked for by it
+        elsewhere. Raises Refusal.
         """
         if self.root is not None and "\0" not in source:
             folder = _resolve(self.root / source)
@@ -97,7 +116,7 @@ class Access:
                 return folder.name, self._below(folder, source)
         if self._allows(source):
             try:
-                return source.partition("@")[0], locate(source)
+                return source.partition("@")[0], download(source)
             except ExpertNotFoundError as error:
                 raise Refusal(404, str(error), reason="source", param="source") from error
         # Whether there is such a folder elsewhere is nobody's business.
@@ -113,8 +132,8 @@ class Access:
 
     def _allows(self, source: str) -> bool:
         name = source.partition("@")[0]
-        owner, slash, _ = name.partition("/")
-        return bool(slash) and (owner in self.hub or name in self.hub)
+        owner = name.partition("/")[0]
+        return is_hub_id(source) and (owner in self.hub or name in self.hub)
 
     def _no(self, source: str) -> Refusal:
         ways = ["a folder below the root that the server was started with"] if self.root else []
@@ -126,6 +145,15 @@ class Access:
             reason="source",
             param="source",
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address, or every address of a name."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False
+    return all(ipaddress.ip_address(one.partition("%")[0]).is_loopback for one in found)
 
 
 def _resolve(path: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """GET, POST and DELETE /v1/experts."""
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -30,7 +31,7 @@ class Experts:
             answer = self._list(admin=self._access.is_admin(headers))
         elif method == "POST" and not self._name:
             self._access.check_admin(headers)
-            answer = await self._add(receive)
+            answer = await self._add(scope, receive)
         elif method == "DELETE" and self._name:
             self._access.check_admin(headers)
             answer = await self._remove()
@@ -70,8 +71,8 @@ class Experts:
             }
         )
 
-    async def _add(self, receive: Receive) -> JSONResponse:
-        body = read_object(await read_body(receive))
+    async def _add(self, scope: Scope, receive: Receive) -> JSONResponse:
+        body = await read_object(await read_body(scope, receive))
         unknown = sorted(set(body) - {"source", "name"})
         source, name = body.get("source"), body.get("name")
         if unknown or not isinstance(source, str) or not source:
@@ -92,12 +93,12 @@ class Experts:
                 reason="bad_request",
                 param="name",
             )
-        contents = await self._pool.add(name, str(folder))
+        contents = await _to_the_end(self._pool.add(name, str(folder)))
         (expert,) = (e for e in contents.experts if e["name"] == name)
         return JSONResponse({**self._told(expert, admin=True), **_state(contents)}, 201)
 
     async def _remove(self) -> JSONResponse:
-        contents = await self._pool.remove(self._name)
+        contents = await _to_the_end(self._pool.remove(self._name))
         told = {"id": self._name, "object": "expert", "deleted": True}
         return JSONResponse({**told, **_state(contents)})
 
@@ -106,6 +107,11 @@ class Experts:
         rest = {k: v for k, v in expert.items() if k != "name" and (admin or k != "source")}
         model = f"{self._served}/{expert['name']}"
         return {"id": expert["name"], "object": "expert", "model": model, **rest}
+
+
+async def _to_the_end(change: Coroutine[Any, Any, Contents]) -> Contents:
+    """A change of the pool goes on although whoever asked for it went away."""
+    return await asyncio.shield(asyncio.create_task(change))
 
 
 def _state(contents: Contents) -> dict[str, Any]:

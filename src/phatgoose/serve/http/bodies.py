@@ -1,40 +1,127 @@
 """Bodies of requests, read by us before vLLM reads them."""
 
+import asyncio
 import json
+import re
+import time
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope
 
 from phatgoose.serve.http.refusal import Refusal
 
 LONGEST = 64 << 20  # bytes
+MOST = 2_000_000  # values, for they cost much more than their bytes
+DEEPEST = 100  # objects and lists within each other
+GRACE = 30.0  # seconds for a body, and on top one for so many bytes of it:
+SLOWEST = 64 << 10
+INLINE = 64 << 10  # bytes that are parsed at once; longer ones in a thread
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character in JSON, or a whole one's
 
 
-async def read_body(receive: Receive) -> bytes:
-    """A request's whole body. Raises Refusal where it is too long or does not come."""
-    parts, size = [], 0
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """A request's whole body. Raises Refusal where it is too long, too slow, or does not come."""
+    declared = Headers(scope=scope).get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > LONGEST):
+        raise _too_long()
+    parts, size, start = [], 0, time.monotonic()
     while True:
-        message = await receive()
+        left = start + GRACE + size / SLOWEST - time.monotonic()
+        try:
+            message = await asyncio.wait_for(receive(), max(left, 0.0))
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Refusal(
+                408,
+                f"The body comes too slowly: {size} bytes in {time.monotonic() - start:.0f} s.",
+                reason="slow",
+                headers={"Connection": "close"},
+            ) from None
         if message["type"] == "http.disconnect":
             raise Refusal(400, "The client went away.", reason="disconnected")
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > LONGEST:
-            raise Refusal(413, f"The body is over {LONGEST} bytes.", reason="bad_request")
+            raise _too_long()
         if not message.get("more_body"):
             return b"".join(parts)
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body is. Raises Refusal."""
+async def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is. Raises Refusal.
+
+    What vLLM could not serve is refused too: halves of characters, numbers beyond 64 bits, and
+    what nests deeper than `DEEPEST`.
+    """
+    if len(body) <= INLINE:
+        return parse(body)
+    return await asyncio.to_thread(parse, body)
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MOST:
+        raise Refusal(413, f"The body has more than {MOST} values.", reason="bad_request")
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refusal(400, "The body is not JSON.", reason="bad_request") from None
+        text = body.decode("utf-8-sig")
+        found = json.loads(
+            text, parse_int=_integer, parse_float=_float, parse_constant=_not_a_number
+        )
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:
+        raise _no("The body is not JSON in UTF-8.") from None
     if not isinstance(found, dict):
-        raise Refusal(400, "The body is not a JSON object.", reason="bad_request")
+        raise _no("The body is not a JSON object.")
+    _check_depth(found)
+    if SURROGATE.search(body):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _no("The body has half of a character (a lone surrogate).") from None
     return found
+
+
+def _check_depth(found: Any) -> None:
+    level = [found]
+    for _ in range(DEEPEST):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
+        raise _no(f"The body has a number beyond 64 bits: {text[:40]}.")
+    return number
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise _no(f"The body has a number beyond 64 bits: {text[:40]}.")
+    return number
+
+
+def _not_a_number(text: str) -> float:
+    raise _no(f"The body has {text}, which is no number in JSON.")
+
+
+def _no(message: str) -> Refusal:
+    return Refusal(400, message, reason="bad_request")
+
+
+def _too_deep() -> Refusal:
+    return _no(f"The body nests deeper than {DEEPEST}.")
+
+
+def _too_long() -> Refusal:
+    return Refusal(413, f"The body is over {LONGEST} bytes.", reason="bad_request")
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -17,8 +17,11 @@ BASE = "base"  # the model's name of the bare base
 def choose(body: dict[str, Any], *, served: str, names: Sequence[str]) -> Choice:
     """The choice of a request among the experts `names` of the pool `served`. Raises Refusal."""
     by_name = _by_name(body.get("model"), served, names)
+    wanted = body.get(FIELD) or {}
+    if isinstance(wanted, str):  # which `read` would parse once more, past the checks of the body
+        raise Refusal(400, f"{FIELD} is an object, not a text.", reason="bad_request", param=FIELD)
     try:
-        choice = Choice.read(body.get(FIELD) or {})
+        choice = Choice.read(wanted)
         if by_name is None:
             choice.routed(names)
             return choice

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -31,6 +32,14 @@ class Contents:
     @property
     def names(self) -> list[str]:
         return [expert["name"] for expert in self.experts]
+
+
+@dataclass(frozen=True)
+class Took:
+    """How long a change took, in seconds."""
+
+    drain: float  # until no request was under way
+    change: float  # from then on
 
 
 class LivePool:
@@ -103,12 +112,12 @@ class LivePool:
                         reason="expert",
                         param="source",
                     )
-                after = await self._change(lambda: self._ask_all("phatgoose_commit"))
+                after, took = await self._change(lambda: self._ask_all("phatgoose_commit"))
             except BaseException:
                 if not self.broken:
                     await self._rpc("phatgoose_abort")
                 raise
-            self._tell("added", name, after)
+            self._tell("added", name, after, took)
             return after
 
     async def remove(self, name: str) -> Contents:
@@ -116,8 +125,9 @@ class LivePool:
         async with self._changing:
             if name not in self.contents.names:
                 raise Refusal(404, f"The pool has no expert {name!r}.", reason="unknown_expert")
-            after = await self._change(lambda: self._ask_all("phatgoose_remove", name))
-            self._tell("removed", name, after)
+            after, took = await self._change(lambda: self._ask_all("phatgoose_remove", name))
+            self._metrics.forget(name)
+            self._tell("removed", name, after, took)
             return after
 
     async def routing(self, request: str) -> dict[str, Any]:
@@ -139,7 +149,9 @@ class LivePool:
             return
         tokens, entropy, count = Counter[str](), 0.0, 0.0
         for totals, *_ in await self._rpc_by_engine("phatgoose_totals"):
-            tokens.update(totals["tokens"])
+            # Of experts that are there now: counters of others have ended.
+            present = self.contents.names
+            tokens.update({n: count for n, count in totals["tokens"].items() if n in present})
             entropy += totals["entropy"] * totals["count"]
             count += totals["count"]
         grown = self._recent.add(Totals(tokens, entropy, count))
@@ -158,19 +170,23 @@ class LivePool:
             except Exception as error:
                 log.error("%s", json.dumps({"event": "totals_lost", "error": str(error)[:500]}))
 
-    async def _change(self, act: Callable[[], Awaitable[Any]]) -> Contents:
+    async def _change(self, act: Callable[[], Awaitable[Any]]) -> tuple[Contents, Took]:
         """Act while nothing runs and nothing is cached, and see that all workers agree."""
+        start = time.monotonic()
         try:
             async with self._gate.change(self._drain):
                 try:
-                    # Other routes than ours reach the engine too.
+                    # Requests whose clients went away may still be on their way out.
+                    left = max(1.0, start + self._drain - time.monotonic())
                     await asyncio.wait_for(
-                        self._engine.pause_generation(mode="wait", clear_cache=True), self._drain
+                        self._engine.pause_generation(mode="wait", clear_cache=True), left
                     )
+                    drained = time.monotonic()
                     # Before the change, so that a failure changes nothing; nothing runs between.
                     if not await self._engine.reset_prefix_cache():
                         raise Refusal(503, "The prefix cache is in use. Try again.", reason="busy")
-                    return await self._act(act)
+                    after = await self._act(act)
+                    return after, Took(drained - start, time.monotonic() - drained)
                 finally:
                     if not self.broken:
                         await self._engine.resume_generation()
@@ -251,7 +267,7 @@ class LivePool:
         core = getattr(self._engine, "engine_core", None)
         return getattr(core, "call_utility_all_async", None)
 
-    def _tell(self, action: str, name: str, after: Contents) -> None:
+    def _tell(self, action: str, name: str, after: Contents, took: Took) -> None:
         self._metrics.changes.labels("add" if action == "added" else "remove").inc()
         event = {
             "event": f"expert_{action}",
@@ -259,5 +275,7 @@ class LivePool:
             "generation": after.generation,
             "fingerprint": after.fingerprint,
             "experts": len(after.experts),
+            "drain_seconds": round(took.drain, 3),
+            "change_seconds": round(took.change, 3),
         }
         log.info("%s", json.dumps(event))

@@ -1,5 +1,6 @@
 """Figures for Prometheus, which vLLM's own /metrics shows beside its own."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,11 @@ class Metrics:
         self.loaded.set(loaded)
         self.capacity.set(capacity)
         self.generation.set(generation)
+
+    def forget(self, name: str) -> None:
+        """End the counter of an expert that is gone; one that has not served yet has none."""
+        with contextlib.suppress(KeyError):
+            self.tokens.remove(name)
 
     def routed(self, tokens: Mapping[str, float], entropy: float | None) -> None:
         """Add the tokens of a while; the entropy stays as it was where no token was routed."""

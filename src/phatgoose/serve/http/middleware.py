@@ -18,21 +18,17 @@ from phatgoose.serve.http.access import Access
 from phatgoose.serve.http.admin import Experts
 from phatgoose.serve.http.answers import Answer, Routing, send_json
 from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
-from phatgoose.serve.http.choice import BASE, FIELD, choose
+from phatgoose.serve.http.choice import BASE, choose
 from phatgoose.serve.http.live import Contents, LivePool
 from phatgoose.serve.http.metrics import Metrics
+from phatgoose.serve.http.outbox import Outbox
 from phatgoose.serve.http.page import PAGE
 from phatgoose.serve.http.refusal import Refusal
-from phatgoose.serve.http.rewrite import check, mentions, rewritten
+from phatgoose.serve.http.rewrite import check, check_no_choice, check_whole, rewritten
+from phatgoose.serve.http.routes import CHOOSES, Rule, path_of, rule_of, unknown
 
 log = logging.getLogger(__name__)
 
-# What a request asks of a route, and what vLLM calls it inside the engine.
-ROUTED = {
-    "/v1/completions": "cmpl-{}",
-    "/v1/chat/completions": "chatcmpl-{}",
-    "/v1/responses": None,  # one answer may be many requests of the engine
-}
 EXPERTS = "/v1/experts"
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -59,8 +55,9 @@ class PoolMiddleware:
                 if self._watching is not None:
                     self._watching.cancel()
             return
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
+        if scope["type"] == "websocket":
+            log.warning("%s", json.dumps({"event": "websocket_closed", "path": scope["path"]}))
+            await send({"type": "websocket.close", "code": 1008})
             return
         try:
             await self._handler(scope)(scope, receive, send)
@@ -69,32 +66,37 @@ class PoolMiddleware:
             await refusal.response()(scope, receive, send)
 
     def _handler(self, scope: Scope) -> Handler:
-        path, method = self._path(scope), scope["method"]
+        """Who answers a request. Keys are looked at before anything of the body is read."""
+        path, method = path_of(scope), scope["method"]
+        headers = Headers(scope=scope)
         broken = self._pool.broken if self._pool else None
         if broken and (method != "GET" or path == "/health"):
             raise Refusal(503, broken, reason="broken")
-        if method == "OPTIONS":  # browsers ask vLLM's middleware who may ask
-            return self.app
+        if method == "OPTIONS" and "access-control-request-method" in headers:
+            return self.app  # a browser asks vLLM's middleware who may ask
         if method in ("GET", "HEAD") and path in PAGE:
             return PAGE[path]
         if path == EXPERTS or path.startswith(EXPERTS + "/"):
             name = path.removeprefix(EXPERTS).removeprefix("/")
             return Experts(self.pool, self._access, served=self._served, name=name)
-        if method == "POST":
-            return self._answer if path in ROUTED else self._other
-        if method == "GET" and path == "/v1/models":
+        rule = rule_of(method, path)
+        if rule is Rule.OPEN:
+            return self.app
+        if self._pool is None:
+            raise _not_started()
+        self._access.check_user(headers)
+        if rule is Rule.CHOOSES:
+            return self._answer
+        if rule is Rule.WHOLE:
+            return self._whole
+        if path == "/v1/models":
             return self._models
-        return self.app
-
-    @staticmethod
-    def _path(scope: Scope) -> str:
-        path: str = scope["path"]
-        return path.removeprefix(scope.get("root_path", ""))
+        return self._checked if method == "POST" else self.app
 
     @property
     def pool(self) -> LivePool:
         if self._pool is None:
-            raise Refusal(503, "The server has not started yet.", reason="starting")
+            raise _not_started()
         return self._pool
 
     # -- start ---------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ class PoolMiddleware:
         async def wrapped(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 try:
-                    await self._start(scope["app"].state)
+                    await self._start(scope["app"])
                 except Exception as error:
                     text = f"phatgoose: the pool cannot be served: {first_line(error)}"
                     log.critical("%s", text)
@@ -112,11 +114,16 @@ class PoolMiddleware:
 
         return wrapped
 
-    async def _start(self, state: Any) -> None:
+    async def _start(self, app: Any) -> None:
+        state = app.state
         self._access = Access.read(os.environ, state.args.api_key)
+        self._access.check_address(state.args.host, uds=getattr(state.args, "uds", None))
         self._served = (state.args.served_model_name or [state.args.model])[0]
         if self._served == BASE:
             raise ValueError(f"{BASE!r} is the name of the bare base, not of the pool")
+        for route in unknown(app.routes):
+            # A newer vLLM's, or a plugin's: what it does with a pool nobody has looked at.
+            log.warning("%s", json.dumps({"event": "route_closed", "route": route}))
         pool = LivePool(state.engine_client, self._metrics, drain=self._access.drain)
         await pool.start()
         self._pool = pool
@@ -127,24 +134,23 @@ class PoolMiddleware:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that the pool serves, told to the workers in vLLM's own fields."""
-        self._access.check_user(Headers(scope=scope))
-        raw = await read_body(receive)
-        async with self.pool.request() as contents:
-            body = read_object(raw)
+        body = await read_object(await read_body(scope, receive))
+        async with Outbox(send) as outbox, self.pool.request() as contents:
             choice = choose(body, served=self._served, names=contents.names)
-            check(body, choice, contents, path=self._path(scope))
+            check(body, choice, contents, path=path_of(scope))
             asked = body.get("model") or self._served
             scope, routing = self._asking(scope, choice, contents)
             new = json.dumps(rewritten(body, choice, contents, served=self._served)).encode()
+            to_client: Send = outbox
             if routing is not None or asked != self._served:
-                send = Answer(send, served=self._served, asked=asked, routing=routing)
-            await self.app(resized(scope, len(new)), replay(new, receive), send)
+                to_client = Answer(outbox, served=self._served, asked=asked, routing=routing)
+            await self.app(resized(scope, len(new)), replay(new, receive), to_client)
 
     def _asking(
         self, scope: Scope, choice: Choice, contents: Contents
     ) -> tuple[Scope, Routing | None]:
         """The request by a name of its own, by which its routing is found afterwards."""
-        form = ROUTED[self._path(scope)]
+        form = CHOOSES[path_of(scope)]
         if choice.routing is None or form is None:
             return scope, None
         headers = MutableHeaders(raw=list(scope["headers"]))
@@ -157,26 +163,19 @@ class PoolMiddleware:
 
         return {**scope, "headers": headers.raw}, routing
 
-    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Other routes use the whole pool; a choice there would slip past the cache's key."""
-        kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        if not kind.endswith("json"):
-            await self.app(scope, receive, send)
-            return
-        raw = await read_body(receive)
-        try:
-            says = mentions(json.loads(raw))
-        except ValueError:
-            says = False  # vLLM says what is wrong with it
-        except RecursionError:
-            raise Refusal(400, "The body nests too deep.", reason="bad_request") from None
-        if says:
-            raise Refusal(
-                400,
-                f"{FIELD} is for {', '.join(ROUTED)}.",
-                reason="bad_request",
-                param=FIELD,
-            )
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request of a route that serves by the whole pool, and can do nothing else."""
+        body = await read_object(await read_body(scope, receive))
+        check_whole(body, served=self._served)
+        new = json.dumps(body).encode()  # what we have checked, however else it could be read
+        async with Outbox(send) as outbox, self.pool.request():
+            await self.app(resized(scope, len(new)), replay(new, receive), outbox)
+
+    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request that runs no model: its body, if there is one, is looked at all the same."""
+        raw = await read_body(scope, receive)
+        if raw:
+            check_no_choice(await read_object(raw))
         await self.app(scope, replay(raw, receive), send)
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -212,3 +211,7 @@ class PoolMiddleware:
             "message": refusal.message[:500],
         }
         log.warning("%s", json.dumps(event))
+
+
+def _not_started() -> Refusal:
+    return Refusal(503, "The server has not started yet.", reason="starting")

@@ -15,6 +15,7 @@ class Refusal(Exception):
         param: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = message.encode("utf-8", "backslashreplace").decode()  # whatever it quotes
         super().__init__(message)
         self.status, self.message, self.reason = status, message, reason
         self.param, self.headers = param, headers

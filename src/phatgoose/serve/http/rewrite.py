@@ -6,6 +6,7 @@ from phatgoose.serve.choice import Choice
 from phatgoose.serve.http.choice import FIELD, salt
 from phatgoose.serve.http.live import Contents
 from phatgoose.serve.http.refusal import Refusal
+from phatgoose.serve.http.routes import CHOOSES
 
 
 def rewritten(
@@ -50,6 +51,28 @@ def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str
         raise no("This server does not note which experts serve what.")
     if choice.routing and path.endswith("/responses"):
         raise no(f"{FIELD}.routing is not told by this route. Use /v1/chat/completions.")
+
+
+def check_whole(body: dict[str, Any], *, served: str) -> None:
+    """Raise Refusal where a request wants other experts than all, on a route that serves by all."""
+    model = body.get("model")
+    if model is not None and model != served:
+        raise Refusal(
+            404,
+            f"The model {str(model)[:200]!r} is not served by this route, which asks the whole "
+            f"pool: {served!r}. Ask for others by {', '.join(CHOOSES)}.",
+            reason="unknown_model",
+            param="model",
+        )
+    check_no_choice(body)
+
+
+def check_no_choice(body: dict[str, Any]) -> None:
+    """Raise Refusal for a choice on a route that takes none: the cache's key would not have it."""
+    if mentions(body):
+        raise Refusal(
+            400, f"{FIELD} is for {', '.join(CHOOSES)}.", reason="bad_request", param=FIELD
+        )
 
 
 def mentions(found: Any) -> bool:
