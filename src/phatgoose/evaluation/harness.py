@@ -5,6 +5,7 @@ lm_eval --model phatgoose --model_args experts=EXPERTS,top_k=2 --tasks hellaswag
 lm_eval.simple_evaluate(model=PhatgooseLM(experts="EXPERTS"), tasks=["hellaswag"])
 """
 
+import inspect
 import logging
 import os
 from collections.abc import Sequence
@@ -152,6 +153,18 @@ def _check_arguments(harness: dict[str, Any]) -> None:
         raise ConfigError(
             f"model_args: there is no {', '.join(unknown)}. Choose from: "
             f"{', '.join([*ours.split(), *HARNESS])}."
+        )
+    known = inspect.signature(HFLM.__init__).parameters
+    unknown = sorted(set(harness) - set(known))
+    if unknown:  # it would take them into its **kwargs, and ignore them
+        raise ConfigError(
+            f"model_args: this version of lm_eval has no {', '.join(unknown)}. Leave it out, or "
+            "pip install -U lm_eval."
+        )
+    if "_loglikelihood_tokens" not in vars(HFLM):  # where we look at the answers' lengths
+        raise ConfigError(
+            "this version of lm_eval scores answers in a way that phatgoose does not know: pip "
+            "install lm_eval==0.4.13"
         )
 
 

@@ -1,5 +1,6 @@
 """Rank classification: the choice a model finds likeliest, by its mean token log-likelihood."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from phatgoose.evaluation.batches import (
     token_batches,
     using,
 )
+from phatgoose.models import cache_argument, cache_of
 from phatgoose.tasks import IGNORED, Example
 
 MAX_TOKENS = 16_384  # per batch, padding counted
@@ -178,19 +180,20 @@ def _shared_scores(
     if any(len(group.prompt) > 1 for group in groups):
         heads, head_mask = padded([group.prompt[:-1] for group in groups], pad, "left")
         with using(model, experts):
-            cache = forward(
+            output = forward(
                 model,
                 input_ids=heads,
                 attention_mask=head_mask,
                 position_ids=positions(head_mask),
                 logits_to_keep=1,
                 use_cache=True,
-            ).past_key_values
+            )
+        cache = cache_of(model, output)
         owners = [index for index, group in enumerate(groups) for _ in group.targets]
         cache.batch_select_indices(torch.tensor(owners, device=model.device))
         ids = torch.cat([heads[owners], tails], dim=1)
         mask = torch.cat([head_mask[owners], mask], dim=1)
-        past = {"past_key_values": cache, "use_cache": True}
+        past = {cache_argument(model.forward): cache, "use_cache": True}
         _announce(model, ids, mask, cache=cache)
     with using(model, _of_rows(groups, experts)):
         logits = forward(
@@ -208,13 +211,11 @@ def _announce(model: Any, ids: Tensor, mask: Tensor, *, cache: Any) -> None:
 
     The cache's rows were repeated, so a routed model could not know.
     """
-    width = ids.shape[1]
-    model.prepare_inputs_for_generation(
-        ids.to(model.device),
-        past_key_values=cache,
-        attention_mask=mask.to(model.device),
-        cache_position=torch.arange(cache.get_seq_length(), width, device=model.device),
-    )
+    prepare, past, width = model.prepare_inputs_for_generation, cache.get_seq_length(), ids.shape[1]
+    more: dict[str, Any] = {cache_argument(prepare): cache}
+    if "cache_position" in inspect.signature(prepare).parameters:  # transformers 4
+        more["cache_position"] = torch.arange(past, width, device=model.device)
+    prepare(ids.to(model.device), attention_mask=mask.to(model.device), **more)
 
 
 def _seq2seq_scores(

@@ -39,7 +39,7 @@ def train_gates_from_trainer(
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(model, batch)
 
-    processing = getattr(trainer, "processing_class", None)
+    processing = trainer.processing_class
     processing = getattr(processing, "tokenizer", processing)  # a multimodal processor has one
     settings.setdefault("tokenizer", processing if hasattr(processing, "get_vocab") else None)
     if accelerator.mixed_precision == "bf16":

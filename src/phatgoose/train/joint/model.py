@@ -13,7 +13,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.nn.site import BANK
 from phatgoose.train.joint.rows import Rows, put_together
 from phatgoose.train.joint.stacks import Stack, add_stack
-from phatgoose.train.loop.frozen import frozen
+from phatgoose.train.loop.frozen import any_checkpointed, frozen
 from phatgoose.train.loop.loop import Pass
 from phatgoose.train.loop.mixed import autocasting
 from phatgoose.train.loop.placement import device_of, refuse_fsdp1
@@ -50,7 +50,7 @@ class JointModel:
             self.model.get_submodule(name).register_forward_hook(self._hook(name, stack))
             for name, stack in self.stacks.items()
         ]
-        if getattr(self.model, "is_gradient_checkpointing", False):
+        if any_checkpointed(self.model):
             # Reentrant checkpointing passes gradients on only to what has them going in.
             embeddings = self.model.get_input_embeddings()
             handles.append(embeddings.register_forward_hook(_require_gradient))

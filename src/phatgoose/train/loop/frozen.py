@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from phatgoose.errors import ConfigError
+
 
 @contextmanager
 def frozen(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
@@ -20,9 +22,8 @@ def frozen(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
             parameter.requires_grad_(False)
         model.train(dropout)
         for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                # transformers checkpoints only in training mode; the modules inside stay in eval.
-                module.training = True
+            # transformers checkpoints only in training mode; the modules inside stay in eval.
+            module.training |= is_checkpointed(module)
         for module, name, _ in rates:
             setattr(module, name, 0.0)
         yield
@@ -35,10 +36,30 @@ def frozen(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
             setattr(module, name, rate)
 
 
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether a module of transformers' computes what is inside once more for its gradients."""
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
+def any_checkpointed(model: nn.Module) -> bool:
+    """Whether some module is; ConfigError where the model says so, and none can be found."""
+    if any(map(is_checkpointed, model.modules())):
+        return True
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # the new name first
+        if hasattr(type(model), name):
+            if not getattr(model, name):
+                return False
+            raise ConfigError(
+                f"{type(model).__name__}: checkpoints its activations in a way that this version of "
+                "phatgoose does not know. Turn it off (model.gradient_checkpointing_disable())."
+            )
+    return False
+
+
 def _dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
     """Rates that checkpointed modules read in training mode, like OPT's `dropout`."""
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
+        if is_checkpointed(module):
             for name, value in vars(module).items():
                 if "drop" in name and isinstance(value, float):
                     yield module, name, value
