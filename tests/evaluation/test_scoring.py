@@ -1,6 +1,7 @@
 """Rank classification against the same thing written out for one choice at a time."""
 
 from collections.abc import Callable, Sequence
+from functools import partial, update_wrapper
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import phatgoose
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import rank_choices, score_choices
+from phatgoose.models import cache_argument, cache_of
 from phatgoose.routers import PhatgooseRouter
 from phatgoose.tasks import Example, encode
 from phatgoose.types import TokenContext
@@ -64,6 +66,25 @@ def test_scores_are_those_of_one_choice_at_a_time(
         for one, other in zip(found, wanted, strict=True):
             assert_near(torch.tensor(one), other, bound)
         assert rank_choices(model, tokenizer, choice_examples, **settings) == best
+
+
+def new(input_ids: Tensor, cache: Any = None, **kwargs: Any) -> Any: ...
+def old(input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any: ...
+def odd(input_ids: Tensor, memory: Any = None, **kwargs: Any) -> Any: ...
+
+
+def test_a_cache_goes_by_the_name_that_a_model_has_for_it(
+    tokenizer: Any, choice_examples: list[Example]
+) -> None:
+    assert (cache_argument(new), cache_argument(old)) == ("cache", "past_key_values")
+    model = make_model("llama")
+    model.forward = update_wrapper(partial(type(model).forward, model), odd)  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"odd: .*KV cache.*, but input_ids, memory, kwargs"):
+        score_choices(model, tokenizer, choice_examples, share_prompts=True)
+    with pytest.raises(
+        ConfigError, match="LlamaForCausalLM: its output has no KV cache, only logits"
+    ):
+        cache_of(make_model("llama"), {"logits": torch.zeros(1)})
 
 
 def test_routing_changes_scores(

@@ -50,8 +50,8 @@ def any_checkpointed(model: nn.Module) -> bool:
             if not getattr(model, name):
                 return False
             raise ConfigError(
-                f"{type(model).__name__}: checkpoints its activations in a way that this version of "
-                "phatgoose does not know. Turn it off (model.gradient_checkpointing_disable())."
+                f"{type(model).__name__}: checkpoints its activations in a way that this "
+                "version of phatgoose does not know. Turn that off first."
             )
     return False
 
