@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from phatgoose.errors import TaskFormatError
 from phatgoose.tasks import (
     IGNORED,
+    LONGEST_LINE,
+    MOST_BLANK,
     Encoded,
     Example,
     batches,
@@ -22,6 +25,7 @@ from phatgoose.tasks import (
     task_folders,
 )
 
+ROW = b'{"text": "' + 200 * b"a" + b'"}\n'
 GOOD = {"inputs": "Is it?", "targets": "yes", "choices": ["yes", "no"], "template": 0}
 OPENERS: dict[str, Callable[..., Any]] = {"": open, ".xz": lzma.open, ".gz": gzip.open}
 
@@ -92,8 +96,31 @@ def test_a_file_without_examples(content: bytes, tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TaskFormatError, match=r"a\.jsonl: no such file"):
         read_examples(tmp_path / "a.jsonl")
-    with pytest.raises(TaskFormatError, match="cannot be read"):
+    with pytest.raises(TaskFormatError, match="is a folder"):
         read_examples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path.write_bytes(gzip.compress(b"\n" * (MOST_BLANK + 2))), "does not end"),
+        (lambda path: path.write_bytes(gzip.compress(b" " * (LONGEST_LINE + 2))), "does not end"),
+        (lambda path: path.write_bytes(gzip.compress(ROW * 100_000)), "more than 200 times"),
+        (lambda path: path.write_bytes(gzip.compress(b"[" * 100_000)), "line 1: is not JSON"),
+        (lambda path: path.write_bytes(gzip.compress(ROW[:-2] + b',"text":"b"}')), "twice"),
+        (lambda path: path.write_bytes(gzip.compress(b'{"text": "\\ud800"}')), "surrogate"),
+        (os.mkfifo, "is a pipe"),
+    ],
+)
+def test_a_file_that_would_not_end(make: Any, says: str, tmp_path: Path) -> None:
+    make(tmp_path / "a.jsonl.gz")
+    with pytest.raises(TaskFormatError, match=says):
+        read_examples(tmp_path / "a.jsonl.gz")
+
+
+def test_a_small_file_may_be_packed_to_almost_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(ROW * 20_000))
+    assert len(read_examples(tmp_path / "a.jsonl.gz")) == 20_000
 
 
 @pytest.mark.parametrize("suffix", ["xz", "gz"])

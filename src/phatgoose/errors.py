@@ -1,7 +1,12 @@
 """Every error of ours, under one base class.
 
-A message tells who, what was found, what was wanted and what to do, in one line.
+A message tells who, what was found, what was wanted and what to do, in one line. It may quote a
+stranger's file, so it is made fit for a terminal and a log where it is made.
 """
+
+from phatgoose.text import visible
+
+LONGEST = 4000  # characters of a message; the way out is at its end
 
 
 def first_line(error: BaseException) -> str:
@@ -10,14 +15,18 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def visible(text: str) -> str:
-    """A stranger's text in one line, without what a terminal would obey: control characters,
-    line breaks and marks that turn the direction of writing come as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 class PhatgooseError(Exception):
     """Base class of all errors raised by phatgoose."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(_shown(a) if isinstance(a, str) else a for a in arguments))
+
+
+def _shown(message: str) -> str:
+    message = visible(message)
+    if len(message) <= LONGEST:
+        return message
+    return f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 3 :]}"
 
 
 class ConfigError(PhatgooseError, ValueError):

@@ -9,8 +9,9 @@ A file holds one JSON object per line (.jsonl, .jsonl.xz or .jsonl.gz):
 """
 
 import gzip
-import json
+import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from phatgoose.errors import TaskFormatError, first_line
+from phatgoose.reading import open_regular, parse_json
 
 SEPARATOR = "\n"  # between `inputs` and `targets`
+LONGEST_LINE = 1 << 26  # characters
+MOST_BLANK = 1_000_000  # lines without anything between two examples
+MOST_UNPACKED = 200  # times the bytes of a packed file; text is packed to a tenth or so
+LEAST_UNPACKED = 1 << 24  # characters, however small the packed file is
 IGNORED = -100  # the label of a token that has no loss
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 _FIELDS = (("inputs", "targets", SEPARATOR), ("prompt", "completion", ""))
@@ -57,12 +63,11 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     examples: list[Example] = []
     number = 0
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if limit is not None and len(examples) == limit:
-                    break
-                if line.strip():
-                    examples.append(_parse(line, f"{path}, line {number}"))
+        for number, line in enumerate(_lines(path), start=1):
+            if limit is not None and len(examples) == limit:
+                break
+            if line.strip():
+                examples.append(_parse(line, f"{path}, line {number}"))
     except FileNotFoundError:
         raise TaskFormatError(f"{path}: no such file. Give a .jsonl file of examples.") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
@@ -75,18 +80,43 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     return examples
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, unpacked; refuses one that a few bytes make endless."""
+    packed = path.suffix in _OPENERS
+    unpack: Callable[..., Any] = _OPENERS.get(path.suffix, lambda raw: raw)
+    with open_regular(path, error=TaskFormatError) as raw:
+        most = max(LEAST_UNPACKED, MOST_UNPACKED * os.fstat(raw.fileno()).st_size)
+        size = blank = 0
+        text = io.TextIOWrapper(unpack(raw), encoding="utf-8")
+        while line := text.readline(LONGEST_LINE + 1):
+            size += len(line)
+            blank = 0 if line.strip() else blank + 1
+            if len(line) > LONGEST_LINE or blank > MOST_BLANK:
+                what = "a line" if len(line) > LONGEST_LINE else "the blank part"
+                raise TaskFormatError(
+                    f"{path}: {what} after {size - len(line)} characters does not end. Give one "
+                    "example a line."
+                )
+            if packed and size > most:
+                raise TaskFormatError(
+                    f"{path}: unpacks to more than {MOST_UNPACKED} times its size. Give the "
+                    "unpacked file if that is right."
+                )
+            yield line
+
+
 def load_examples(source: str | Path, split: str = "train") -> list[Example]:
     """Examples of a file, of a task folder's split, or of a Hub data set ("owner/name").
 
     Raises TaskFormatError where there is no such thing, or a row is not of one of the three forms.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises on names that are too long
         found = split_file(path, split)
         if found is None:
             raise TaskFormatError(f"{path}: holds no {split}.jsonl (or .jsonl.xz, .jsonl.gz).")
         return read_examples(found)
-    if path.exists() or path.suffix in (".jsonl", *_OPENERS):
+    if os.path.exists(path) or path.suffix in (".jsonl", *_OPENERS):
         return read_examples(path)
     return _read_hub(str(source), split)
 
@@ -131,7 +161,7 @@ def parse_example(row: Any, where: str) -> Example:
 
 def _parse(line: str, where: str) -> Example:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise TaskFormatError(f"{where}: is not JSON ({error}). Correct or remove it.") from None
     return parse_example(row, where)

@@ -42,11 +42,10 @@ def swap_the_gates(world, expert="one"):
 
 
 def put_a_nan(world, expert="one"):
-    def change(tensors):
-        tensors[f"{KEY}A.weight"][1, 2] = torch.nan
-        return tensors
-
-    world.edit(expert, change)
+    path = world.root / expert / WEIGHTS_FILE
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors[f"{KEY}A.weight"][1, 2] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
     return expert, f"lora_A of {NAME}", "NaN", "Train the adapter again"
 
 

@@ -13,6 +13,7 @@ from phatgoose.experts import BaseIdentity, identify_base, linear_modules
 from phatgoose.experts.base import base_name, is_hub_name, linear_sizes
 
 KINDS = ["llama", "gpt2", "t5"]
+GOOD = {"name": "owner/base", "revision": None, "shape": "0" * 64, "tokenizer": None}
 
 
 class Tokenizer:
@@ -193,3 +194,23 @@ def test_a_module_without_config_is_identified():
     assert identify_base(model).name is None
     assert identify_base(model).shape != identify_base(nn.Sequential(nn.Linear(5, 3))).shape
     assert identify_base(model, name=str(Path("no/such/folder/here"))).name
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        {},
+        {**GOOD, "more": 1},
+        {**GOOD, "shape": None},
+        {**GOOD, "shape": 5},
+        {**GOOD, "name": 5},
+        {**GOOD, "name": "a\x1bb"},
+        {**GOOD, "tokenizer": ["x"]},
+    ],
+)
+def test_what_is_no_identity_is_refused(value):
+    assert BaseIdentity.from_json(GOOD).to_json() == GOOD
+    with pytest.raises(ValueError, match="base"):
+        BaseIdentity.from_json(value)

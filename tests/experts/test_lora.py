@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 
-from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
+from phatgoose.errors import ConfigError, ExpertFormatError, UnsupportedAdapterError
 from phatgoose.experts import LoraModule, adapter_hash, load_expert
 from phatgoose.experts.lora import (
     CONFIG_FILE,
@@ -364,3 +364,87 @@ def test_hash_sees_every_change():
     hashes = [adapter_hash({**modules(), "first": module}) for module in variants]
     hashes += [adapter_hash({"first": modules()["first"]}), adapter_hash({})]
     assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, 1e308, 10**400, 1e39, True, "8", [8], None])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_alpha_beyond_float32_is_refused(alpha, rslora, save_adapter, edit_json, one_line):
+    folder = save_adapter()
+    edit_json(folder / CONFIG_FILE, lora_alpha=alpha, use_rslora=rslora)
+    with pytest.raises(ExpertFormatError, match=r"lora_alpha|JSON") as info:
+        load_expert(folder)
+    one_line(info)
+
+
+@pytest.mark.parametrize("factor", [1e300, 1e37, math.nan])
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_values_whose_product_overflows_are_refused(factor, half, save_adapter, edit_tensors):
+    folder = save_adapter()
+    edit_tensors(
+        folder / WEIGHTS_FILE,
+        lambda ts: {
+            k: t.double() * factor if f"lora_{half}" in k else t.double() for k, t in ts.items()
+        },
+    )
+    with pytest.raises(ExpertFormatError, match="float32"):
+        load_expert(folder)
+
+
+def test_scale_times_b_that_overflows_is_refused(save_adapter, edit_json):
+    folder = save_adapter()
+    edit_json(folder / CONFIG_FILE, lora_alpha=3e38)
+    with pytest.raises(ExpertFormatError, match="may exceed float32"):
+        load_expert(folder)
+
+
+def test_two_tensors_for_one_half(save_adapter, edit_tensors):
+    folder = save_adapter()
+
+    def again(tensors):
+        key = min(tensors)
+        return {**tensors, key.removeprefix("base_model.model."): tensors[key] + 1}
+
+    edit_tensors(folder / WEIGHTS_FILE, again)
+    with pytest.raises(ExpertFormatError, match="has two tensors for lora_A"):
+        load_expert(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base_model_name_or_path": 5},
+        {"base_model_name_or_path": "x/\x1b]0;owned\x07y"},
+        {"base_model_name_or_path": "x\nCRITICAL fake"},
+        {"use_rslora": "false"},
+        {"r": 3.0},
+        {"r": "3"},
+        {"rank_pattern": {"q_proj": True}},
+        {"rank_pattern": {"(?=q_proj)": 3}},
+        {"alpha_pattern": {"(?:[a-z_.0-9]+)+!(?<!q)": 3}},
+        {"alpha_pattern": ["q_proj"]},
+    ],
+)
+def test_fields_of_another_kind_are_refused(fields, save_adapter, edit_json, one_line):
+    folder = save_adapter()
+    edit_json(folder / CONFIG_FILE, **fields)
+    with pytest.raises(
+        ExpertFormatError, match=f"{CONFIG_FILE}.* {next(iter(fields))}|rank 3"
+    ) as i:
+        load_expert(folder)
+    assert "\x1b" not in one_line(i)
+
+
+def test_a_pattern_that_hangs_re_is_read_at_once(save_adapter, edit_json):
+    folder = save_adapter()
+    wanted = adapter_hash(load_expert(folder).modules)
+    for field in ("rank_pattern", "alpha_pattern"):
+        edit_json(folder / CONFIG_FILE, **{field: {"(?:[a-z_.0-9]+)+!": 7}})
+    assert adapter_hash(load_expert(folder).modules) == wanted
+
+
+def test_a_name_that_cannot_be_seen(save_adapter):
+    folder = save_adapter()
+    hidden = folder.rename(folder.with_name("a\x1b[2Kb"))
+    with pytest.raises(ConfigError, match="cannot be seen"):
+        load_expert(hidden)
+    assert load_expert(hidden, name="plain").name == "plain"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -605,7 +606,48 @@ def test_no_file(run, tmp_path, one_line):
         run()
     one_line(info)
     (tmp_path / "best.pt").mkdir()
-    with pytest.raises(ExpertFormatError, match="no such file"):
+    with pytest.raises(ExpertFormatError, match="is a folder"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda t: t * torch.nan, "NaN or infinite"),
+        (lambda t: t.double() * 1e300, "beyond float32"),
+        (lambda t: t[:1, :1].clone().expand(t.shape), "without values of its own"),
+        (lambda t: t.to_sparse(), "without values of its own"),
+        (lambda t: t.to("meta"), "without values of its own"),
+        (lambda t: t.to(torch.int32), "floats is wanted"),
+    ],
+)
+@pytest.mark.parametrize("part", ["layer1", "expert_embeddings"])
+def test_values_that_are_none(spoil, says, part, run, few, one_line, tmp_path):
+    if part == "expert_embeddings" and says == "without values of its own":
+        pytest.skip("tried with a matrix")
+    key = next(key for key in few if part in key)
+    with pytest.raises(ExpertFormatError, match=says) as info:
+        run({**few, key: spoil(few[key])})
+    assert one_line(info).startswith(str(tmp_path / "best.pt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_than_the_file_has(run, few, tmp_path):
+    shared = max(few.values(), key=lambda tensor: tensor.numel())
+    sizes = {k: t.shape for k, t in few.items()}
+    views = {k: shared.flatten()[: size.numel()].view(size) for k, size in sizes.items()}
+    with pytest.raises(ExpertFormatError, match="more than the file"):
+        run(views)
+
+
+def test_a_packed_archive_is_not_unpacked(run, few, tmp_path):
+    path = tmp_path / "best.pt"
+    torch.save(few, tmp_path / "plain.pt")
+    packed = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ExpertFormatError, match="is compressed"):
         run()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from phatgoose.analysis.tokens import visible
+from phatgoose.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

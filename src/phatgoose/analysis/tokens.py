@@ -1,6 +1,5 @@
 """Tokens as text a reader can see."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,7 @@ from phatgoose.analysis.summary import sequence_numbers
 from phatgoose.errors import ConfigError
 from phatgoose.nn import Trace
 from phatgoose.nn.context import Stream
+from phatgoose.text import visible
 
 _VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 _LABEL = 36  # characters of a sequence's text in its label
@@ -74,20 +74,6 @@ def label_sequences(
                 "Give one for each, or none at all."
             )
     return named
-
-
-def visible(text: str, also: dict[str, str] | None = None) -> str:
-    """Escape control and formatting characters, which could command a terminal."""
-    seen = {} if also is None else also
-    return "".join(seen.get(c) or (_escape(c) if _hidden(c) else c) for c in text)
-
-
-def _hidden(c: str) -> bool:
-    return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def _escape(c: str) -> str:
-    return c.encode("unicode_escape").decode()
 
 
 def _begin(tokenizer: Any, ids: list[int]) -> str:

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.analysis.summary import layer_weights, shares, token_weights
-from phatgoose.analysis.tokens import Token, label_sequences, token_table, visible
+from phatgoose.analysis.tokens import Token, label_sequences, token_table
 from phatgoose.nn import Trace
 from phatgoose.nn.context import Stream
+from phatgoose.text import visible
 
 SHOWN = 20  # experts with a column of their own; the rest are "others"
 

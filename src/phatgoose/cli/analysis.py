@@ -11,6 +11,7 @@ from phatgoose import analysis
 from phatgoose.cli.inference import routed_model, routing_settings
 from phatgoose.cli.sources import by_name
 from phatgoose.errors import ConfigError
+from phatgoose.reading import read_json
 from phatgoose.tasks import Example, load_examples, task_folders
 
 
@@ -69,7 +70,7 @@ def _oracles(
 def _read_oracles(path: Path) -> dict[str, str]:
     """The best single expert of each task, by an evaluation's results."""
     try:
-        oracle = json.loads(path.read_text(encoding="utf-8"))["oracle"]
+        oracle = read_json(path, error=ConfigError)["oracle"]
         if not all(isinstance(expert, str) for expert in oracle.values()):
             raise TypeError("its oracle names no experts")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ from phatgoose.errors import ConfigError, PhatgooseError, TaskFormatError
 from phatgoose.evaluation.batches import Remembering, encode_within, is_seq2seq, longest_input
 from phatgoose.evaluation.evaluate import grade
 from phatgoose.evaluation.suites import SUITES, load_suite
+from phatgoose.reading import read_json
 from phatgoose.tasks import Example, read_examples, split_file, task_folders
 
 INDEX = "INDEX.json"
@@ -131,7 +132,10 @@ def _sources(given: Sequence[str | Path]) -> Iterator[_Source]:
             folder = folder.resolve()
             record = _record(folder)
             yield _Source(
-                folder.name, read_examples(path), record.get("metric"), record.get("near_task", ())
+                folder.name,
+                read_examples(path),
+                record.get("metric"),
+                record.get("near_task") or (),
             )
 
 
@@ -140,13 +144,23 @@ def _record(folder: Path) -> dict[str, Any]:
     path = next((p / INDEX for p in [folder, *folder.parents][:3] if (p / INDEX).is_file()), None)
     if path is None:
         return {}
-    try:
-        records = [r for r in json.loads(path.read_text(encoding="utf-8")) if "name" in r]
-    except (OSError, ValueError, TypeError) as error:
-        raise TaskFormatError(f"{path}: is no list of records with name ({error!r}).") from None
-    named = [r for r in records if r["name"] == folder.name]
+    records = read_json(path, error=TaskFormatError)
+    if not isinstance(records, list) or not all(map(_is_record, records)):
+        raise TaskFormatError(
+            f"{path}: is no list of records, each with texts for name, split and metric and a list "
+            "of names for near_task, as far as it has them. Correct it."
+        )
+    named = [r for r in records if r.get("name") == folder.name]
     of_split = [r for r in named if r.get("split") == folder.parent.name]
     return next(iter(of_split or named), {})
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict):
+        return False
+    near = record.get("near_task") or []
+    texts = [record.get(key) or "" for key in ("name", "split", "metric")]
+    return isinstance(near, list) and all(isinstance(text, str) for text in [*texts, *near])
 
 
 def _metric(examples: Sequence[Example]) -> str:

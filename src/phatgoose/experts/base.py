@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from phatgoose.text import visible
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,20 @@ class BaseIdentity:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "BaseIdentity":
+        """What a file says of a base. Raises ValueError where that is no identity."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, dict) or sorted(value) != sorted(names):
+            raise ValueError(f"base is no object with {', '.join(names)}")
+        for name in names:
+            text = value[name]
+            if text is None and name != "shape":
+                continue
+            if not isinstance(text, str) or visible(text) != text:
+                raise ValueError(f"base.{name} is {text!r}, a text is wanted")
+        return cls(**value)
 
     def difference(self, other: "BaseIdentity") -> str | None:
         """Why the two cannot be the same base, in words, or None."""

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType, MappingProxyType
 
+from phatgoose.errors import ConfigError
 from phatgoose.experts.base import BaseIdentity
 from phatgoose.experts.hub import locate
 from phatgoose.experts.kinds import GATES
 from phatgoose.experts.lora import LoraModule, read_adapter
 from phatgoose.experts.signatures import Gates, Signatures, load_signatures
+from phatgoose.text import visible
 
 
 @dataclass(frozen=True, init=False)
@@ -65,13 +67,20 @@ def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Exper
         UnsupportedAdapterError: DoRA, modules_to_save, biases, pickles and the like.
         IncompatibleExpertError: a signature belongs to another adapter, or to another base than
             the others.
+        ConfigError: its name has characters that cannot be seen.
     """
     folder = locate(path_or_hub_id)
+    if not name:
+        is_local = Path(path_or_hub_id).is_dir()
+        name = folder.resolve().name if is_local else str(path_or_hub_id).partition("@")[0]
+    if visible(name) != name:
+        raise ConfigError(
+            f"{name}: the expert's name has characters that cannot be seen. Rename its folder, or "
+            "pass load_expert(path, name=...)."
+        )
     config, modules = read_adapter(folder)
-    is_local = Path(path_or_hub_id).is_dir()
-    default = folder.resolve().name if is_local else str(path_or_hub_id).partition("@")[0]
     return Expert(
-        name=name or default,
+        name=name,
         modules=modules,
         base_name=config.get("base_model_name_or_path"),
         folder=folder,

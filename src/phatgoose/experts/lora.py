@@ -1,9 +1,7 @@
 """Reading a PEFT LoRA folder: which matrices, which scale, and what we refuse."""
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
-from phatgoose.experts.tensors import read_tensors
+from phatgoose.experts.patterns import PatternError, Patterns
+from phatgoose.experts.tensors import LARGEST_VALUE, is_finite, largest, read_tensors
 from phatgoose.files import write_json, write_tensors
+from phatgoose.reading import read_json
+from phatgoose.text import visible
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+LARGEST_INPUT = 65504.0  # of a layer: the largest of float16
 
 # PEFT options that change what an adapted layer computes; any truthy value is refused.
 UNSUPPORTED = {
@@ -71,18 +73,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise ExpertFormatError(
             f"{folder}: no {CONFIG_FILE}. An expert is a PEFT LoRA folder; save one with "
             "peft_model.save_pretrained(folder)."
         ) from None
-    except (OSError, ValueError) as error:
-        raise ExpertFormatError(f"{path}: not readable as JSON ({error}). Copy it again.") from None
     if not isinstance(config, dict):
         raise ExpertFormatError(f"{path}: holds {type(config).__name__}, a JSON object is wanted.")
     refuse_unsupported(config, str(path))
+    _check_fields(config, str(path))
     return config
+
+
+def _check_fields(config: Mapping[str, Any], who: str) -> None:
+    base = config.get("base_model_name_or_path")
+    if base is not None and (not isinstance(base, str) or visible(base) != base):
+        raise ExpertFormatError(
+            f"{who}: base_model_name_or_path is {base!r}, a Hub id or a path is wanted. Correct it."
+        )
+    if not isinstance(config.get("use_rslora") or False, bool):
+        raise ExpertFormatError(
+            f"{who}: use_rslora is {config['use_rslora']!r}, true or false is wanted. Correct it."
+        )
 
 
 def refuse_unsupported(config: Mapping[str, Any], who: str) -> None:
@@ -106,28 +119,54 @@ def refuse_unsupported(config: Mapping[str, Any], who: str) -> None:
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     """The factor PEFT puts before B A at `module`: alpha / r, or alpha / sqrt(r) for rsLoRA."""
-    alpha = _pattern_value(config, "alpha_pattern", module, default="lora_alpha")
-    if not isinstance(alpha, int | float):
+    return _scale(config, module, rank, _Setting(config, "alpha_pattern", "lora_alpha"))
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int, alphas: "_Setting") -> float:
+    alpha = alphas.of(module)
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise ExpertFormatError(
             f"{CONFIG_FILE}: lora_alpha is {alpha!r} for {module}, a number is wanted."
         )
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _pattern_value(config: Mapping[str, Any], field: str, module: str, *, default: str) -> Any:
-    """What the patterns in `field` say for `module`, matched as PEFT does; else `default`'s."""
-    patterns = config.get(field)
-    if not patterns:
-        return config.get(default)
-    from peft.utils.other import get_pattern_key  # slow to import, and seldom needed
-
     try:
-        return patterns.get(get_pattern_key(list(patterns), module), config.get(default))
-    except (AttributeError, TypeError, re.error):
+        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    except OverflowError:
+        scale = math.inf
+    if not abs(scale) <= LARGEST_VALUE:
         raise ExpertFormatError(
-            f"{CONFIG_FILE}: {field} is {patterns!r}, a mapping from module patterns to numbers is "
-            "wanted."
-        ) from None
+            f"{CONFIG_FILE}: lora_alpha is {alpha!r} for {module}, which is more than float32 "
+            "holds. Correct it."
+        )
+    return scale
+
+
+class _Setting:
+    """What a config says for each module: by the first of its patterns that fits, as in PEFT."""
+
+    def __init__(self, config: Mapping[str, Any], field: str, default: str) -> None:
+        self._field, self._default = field, config.get(default)
+        self._values: Any = config.get(field) or {}
+        if not isinstance(self._values, dict) or not all(isinstance(k, str) for k in self._values):
+            raise ExpertFormatError(
+                f"{CONFIG_FILE}: {field} is {self._values!r}, a mapping from module patterns to "
+                "numbers is wanted."
+            )
+        self._keys = list(self._values)
+        try:
+            self._patterns = Patterns(self._keys)
+        except PatternError as error:
+            raise self._refused(error) from None
+
+    def of(self, module: str) -> Any:
+        try:
+            place = self._patterns.first(module)
+        except PatternError as error:
+            raise self._refused(error) from None
+        key = module if place is None else self._keys[place]
+        return self._values.get(key, self._default)
+
+    def _refused(self, error: PatternError) -> ExpertFormatError:
+        return ExpertFormatError(f"{CONFIG_FILE}: {self._field}: {error}.")
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, LoraModule]]:
@@ -175,11 +214,18 @@ def split_modules(
     for key, tensor in tensors.items():
         module, _, half = key.removeprefix(PREFIX).partition(".lora_")
         if half in ("A.weight", "B.weight"):
+            if half[0] in halves.get(module, {}):
+                raise ExpertFormatError(
+                    f"{who}: has two tensors for lora_{half[0]} of {module}, {key} is one. Save "
+                    "the adapter again."
+                )
             halves.setdefault(module, {})[half[0]] = tensor
         else:
             _refuse_key(key, tensor, who)
     if not halves:
         raise ExpertFormatError(f"{who}: holds no lora_A and lora_B matrices.")
+    ranks = _Setting(config, "rank_pattern", "r")
+    alphas = _Setting(config, "alpha_pattern", "lora_alpha")
     modules = {}
     for module, pair in sorted(halves.items()):
         if set(pair) != {"A", "B"}:
@@ -193,16 +239,43 @@ def split_modules(
                 f"{who}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; wanted "
                 "[rank, in_features] and [out_features, rank] with one rank."
             )
-        _check_rank(config, module, a.shape[0], who)
-        modules[module] = LoraModule(a, b, scale_of(config, module, a.shape[0]))
+        _check_rank(ranks.of(module), module, a.shape[0], who)
+        modules[module] = LoraModule(a, b, _scale(config, module, a.shape[0], alphas))
+    check_values(modules, who)
     return modules
 
 
-def _check_rank(config: Mapping[str, Any], module: str, rank: int, who: str) -> None:
-    wanted = _pattern_value(config, "rank_pattern", module, default="r")
-    if wanted != rank:
+def check_values(modules: Mapping[str, LoraModule], who: str) -> None:
+    """Raise ExpertFormatError unless what every module adds can be computed in float32."""
+    for name, module in modules.items():
+        problem = problem_of(name, module)
+        if problem:
+            raise ExpertFormatError(f"{who}: {problem}")
+
+
+def problem_of(name: str, module: LoraModule) -> str | None:
+    """Why a module's values cannot be computed with, in a sentence, or None."""
+    for half, matrix in (("lora_A", module.a), ("lora_B", module.b)):
+        if not is_finite(matrix):
+            return (
+                f"{half} of {name} holds NaN or infinite values, or some beyond float32. Train the "
+                "adapter again, with a lower learning rate or in bfloat16."
+            )
+    inner = LARGEST_INPUT * module.in_features * largest(module.a)
+    outer = inner * module.rank * largest(module.b) * abs(module.scale)
+    if not max(inner, outer, largest(module.b) * abs(module.scale)) <= LARGEST_VALUE:
+        return (
+            f"what it adds at {name} may exceed float32: its matrices have values of up to "
+            f"{largest(module.a):.2g} and {largest(module.b):.2g}, its scale is "
+            f"{module.scale:.2g}. Train the adapter again, or correct lora_alpha."
+        )
+    return None
+
+
+def _check_rank(wanted: Any, module: str, rank: int, who: str) -> None:
+    if wanted != rank or type(wanted) is not int:
         raise ExpertFormatError(
-            f"{who}: {module} has rank {rank}, {CONFIG_FILE} says {wanted}. The two files do not "
+            f"{who}: {module} has rank {rank}, {CONFIG_FILE} says {wanted!r}. The two files do not "
             "belong together; save the adapter again."
         )
 

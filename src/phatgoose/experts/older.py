@@ -4,13 +4,13 @@ Gates were two files: the vectors, and phatgoose_config.json with the record. Th
 one, with a record of fewer fields in the header and no hash.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ExpertFormatError
 from phatgoose.experts.kinds import GATES, Kind
+from phatgoose.reading import parse_json, read_json
 
 FORMAT_VERSION = 1
 
@@ -27,7 +27,7 @@ def older_record(path: Path, kind: Kind, metadata: Mapping[str, str]) -> dict[st
         raise ValueError(f"format_version {metadata['format_version']}")
     return {
         "kind": metadata["kind"],
-        "base": json.loads(metadata["base"]),
+        "base": parse_json(metadata["base"]),
         "adapter": metadata["adapter"],
         "examples": int(metadata["examples"]),
         "tokens": int(metadata["tokens"]),
@@ -37,14 +37,12 @@ def older_record(path: Path, kind: Kind, metadata: Mapping[str, str]) -> dict[st
 def _gates_record(path: Path, vectors: str) -> dict[str, Any]:
     """phatgoose_config.json: its "gates" is what format 2 calls "vectors", the hash of these."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except FileNotFoundError:
         raise ExpertFormatError(
             f"{path.parent}: {vectors} has no record in its header, as releases before 0.2 wrote "
             f"it, and the {path.name} that they wrote beside it is missing. Copy both again."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExpertFormatError(f"{path}: not readable as JSON ({error}). Copy it again.") from None
     if not isinstance(record, dict):
         raise ExpertFormatError(f"{path}: holds {type(record).__name__}, a JSON object is wanted.")
     version = record.pop("format_version", None)

@@ -1,25 +1,19 @@
 """Importing the pools published with the paper: one PEFT LoRA folder with gates per expert.
 
 The checkpoints r-three/P3_Phatgoose and r-three/FLAN_Phatgoose on the Hub are each one `best.pt` of
-36 or 166 experts of google/t5-xl-lm-adapt (arXiv:2402.05859). For module M and expert i it holds
-
-    M._addons.expert_lora.layer1__i          [I, R]  lora_A, transposed
-    M._addons.expert_lora.layer2__i          [R, O]  lora_B, transposed
-    M._addons.router.expert_embeddings__i    [I]     the gate
-
-and the expert adds x layer1 layer2 / R: a LoRA with alpha 1. The order of the experts is the one
-the authors concatenate them in (scripts/concatenate.py in github.com/r-three/phatgoose).
+36 or 166 experts of google/t5-xl-lm-adapt (arXiv:2402.05859); `released_file` says what is in it.
+The order of the experts is the one the authors concatenate them in (scripts/concatenate.py in
+github.com/r-three/phatgoose).
 """
 
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from phatgoose.errors import (
@@ -32,9 +26,11 @@ from phatgoose.errors import (
 )
 from phatgoose.experts.base import BaseIdentity, identify_base, is_hub_name
 from phatgoose.experts.expert import Expert, load_expert
-from phatgoose.experts.lora import LoraModule, adapter_hash
+from phatgoose.experts.lora import LoraModule, adapter_hash, problem_of
+from phatgoose.experts.released_file import GATE, A, B, Halves, read_pool
 from phatgoose.experts.save import save_expert
 from phatgoose.experts.signatures import GateRecord, Gates, vectors_hash
+from phatgoose.experts.tensors import is_finite
 from phatgoose.experts.verify import check_modules
 
 _P3 = """
@@ -90,14 +86,6 @@ _COLLECTIONS = {
     "Niv2zs": "the zero-shot prompts of the Natural Instructions v2 category",
 }
 
-_KEY = re.compile(
-    r"(?P<module>.+)\._addons\."
-    r"(?P<part>expert_lora\.layer1|expert_lora\.layer2|router\.expert_embeddings)"
-    r"__(?P<index>0|[1-9]\d*)"
-)
-_A, _B, _GATE = "expert_lora.layer1", "expert_lora.layer2", "router.expert_embeddings"
-# The concatenated checkpoints carry the base's embeddings along, unchanged.
-_IGNORED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -123,13 +111,14 @@ def import_released(
         IncompatibleExpertError: the experts do not fit the base.
     """
     checkpoint, base, out = Path(checkpoint), str(base), Path(out)
-    experts = _split(_open(checkpoint), str(checkpoint))
+    experts = read_pool(checkpoint)
     names = _check_names(names, len(experts), str(checkpoint))
     model, identity = _open_base(base)
     for name, halves in zip(names, experts, strict=True):
         misfit = next(check_modules(_view(name, halves, base), model), None)
         if misfit:
             raise IncompatibleExpertError(f"{checkpoint} on {base}: {misfit}")
+        _check_values(name, halves, base, str(checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     folders = []
     for index, name in enumerate(tqdm(names, desc="experts", disable=not progress)):
@@ -144,86 +133,14 @@ def import_released(
     return folders
 
 
-# One expert's tensors as the file has them: by module, then by part.
-_Halves = Mapping[str, Mapping[str, Tensor]]
-
-
-def _open(path: Path) -> Mapping[str, Tensor]:
-    """Memory-map a checkpoint; nothing in it is run, and no tensor is read yet."""
-    if not path.is_file():
-        raise ExpertFormatError(f"{path}: no such file. Give the best.pt of a published pool.")
-    try:
-        tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except UnpicklingError:
-        raise ExpertFormatError(
-            f"{path}: a pickle that wants to run code, or no torch file at all; it was not opened. "
-            "Give the best.pt of a published pool."
-        ) from None
-    except Exception as error:  # torch answers a damaged file with any of a dozen kinds
-        raise ExpertFormatError(
-            f"{path}: not a readable torch checkpoint ({first_line(error)}). It may be truncated, "
-            "or the pointer that git leaves without LFS; download it again."
-        ) from None
-    if not isinstance(tensors, Mapping):
-        raise ExpertFormatError(
-            f"{path}: holds {type(tensors).__name__}, a mapping of tensors is wanted."
-        )
-    return tensors
-
-
-def _split(tensors: Mapping[str, Any], who: str) -> list[_Halves]:
-    """Sort the tensors by expert, module and part, and check that each module's belong together."""
-    experts: dict[int, dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in tensors.items():
-        if key in _IGNORED:
-            continue
-        match = _KEY.fullmatch(key) if isinstance(key, str) else None
-        if match is None:
-            raise ExpertFormatError(
-                f"{who}: {key!r} is no part of a published pool, which holds only expert_lora and "
-                "router tensors with an expert's number."
-            )
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ExpertFormatError(f"{who}: {key} is {kind}, a tensor of floats is wanted.")
-        modules = experts.setdefault(int(match["index"]), {})
-        modules.setdefault(match["module"], {})[match["part"]] = tensor.detach()
-    if not experts:
-        raise ExpertFormatError(f"{who}: holds no experts.")
-    for index in range(len(experts)):
-        if index not in experts:
-            raise ExpertFormatError(
-                f"{who}: has {len(experts)} experts up to number {max(experts)}, but none with "
-                f"number {index}. The file is incomplete."
-            )
-        _check_shapes(experts[index], index, who)
-    return [experts[index] for index in range(len(experts))]
-
-
-def _check_shapes(modules: _Halves, index: int, who: str) -> None:
-    """Raise ExpertFormatError unless every module has its three parts, of one rank and fitting."""
-    rank = None
-    for module, halves in modules.items():
-        keys = {part: f"{module}._addons.{part}__{index}" for part in (_A, _B, _GATE)}
-        for part, key in keys.items():
-            if part not in halves:
-                present = keys[next(iter(halves))]
-                raise ExpertFormatError(f"{who}: has {present} but no {key}.")
-        a, b, gate = (halves[part] for part in (_A, _B, _GATE))
-        if a.ndim != 2 or (rank is not None and a.shape[1] != rank) or not a.numel():
-            raise ExpertFormatError(
-                f"{who}: {keys[_A]} has shape {list(a.shape)}, wanted [in_features, "
-                f"{rank or 'rank'}]."
-            )
-        rank = a.shape[1]
-        if b.ndim != 2 or b.shape[0] != rank:
-            raise ExpertFormatError(
-                f"{who}: {keys[_B]} has shape {list(b.shape)}, wanted [{rank}, out_features]."
-            )
-        if list(gate.shape) != [a.shape[0]]:
-            raise ExpertFormatError(
-                f"{who}: {keys[_GATE]} has shape {list(gate.shape)}, wanted [{a.shape[0]}]."
-            )
+def _check_values(name: str, halves: Halves, base: str, who: str) -> None:
+    """Raise ExpertFormatError unless an expert's values can be computed with."""
+    for module, lora in _view(name, halves, base).modules.items():
+        problem = problem_of(module, lora)
+        if not problem and not is_finite(halves[module][GATE]):
+            problem = f"the gate of {module} holds NaN or infinite values, or some beyond float32."
+        if problem:
+            raise ExpertFormatError(f"{who}: {name}: {problem}")
 
 
 def _check_names(names: Sequence[str] | None, experts: int, who: str) -> list[str]:
@@ -295,22 +212,22 @@ def _open_tokenizer(base: str) -> Any | None:
     return tokenizer if any(map(has, sorted(files))) else None
 
 
-def _view(name: str, halves: _Halves, base: str) -> Expert:
+def _view(name: str, halves: Halves, base: str) -> Expert:
     """The expert as views of the mapped file: no memory of its own, and no gates yet."""
     modules = {
-        module: LoraModule(part[_A].T, part[_B].T, 1 / part[_A].shape[1])
+        module: LoraModule(part[A].T, part[B].T, 1 / part[A].shape[1])
         for module, part in halves.items()
     }
     return Expert(name, modules, base_name=base)
 
 
 def _with_gates(
-    expert: Expert, halves: _Halves, identity: BaseIdentity, source: Mapping[str, Any]
+    expert: Expert, halves: Halves, identity: BaseIdentity, source: Mapping[str, Any]
 ) -> Expert:
     """The same expert with its gates; reads the adapter once, for its hash."""
     # Their training is known from the paper only, so the record names the source and claims none.
     record = GateRecord(identity, adapter_hash(expert.modules), training=source)
-    vectors = {module: part[_GATE].to(torch.float32, copy=True) for module, part in halves.items()}
+    vectors = {module: part[GATE].to(torch.float32, copy=True) for module, part in halves.items()}
     return Expert(expert.name, expert.modules, Gates(vectors, record), expert.base_name)
 
 

@@ -16,8 +16,9 @@ from phatgoose.experts.base import BaseIdentity
 from phatgoose.experts.kinds import GATES, KINDS, Kind
 from phatgoose.experts.lora import LoraModule, adapter_hash, read_adapter
 from phatgoose.experts.older import older_record
-from phatgoose.experts.tensors import read_tensors
+from phatgoose.experts.tensors import is_finite, read_tensors
 from phatgoose.files import write_tensors
+from phatgoose.reading import parse_json
 
 __all__ = ["KINDS", "GateRecord", "Gates", "Signatures", "load_signatures", "vectors_hash"]
 
@@ -188,11 +189,17 @@ def read_signatures(folder: Path, kind: Kind) -> Signatures | None:
             record = older_record(path, kind, metadata)
         expected = record.pop("vectors", None)
         found = _signatures(kind, vectors, record)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ExpertFormatError(
             f"{path}: a field of its record is missing or unknown ({error}). Copy it again, update "
             f"phatgoose, or make it again: {kind.remedy(folder)}"
         ) from None
+    for name, vector in vectors.items():
+        if not is_finite(vector):
+            raise ExpertFormatError(
+                f"{path}: the {kind.words} at {name} hold NaN or infinite values. Make them again: "
+                f"{kind.remedy(folder)}"
+            )
     # What older releases wrote of other kinds than gates has no hash.
     if (HEADER in metadata or kind.name == GATES) and vectors_hash(vectors) != expected:
         raise ExpertFormatError(
@@ -203,7 +210,7 @@ def read_signatures(folder: Path, kind: Kind) -> Signatures | None:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    record = json.loads(text)
+    record = parse_json(text)
     version = record.pop("format_version") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"format_version is {version!r}, this release reads {FORMAT_VERSION}")
@@ -227,16 +234,10 @@ def _signatures(kind: Kind, vectors: dict[str, Tensor], record: dict[str, Any]) 
     """Raises KeyError, TypeError or ValueError where the record is not what it should be."""
     if record.pop("kind") != kind.name:
         raise ValueError(f"it is not of the kind {kind.name}")
-    base = BaseIdentity(**record.pop("base"))
-    for name, value in vars(base).items():
-        if not (isinstance(value, str) or (value is None and name != "shape")):
-            raise TypeError(f"base.{name} is {value!r}")
+    base = BaseIdentity.from_json(record.pop("base"))
     for name, value in record.items():
-        if not isinstance(value, _TYPES[name]):
+        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}")
-    for name, vector in vectors.items():
-        if not vector.is_floating_point():
-            raise TypeError(f"{name} is {vector.dtype}, floats are wanted")
     vectors = {name: vector.float() for name, vector in vectors.items()}
     if kind.name == GATES:
         return Gates(vectors, base=base, **record)

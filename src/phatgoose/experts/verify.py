@@ -1,16 +1,17 @@
 """Checking an expert folder, and saying in plain words what is wrong."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.base import identify_base, linear_modules
 from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.kinds import KINDS
+from phatgoose.experts.lora import problem_of
+from phatgoose.experts.tensors import is_finite
 
 # A gate whose largest entry is below this has not moved from zero in any way that could route.
 SMALLEST_GATE = 1e-4
@@ -29,18 +30,15 @@ def verify_expert(path_or_hub_id: str | Path, base: nn.Module | None = None) -> 
 
 
 def check_numbers(expert: Expert) -> Iterator[str]:
-    """Sentences on NaN or infinite values in the adapter or its signatures."""
+    """Sentences on values in the adapter or its signatures that cannot be computed with."""
     for name, module in expert.modules.items():
-        for half, matrix in (("lora_A", module.a), ("lora_B", module.b)):
-            if not _finite(matrix):
-                yield (
-                    f"{expert.name}: {half} of {name} holds NaN or infinite values. Train the "
-                    "adapter again, with a lower learning rate or in bfloat16."
-                )
+        problem = problem_of(name, module)
+        if problem:
+            yield f"{expert.name}: {problem}"
     for signatures in expert.signatures.values():
         kind = KINDS[signatures.kind]
         for name, vector in signatures.vectors.items():
-            if not _finite(vector):
+            if not is_finite(vector):
                 yield (
                     f"{expert.name}: the {kind.words} at {name} hold NaN or infinite values. Make "
                     f"them again: {kind.remedy(expert.folder)}"
@@ -87,10 +85,3 @@ def _check_base(expert: Expert, base: nn.Module) -> Iterator[str]:
         if difference:
             words = KINDS[signatures.kind].words
             yield f"{expert.name}: its {words} were made on another base: {difference}."
-
-
-def _finite(tensor: Tensor) -> bool:
-    if not tensor.numel():
-        return True
-    # Both ends are NaN where any value is; ten times as fast as looking at every value.
-    return all(math.isfinite(float(end)) for end in tensor.aminmax())

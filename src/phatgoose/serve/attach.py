@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from phatgoose.errors import ConfigError, RoutingError, first_line, visible
+from phatgoose.errors import ConfigError, RoutingError, first_line
 from phatgoose.experts import Expert
 from phatgoose.experts.sources import expert_sources
 from phatgoose.nn import Bank
@@ -22,6 +22,7 @@ from phatgoose.serve.readings import Readings
 from phatgoose.serve.settings import ServeSettings
 from phatgoose.serve.slots import Piece, Slots, check_base, digest, write
 from phatgoose.serve.steering import Steering
+from phatgoose.text import visible
 
 log = logging.getLogger(__name__)
 

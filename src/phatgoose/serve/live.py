@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from phatgoose.errors import ConfigError, PhatgooseError, first_line, visible
+from phatgoose.errors import ConfigError, PhatgooseError, first_line
 from phatgoose.experts import load_expert
 from phatgoose.serve.ledger import report
 from phatgoose.serve.settings import ServeSettings, served_router
 from phatgoose.serve.steering import Steering
+from phatgoose.text import visible
 
 if TYPE_CHECKING:
     from phatgoose.serve.slots import Slots  # wants vLLM, which the tests of this module do not

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phatgoose.errors import ConfigError, RoutingError, visible
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.serve.choice import Choice
 from phatgoose.serve.ledger import Ledger
 from phatgoose.serve.readings import Readings
+from phatgoose.text import visible
 
 log = logging.getLogger(__name__)
 
