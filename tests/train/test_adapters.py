@@ -56,6 +56,28 @@ def together(folder, *, kind="llama", tasks=None, model=None, run=None, **change
     )
 
 
+def test_each_may_have_a_seed_of_its_own(tmp_path):
+    """Each is what it is alone with that seed; the seed depends on the name, not on the others."""
+    together(tmp_path / "together", seed_each=True)
+    seeds = {settings(seed_each=True).of_expert(name).seed for name in SIZES}
+    assert len(seeds) == len(SIZES)
+    for name, count in SIZES.items():
+        own = settings(seed_each=True).of_expert(name)
+        train_adapter(base(), encoded(count), tmp_path / name, own, pad=PAD, progress=False)
+        found, wanted = load_expert(tmp_path / "together" / name), load_expert(tmp_path / name)
+        for site, module in wanted.modules.items():
+            assert_near(found.modules[site].a, module.a, NEAR)
+            assert_near(found.modules[site].b, module.b, NEAR)
+
+
+def test_layers_that_are_not_there_are_refused(tmp_path):
+    model = base()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"target_modules: \['no_proj'\] cannot be adapted"):
+        together(tmp_path, model=model, target_modules=["no_proj"])
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("kind", QUIET)
 def test_together_is_alone(kind, tmp_path):
     """Sizes are such that batches and epochs end at other steps for each task."""

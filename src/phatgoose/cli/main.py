@@ -293,6 +293,12 @@ def _batch_options(parser: argparse.ArgumentParser) -> None:
 def _adapter_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="last parts of the names of the layers to adapt (all linear ones but the head)",
+    )
     parser.add_argument("--dropout", type=float, default=0.0, help="of the LoRA")
     parser.add_argument("--steps", type=int, default=500, help="of the adapter")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the adapter")
@@ -356,6 +362,11 @@ def _add_experts(commands: Commands) -> None:
     train.add_argument("--out", required=True, help="folder to put the expert folders in")
     _collection_options(train)
     _adapter_options(train)
+    train.add_argument(
+        "--seed-each",
+        action="store_true",
+        help="a seed of its own for each expert, as strangers would have, from --seed and its name",
+    )
     _gate_options(train)
 
     gate = _command(

@@ -62,11 +62,13 @@ def adapter_settings(arguments: Namespace) -> AdapterTraining:
     return AdapterTraining(
         rank=arguments.rank,
         alpha=arguments.alpha,
+        target_modules=arguments.target_modules or AdapterTraining.target_modules,
         dropout=arguments.dropout,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
+        seed_each=getattr(arguments, "seed_each", False),
         bf16=arguments.bf16,
         save_dtype=arguments.save_dtype,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from phatgoose.errors import ConfigError
+from phatgoose.errors import ConfigError, first_line
 from phatgoose.experts import LoraModule
 from phatgoose.experts.base import base_name
 from phatgoose.experts.lora import lora_of, write_adapter
@@ -43,7 +43,6 @@ def train_adapter(
     in fp32; if saved in bf16, the model keeps the rounded values too, so that gates trained next
     belong to exactly what is on disk.
     """
-    from peft import get_peft_model
     from transformers import PrinterCallback, TrainingArguments
 
     settings = settings or AdapterTraining()
@@ -51,7 +50,7 @@ def train_adapter(
         raise ConfigError("train_adapter: there are no examples to train on. Give at least one.")
     seq2seq = bool(model.config.is_encoder_decoder)
     torch.manual_seed(settings.seed)
-    peft_model = get_peft_model(model, settings.lora_config(seq2seq=seq2seq))
+    peft_model = _with_lora(model, settings)
     trainer = _trainer_class()(
         model=peft_model,
         args=TrainingArguments(
@@ -125,9 +124,10 @@ def train_adapters_together(
 ) -> dict[str, Modules]:
     """Train a LoRA for each task, all at once; each is what `train_adapter` gives for it alone.
 
-    Initial values, order of the examples, schedule, clipping and rounding are `train_adapter`'s;
-    with dropout the draws differ. Each adapter is saved to a PEFT folder in `output_dir`, named
-    like its task. Returns their modules, for `train_gates_together`.
+    Initial values, order of the examples, schedule, clipping and rounding are `train_adapter`'s,
+    with the settings `settings.of_expert(name)`; with dropout the draws differ. Each adapter is
+    saved to a PEFT folder in `output_dir`, named like its task. Returns their modules, for
+    `train_gates_together`.
 
     Args:
         model: the plain transformers base, decoder-only or encoder-decoder; comes back unchanged.
@@ -150,15 +150,17 @@ def train_adapters_together(
     autocast = torch.bfloat16 if settings.bf16 else None
     run = Run.start(autocast=autocast, checkpoint=checkpoint, progress=progress)
     place(model, run.accelerator)
-    first, config = _initial(model, settings)
+    own = {name: settings.of_expert(name) for name in tasks}
+    common, config = _initial(model, settings)
     seq2seq = bool(model.config.is_encoder_decoder)
     modules: dict[str, Modules] = {}
     for number, names in enumerate(groups, start=1):
+        first = [_initial(model, own[n])[0] if settings.seed_each else common for n in names]
         group = AdapterGroup(model, first, names, settings, run)
         examples = {name: tasks[name] for name in names}
         group.train(
             {
-                name: _batches(encoded, settings, pad=pad, seq2seq=seq2seq)
+                name: _batches(encoded, own[name], pad=pad, seq2seq=seq2seq)
                 for name, encoded in examples.items()
             },
             identity={"set of examples": sha256(repr(examples).encode()).hexdigest()},
@@ -175,15 +177,28 @@ def train_adapters_together(
     }
 
 
+def _with_lora(model: Any, settings: AdapterTraining) -> Any:
+    """A PeftModel with a new LoRA; ConfigError where the model has no layer of the names wanted."""
+    from peft import get_peft_model
+
+    seq2seq = bool(model.config.is_encoder_decoder)
+    try:
+        return get_peft_model(model, settings.lora_config(seq2seq=seq2seq))
+    except ValueError as error:
+        raise ConfigError(
+            f"target_modules: {settings.target_modules} cannot be adapted in "
+            f"{type(model).__name__} ({first_line(error)}). Give the last parts of the names of "
+            "linear layers."
+        ) from error
+
+
 def _initial(model: Any, settings: AdapterTraining) -> tuple[Modules, dict[str, Any]]:
     """The adapter as PEFT initialises it on this model, and its config; the model is as before."""
-    from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with seeded(settings.seed):
-        seq2seq = bool(model.config.is_encoder_decoder)
-        peft_model: Any = get_peft_model(model, settings.lora_config(seq2seq=seq2seq))
+        peft_model = _with_lora(model, settings)
     try:
         layers = {
             base_name(path): layer

@@ -1,7 +1,8 @@
 """Settings of the adapter phase and of the gate phase. Nothing heavy is imported here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, Literal, get_args
 
 from phatgoose.errors import ConfigError
@@ -24,6 +25,7 @@ class AdapterTraining:
     warmup_ratio: float = 0.06
     weight_decay: float = 0.0
     seed: int = 0
+    seed_each: bool = False  # for many at once: each a seed of its own, from `seed` and its name
     bf16: bool = False  # run the model under bf16 autocast
     save_dtype: SaveDtype = "float32"
 
@@ -41,6 +43,13 @@ class AdapterTraining:
             raise ConfigError(
                 f"save_dtype must be one of {get_args(SaveDtype)}, got {self.save_dtype!r}."
             )
+
+    def of_expert(self, name: str) -> "AdapterTraining":
+        """The settings with which one of many would be the same if it were trained alone."""
+        if not self.seed_each:
+            return self
+        digest = sha256(f"{self.seed} {name}".encode()).digest()
+        return replace(self, seed=int.from_bytes(digest[:4], "little"), seed_each=False)
 
     @property
     def warmup_steps(self) -> int:

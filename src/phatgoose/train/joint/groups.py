@@ -123,7 +123,7 @@ class GateGroup(Group):
 
 @final
 class AdapterGroup(Group):
-    """LoRAs that all start from `first`."""
+    """LoRAs of one shape, each of which starts from its own of `first`."""
 
     what = "adapters"
     dropout = True
@@ -131,23 +131,23 @@ class AdapterGroup(Group):
     def __init__(
         self,
         model: Any,
-        first: Modules,
+        first: Sequence[Modules],
         names: Sequence[str],
         settings: AdapterTraining,
         run: Run,
     ) -> None:
-        self.first = first
+        self.shape = first[0]
         self.dtype = getattr(torch, settings.save_dtype)
         shapes = {}
-        for site, module in first.items():
+        for site, module in self.shape.items():
             device = device_of(model.get_submodule(site))
             shapes[f"{site} a"] = (device, tuple(module.a.shape))
             shapes[f"{site} b"] = (device, tuple(module.b.shape))
         packed = Packed(shapes, len(names))
         stacks: dict[str, Stack] = {}
-        for site, module in first.items():
+        for site, module in self.shape.items():
             a, b = packed.parameters[f"{site} a"], packed.parameters[f"{site} b"]
-            a.data.copy_(module.a.expand_as(a))
+            a.data.copy_(torch.stack([modules[site].a for modules in first]))
             stacks[site] = LoraStack(a, b, scale=module.scale, dropout=settings.dropout)
         joint = JointModel(model, stacks, autocast=run.autocast)
         super().__init__(names, settings, run, packed=packed, joint=joint)
@@ -155,7 +155,7 @@ class AdapterGroup(Group):
     def modules(self, expert: int) -> dict[str, LoraModule]:
         """One expert's adapter, in the dtype it is saved in."""
         parameters, made = self.packed.parameters, {}
-        for site, module in self.first.items():
+        for site, module in self.shape.items():
             a, b = (
                 parameters[f"{site} {half}"].detach()[expert].to("cpu", self.dtype, copy=True)
                 for half in "ab"
