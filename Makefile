@@ -8,6 +8,7 @@
 #   make test-vllm   the plugin inside vLLM on a CPU, in .venv-vllm (Python 3.11 to 3.13); all its
 #                    tests with VLLM_ARGS=, in twice the time
 #   make docs     the documentation as a site, out/site; a broken link fails
+#   make soak     an hour of load and faults on a served pool, in .venv-vllm too
 #   make clean    remove .venv, .venv-vllm and caches
 #
 # Another interpreter: make clean test PYTHON=python3.12
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-vllm check docs study bench format clean
+.PHONY: demo test test-vllm soak check docs study bench format clean
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -39,6 +40,12 @@ VLLM_ARGS ?= -m "not thorough"
 test-vllm: $(VLLM)/.ready
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(VLLM)/bin/pytest tests/serve --numprocesses=2 --dist=loadfile --durations=25 $(VLLM_ARGS)
+
+# An hour of load and faults on a server of the default pool: see the script for what they are.
+SOAK_ARGS ?= --minutes 60
+soak: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	$(VLLM)/bin/python benchmarks/soak_server.py $(SOAK_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -1,6 +1,7 @@
 """Load and faults on a served pool: does every answer come from the experts it should come from?
 
-    python benchmarks/soak_server.py [--minutes 30] [--clients 8] [--every 5] [--out FILE]
+    make soak SOAK_ARGS='--minutes 30 --out soak.json'
+    python benchmarks/soak_server.py [--minutes 60] [--clients 8] [--readers 2] [--every 5]
 
 Starts `phatgoose serve` on the default pool less two experts (needs vLLM, and openai, which it
 brings). First every prompt is asked in every way in each of the four pools that the two experts
@@ -9,12 +10,15 @@ else is in the batch (near-ties) are left out. Then, at once:
 
 - clients ask in all those ways, by completions and chats, whole and streamed, and some go away
   midway or ask for what there is not;
+- slow readers ask for long streams, and for many seconds read nothing of them;
 - the two experts come and go, and now and then a broken adapter is posted;
 - the memory of all processes of the server is noted.
 
-An answer has to be that of the pool, the choice and the prompt it was for. Ends with exit code 1 if
-one was not, a request failed, memory grew by more than a tenth after the first third, or the server
-did not end well. Prints one JSON line; --out writes all of it.
+An answer has to be that of the pool, the choice and the prompt it was for, that of a slow reader
+too. A change has to be done two seconds after the engine has finished what it was at (the server's
+log tells how long it waited for that). Ends with exit code 1 if one was not, a request failed,
+memory grew by more than a tenth after the first third, or the server did not end well. Prints one
+JSON line; --out writes all of it.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import asyncio
 import json
 import random
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -30,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h11
 import openai
 from safetensors.torch import load_file, save_file
 
@@ -46,6 +52,11 @@ TOKENS = 16
 PROMPTS = 24
 GONE = 0.05  # share of requests whose client goes away midway
 BAD = 0.04  # share that ask for what there is not
+AT_ONCE = (
+    16  # prompts of a slow reader's request: its answer has to be longer than what sockets hold
+)
+HOLD = (6.0, 20.0)  # seconds in which a slow reader reads nothing
+LATE = 2.0  # seconds that a change may take beside its drain
 GROWTH = 0.1  # of memory, after the first third, that is called flat
 WAYS: dict[str, dict[str, Any]] = {
     "pool": {},
@@ -67,12 +78,14 @@ class Tally:
     wrong: list[dict[str, Any]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     memory: list[dict[str, float]] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)  # seconds, as the admin saw it
+    slow_bytes: list[int] = field(default_factory=list)  # of answers to slow readers
 
 
 class Soak:
     """Asks a server, and knows what it should say."""
 
-    def __init__(self, server: Server, seed: int) -> None:
+    def __init__(self, server: Server, seed: int, prompts: int = PROMPTS) -> None:
         self.server = server
         self.client = openai.AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=300
@@ -82,7 +95,7 @@ class Soak:
         self.random = random.Random(seed)
         extra = [" ".join(self.random.sample(words, 3)) for _ in range(PROMPTS)]
         rows += [f"Give the plural of each word: {text}" for text in extra]
-        self.prompts = rows[:PROMPTS]
+        self.prompts = rows[:prompts]
         self.right: dict[Pool, dict[Asked, str]] = {}
         self.pools: dict[int, Pool] = {}  # by generation
         self.tally = Tally()
@@ -138,8 +151,7 @@ class Soak:
             if self.random.random() < BAD:
                 await self.bad_request()
                 continue
-            common = set.intersection(*(set(right) for right in self.right.values()))
-            asked = self.random.choice(sorted(common))
+            asked = self.random.choice(sorted(self.common()))
             chat, stream = self.random.random() < 0.4, self.random.random() < 0.5
             leave = stream and self.random.random() < GONE * 2
             began = time.monotonic()
@@ -156,6 +168,77 @@ class Soak:
                 kind = ("chat" if chat else "completion") + (", streamed" if stream else "")
                 self.tally.done[kind] += 1
                 self.check(asked, *found)
+
+    async def slow_loop(self) -> None:
+        """A client that asks, reads nothing for a while, and then finds its answer whole."""
+        while not self.stop:
+            asked = self.random.choice(sorted(self.common()))
+            way, number = asked
+            body = {
+                "model": "pool",
+                **WAYS[way],
+                "prompt": [f"{self.prompts[number]}\n"] * AT_ONCE,
+                "max_tokens": TOKENS,
+                "temperature": 0,
+                "stream": True,
+                "echo": True,
+                "logprobs": 20,
+            }
+            body["phatgoose"] = {"routing": "shares", **body.get("phatgoose", {})}
+            try:
+                raw = await self.read_late(body, self.random.uniform(*HOLD))
+                lines = [line for line in raw.decode().split("\n") if line.startswith("data: ")]
+                assert lines and lines.pop() == "data: [DONE]", raw[-300:]
+                events = [json.loads(line[6:]) for line in lines]
+            except Exception as error:
+                self.tally.failed.append(f"slow reader: {type(error).__name__}: {error}"[:300])
+                await asyncio.sleep(0.5)
+                continue
+            texts = [""] * AT_ONCE
+            for choice in (choice for event in events for choice in event["choices"]):
+                texts[choice["index"]] += choice["text"]
+            self.tally.done["slow readers"] += 1
+            self.tally.slow_bytes.append(len(raw))
+            for text in set(texts):
+                told = events[-1].get("phatgoose")
+                self.check(asked, text.removeprefix(body["prompt"][0]), told)
+
+    async def read_late(self, body: dict[str, Any], hold: float) -> bytes:
+        """The body of an answer of which nothing is read for so many seconds."""
+        loop, found = asyncio.get_running_loop(), b""
+        with socket.socket() as sock:
+            # What the kernel holds for a client that does not read is to be little.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            await loop.sock_connect(sock, ("127.0.0.1", self.server.port))
+            http, content = h11.Connection(h11.CLIENT), json.dumps(body).encode()
+            headers = {
+                "Host": "127.0.0.1",
+                "Authorization": f"Bearer {API_KEY}",
+                "Content-Type": "application/json",
+                "Content-Length": str(len(content)),
+            }
+            request = h11.Request(
+                method="POST", target="/v1/completions", headers=list(headers.items())
+            )
+            for event in (request, h11.Data(data=content), h11.EndOfMessage()):
+                await loop.sock_sendall(sock, http.send(event) or b"")
+            await asyncio.sleep(hold)
+            while True:
+                event = http.next_event()
+                if event is h11.NEED_DATA:
+                    http.receive_data(await asyncio.wait_for(loop.sock_recv(sock, 65536), 300))
+                elif isinstance(event, h11.Response):
+                    assert event.status_code == 200, event.status_code
+                elif isinstance(event, h11.Data):
+                    found += bytes(event.data)
+                else:
+                    assert isinstance(event, h11.EndOfMessage), event
+                    return found
+
+    def common(self) -> set[Asked]:
+        """What has a right answer in all pools."""
+        return set.intersection(*(set(right) for right in self.right.values()))
 
     def check(self, asked: Asked, text: str, told: dict[str, Any] | None) -> None:
         generation = (told or {}).get("generation", -1)
@@ -205,11 +288,13 @@ class Soak:
         pool = self.pools[max(self.pools)]
         # Answers of the new pool may come before the change's own.
         self.pools[max(self.pools) + 1] = pool ^ {name}
+        began = time.monotonic()
         if name in pool:
             await self.expect("removed", "DELETE", f"/v1/experts/{name}", None, ADMIN_KEY, 200)
         else:
             body = {"source": name}
             await self.expect("added", "POST", "/v1/experts", body, ADMIN_KEY, 201)
+        self.tally.changes.append(time.monotonic() - began)
 
     async def change_loop(self, every: float) -> None:
         while not self.stop:
@@ -229,7 +314,7 @@ class Soak:
             self.tally.memory.append(found)
             await asyncio.sleep(every)
 
-    async def run(self, minutes: float, clients: int, every: float) -> None:
+    async def run(self, minutes: float, clients: int, readers: int, every: float) -> None:
         self.pools[0] = frozenset()
         for name in (None, COMING[0], COMING[1], COMING[0]):  # all four pools
             if name is not None:
@@ -237,6 +322,7 @@ class Soak:
             await self.learn()
             say(f"learnt the answers with {sorted(self.pools[max(self.pools)])}")
         tasks = [asyncio.create_task(self.client_loop()) for _ in range(clients)]
+        tasks += [asyncio.create_task(self.slow_loop()) for _ in range(readers)]
         tasks.append(asyncio.create_task(self.change_loop(every)))
         tasks.append(asyncio.create_task(self.memory_loop()))
         began = time.monotonic()
@@ -275,6 +361,15 @@ def growth(memory: list[dict[str, float]]) -> float:
     return round(sum(last) / len(last) / (sum(middle) / len(middle)) - 1, 4)
 
 
+def beyond_drain(changes: list[float], log: str) -> list[float]:
+    """Seconds of each change beside those that the server's log says it waited for requests."""
+    lines = [line[line.index("{") :] for line in log.splitlines() if '"drain_seconds"' in line]
+    drains = [json.loads(line)["drain_seconds"] for line in lines]
+    if len(drains) != len(changes):
+        raise RuntimeError(f"{len(changes)} changes, and {len(drains)} in the server's log")
+    return [round(whole - drain, 3) for whole, drain in zip(changes, drains, strict=True)]
+
+
 def make_root(folder: Path) -> Path:
     """What may be added: the two experts, one with a NaN, and one whose file is cut short."""
     for name in COMING:
@@ -290,12 +385,14 @@ def make_root(folder: Path) -> Path:
     return folder
 
 
-def report(args: argparse.Namespace, soak: Soak, exit_code: int) -> dict[str, Any]:
+def report(args: argparse.Namespace, soak: Soak, log: str, exit_code: int) -> dict[str, Any]:
     tally, pools = soak.tally, list(soak.right.values())
     seconds = sorted(tally.seconds) or [0.0]
     differ = sum(len({right.get(asked) for right in pools}) > 1 for asked in pools[0])
     grown = growth(tally.memory)
-    bad = bool(tally.failed or tally.wrong or grown > GROWTH or exit_code)
+    beyond = [] if tally.failed else sorted(beyond_drain(tally.changes, log))
+    late = sum(seconds > LATE for seconds in beyond)
+    bad = bool(tally.failed or tally.wrong or late or grown > GROWTH or exit_code)
     return {
         "benchmark": "soak_server",
         **versions("cpu", args.commit),
@@ -303,9 +400,16 @@ def report(args: argparse.Namespace, soak: Soak, exit_code: int) -> dict[str, An
         "command": command(),
         "minutes": args.minutes,
         "clients": args.clients,
+        "slow_readers": args.readers,
         "answered": len(tally.seconds),
         "seconds_p50": round(seconds[len(seconds) // 2], 3),
         "seconds_p95": round(seconds[int(len(seconds) * 0.95)], 3),
+        "changes": len(tally.changes),
+        "change_seconds_max": round(max(tally.changes, default=0.0), 3),
+        "beyond_drain_p50": beyond[len(beyond) // 2] if beyond else None,
+        "beyond_drain_max": beyond[-1] if beyond else None,
+        "late_changes": late,
+        "slow_reader_bytes_min": min(tally.slow_bytes, default=0),
         "done": dict(sorted(tally.done.items())),
         "known_answers": sum(map(len, pools)),
         "prompts_that_tell_pools_apart": differ,
@@ -327,8 +431,10 @@ def main() -> int:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--minutes", type=float, default=30.0)
+    options.add_argument("--minutes", type=float, default=60.0)
     options.add_argument("--clients", type=int, default=8)
+    options.add_argument("--readers", type=int, default=2, help="clients that read late")
+    options.add_argument("--prompts", type=int, default=PROMPTS, help="fewer are learnt faster")
     options.add_argument("--every", type=float, default=5.0, help="seconds between changes")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, help="also write the report to this file")
@@ -341,14 +447,15 @@ def main() -> int:
         try:
             server.wait()
             say("started")
-            soak = Soak(server, args.seed)
-            asyncio.run(soak.run(args.minutes, args.clients, args.every))
+            soak = Soak(server, args.seed, args.prompts)
+            asyncio.run(soak.run(args.minutes, args.clients, args.readers, args.every))
             exit_code = server.end()
         finally:
             server.kill()
+            log = server.log.read_text(errors="replace")
             if args.out:
-                args.out.with_suffix(".log").write_bytes(server.log.read_bytes())
-    found = report(args, soak, exit_code)
+                args.out.with_suffix(".log").write_text(log)
+    found = report(args, soak, log, exit_code)
     if args.out:
         tally = soak.tally
         details = {"failures": tally.failed[:100], "wrong_answers": tally.wrong[:100]}

@@ -55,3 +55,12 @@ def test_growth(script):
     assert script.growth(flat) == 0.0
     leak = [{"minutes": m, "server": 100.0, "worker": 900.0 + 100 * m} for m in range(9)]
     assert script.growth(leak) > script.GROWTH
+
+
+def test_seconds_beside_the_drain(script):
+    lines = [
+        f'INFO x [phatgoose] {{"event": "expert_added", "drain_seconds": {d}}}' for d in (3, 1)
+    ]
+    assert script.beyond_drain([3.5, 4.0], "\n".join(["a line", *lines])) == [0.5, 3.0]
+    with pytest.raises(RuntimeError, match="1 changes, and 2"):
+        script.beyond_drain([3.5], "\n".join(lines))
