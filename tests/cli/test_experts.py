@@ -89,7 +89,7 @@ def hub(monkeypatch, world):
                     shutil.copy(folder_path / name, target)
 
     def snapshot_download(name, *, local_dir, **_):
-        return str(shutil.copytree(world.root / "hub" / name, local_dir))
+        return str(shutil.copytree(world.root / "hub" / name, local_dir, dirs_exist_ok=True))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

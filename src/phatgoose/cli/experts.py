@@ -109,9 +109,7 @@ def push(arguments: Namespace) -> None:
 
 def pull(arguments: Namespace) -> None:
     """Download an expert and check it."""
-    folder = hub.locate(arguments.hub_id, local_dir=Path(arguments.out))
-    load_expert(folder)
-    print(folder)
+    print(hub.pull(arguments.hub_id, Path(arguments.out)))
 
 
 def _row(expert: Expert) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from phatgoose.evaluation.report import table
 from phatgoose.evaluation.summary import summarise
 from phatgoose.experts import identify_base
 from phatgoose.files import write_bytes, write_json
+from phatgoose.locks import claimed
 from phatgoose.pool import ExpertPool
 
 
@@ -76,13 +77,15 @@ def run_evaluation(
         left_out: methods that were asked for and are not possible, and why; noted in the results.
 
     Raises ConfigError for two methods of one name, no tasks, or where not one method could answer;
-    the reasons are in the message. Out of memory is a ConfigError too, and what is finished stays.
+    the reasons are in the message; or where another process evaluates into `out`. Out of memory is
+    a ConfigError too, and what is finished stays.
     """
     evaluation = Evaluation(
         model, tokenizer, pool, methods=methods, tasks=tasks, out=out, settings=settings
     )
-    evaluation.answer()
-    return evaluation.finish(left_out)
+    with claimed(Path(out) / ".phatgoose.lock", str(out)):
+        evaluation.answer()
+        return evaluation.finish(left_out)
 
 
 class Evaluation:

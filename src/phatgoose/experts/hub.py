@@ -2,11 +2,15 @@
 
 import os
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from phatgoose.errors import ExpertNotFoundError, first_line
 from phatgoose.experts import lora
 from phatgoose.experts.kinds import KINDS
+from phatgoose.experts.signatures import load_signatures
+from phatgoose.files import new_folder
 
 ADAPTER_FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, "README.md")
 # What belongs to one adapter and is useless beside another.
@@ -80,6 +84,27 @@ def download(hub_id: str, *, local_dir: Path | None = None) -> Path:
             f"{hub_id}: no such folder here, and the Hub did not give it ({first_line(error)}). "
             "Check the name and the network, or set HF_TOKEN for a private repository."
         ) from None
+
+
+def pull(hub_id: str, folder: Path) -> Path:
+    """Download an expert into a folder, whole or not at all; return it.
+
+    An expert that is there is replaced, and other files beside it stay. Raises ExpertNotFoundError,
+    and what reading the expert raises: then nothing is changed.
+    """
+    if not _HUB_ID.fullmatch(hub_id):
+        raise ExpertNotFoundError(f"{hub_id}: is no Hub id. Give it as owner/name.")
+    with new_folder(folder, replace=True) as partial:
+        if folder.is_dir():
+            shutil.copytree(
+                folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*FILES)
+            )
+        _download(hub_id, partial)
+        shutil.rmtree(partial / ".cache" / "huggingface", ignore_errors=True)  # the client's notes
+        with suppress(OSError):
+            (partial / ".cache").rmdir()
+        load_signatures(partial, lora.read_adapter(partial)[1])
+    return folder
 
 
 def push(folder: Path, hub_id: str, *, private: bool = False) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.lora import write_adapter
+from phatgoose.experts.lora import adapter_hash, write_adapter
 from phatgoose.files import new_folder, write_bytes
 
 
@@ -21,10 +21,14 @@ def save_expert(
     that differ by module are in its rank_pattern and alpha_pattern. `task_type` is PEFT's
     ("CAUSAL_LM", "SEQ_2_SEQ_LM"), `card` the text of README.md.
 
-    Raises ConfigError where there is something in `folder` already.
+    Raises ConfigError where there is something in `folder` already, IncompatibleExpertError where
+    a signature belongs to another adapter, as it does after the modules were changed.
     """
     folder = Path(folder)
     check_new(folder)
+    adapter = adapter_hash(expert.modules) if expert.signatures else ""
+    for signatures in expert.signatures.values():
+        signatures.check(expert.modules, adapter, expert.name)
     with new_folder(folder) as partial:
         write_adapter(partial, peft_config(expert, task_type).to_dict(), expert.modules)
         if card is not None:

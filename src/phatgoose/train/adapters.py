@@ -1,8 +1,9 @@
 """Training LoRAs: one by transformers.Trainer, or many in one pass over the base."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -82,7 +83,8 @@ def train_adapter(
     dtype = getattr(torch, settings.save_dtype)
     for parameter in adapter:
         parameter.data = parameter.data.to(dtype)
-    peft_model.save_pretrained(str(output_dir))
+    with _replaced(Path(output_dir)) as partial:
+        peft_model.save_pretrained(str(partial))
     for parameter in adapter:
         parameter.data = parameter.data.to(torch.float32)
     return peft_model
@@ -230,6 +232,15 @@ def _batches(
 
 
 def _save(folder: Path, config: Mapping[str, Any], modules: Mapping[str, LoraModule]) -> None:
-    """Write an adapter into a new folder, or over the one that is there."""
-    with nullcontext(folder) if folder.exists() else new_folder(folder) as place:
-        write_adapter(place, config, modules)
+    """Write an adapter into a new folder, or in place of the one that is there."""
+    with _replaced(folder) as partial:
+        write_adapter(partial, config, modules)
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write an adapter into, which takes the place of `folder`; other files stay."""
+    with new_folder(folder, replace=True) as partial:
+        if folder.is_dir():
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+        yield partial

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from phatgoose.experts import (
     load_expert,
 )
 from phatgoose.experts.base import is_hub_name
-from phatgoose.files import write_bytes, write_json
+from phatgoose.files import publish, write_bytes, write_json
+from phatgoose.locks import claimed
 from phatgoose.tasks import Encoded, batches
 from phatgoose.train.adapters import train_adapters_together
 from phatgoose.train.gates import check_adapter, read_modules, train_together
@@ -37,6 +39,7 @@ from phatgoose.train.settings import AdapterTraining, GateTraining
 Tasks = Mapping[str, Sequence[Encoded]]
 WORK = ".phatgoose-training"  # progress of what is not done yet; gone when all is
 GROUP = "group.json"
+LOCK = "lock"
 
 
 def train_experts(
@@ -70,34 +73,35 @@ def train_experts(
     todo = [name for name in _by_length(tasks) if not _is_done(out / name, base)]
     accelerator, pad = Accelerator(), tokenizer.pad_token_id
     made: dict[str, GateRecord] = {}
-    groups = _groups(
-        todo, together, out / WORK, known=tasks, accelerator=accelerator, progress=progress
-    )
-    for names, work in groups:
-        group = {name: tasks[name] for name in names}
-        modules = train_adapters_together(
-            model, group, work, adapter, pad=pad, checkpoint=work, progress=progress
+    with _alone(out / WORK, accelerator):
+        groups = _groups(
+            todo, together, out / WORK, known=tasks, accelerator=accelerator, progress=progress
         )
-        found = _train_gates(
-            model,
-            tokenizer,
-            modules,
-            group,
-            gates,
-            batch_size=gate_batch_size or adapter.batch_size,
-            autocast=torch.bfloat16 if adapter.bf16 else None,
-            work=work,
-            progress=progress,
-        )
-        if accelerator.is_main_process:
-            for name in names:
-                if not (out / name).exists():  # saved before an interrupt
-                    found[name].save(work / name)
-                    card = _card(name, len(tasks[name]), adapter, found[name].record)
-                    write_bytes(work / name / "README.md", card.encode())
-                    (work / name).rename(out / name)
-        made |= {name: found[name].record for name in names}
-        _finish(work, accelerator)
+        for names, work in groups:
+            group = {name: tasks[name] for name in names}
+            modules = train_adapters_together(
+                model, group, work, adapter, pad=pad, checkpoint=work, progress=progress
+            )
+            found = _train_gates(
+                model,
+                tokenizer,
+                modules,
+                group,
+                gates,
+                batch_size=gate_batch_size or adapter.batch_size,
+                autocast=torch.bfloat16 if adapter.bf16 else None,
+                work=work,
+                progress=progress,
+            )
+            if accelerator.is_main_process:
+                for name in names:
+                    if not (out / name).exists():  # saved before an interrupt
+                        found[name].save(work / name)
+                        card = _card(name, len(tasks[name]), adapter, found[name].record)
+                        write_bytes(work / name / "README.md", card.encode())
+                        publish(work / name, out / name)
+            made |= {name: found[name].record for name in names}
+            _finish(work, accelerator)
     return made
 
 
@@ -138,26 +142,27 @@ def gate_experts(
         check_adapter(name, read_modules(folders[name]), model)
     accelerator = Accelerator()
     work = folders[min(folders)].parent / WORK
-    groups = _groups(
-        todo, together, work, known=folders, accelerator=accelerator, progress=progress
-    )
-    for names, progress_folder in groups:
-        found = _train_gates(
-            model,
-            tokenizer,
-            {name: folders[name] for name in names},
-            {name: tasks[name] for name in names},
-            settings or GateTraining(),
-            batch_size=batch_size,
-            autocast=autocast,
-            work=progress_folder,
-            progress=progress,
+    with _alone(work, accelerator):
+        groups = _groups(
+            todo, together, work, known=folders, accelerator=accelerator, progress=progress
         )
-        if accelerator.is_main_process:
-            for name in names:
-                found[name].save(folders[name])
-        made |= {name: found[name].record for name in names}
-        _finish(progress_folder, accelerator)
+        for names, progress_folder in groups:
+            found = _train_gates(
+                model,
+                tokenizer,
+                {name: folders[name] for name in names},
+                {name: tasks[name] for name in names},
+                settings or GateTraining(),
+                batch_size=batch_size,
+                autocast=autocast,
+                work=progress_folder,
+                progress=progress,
+            )
+            if accelerator.is_main_process:
+                for name in names:
+                    found[name].save(folders[name])
+            made |= {name: found[name].record for name in names}
+            _finish(progress_folder, accelerator)
     return made
 
 
@@ -259,6 +264,16 @@ def _groups(
         yield group, folder
     if accelerator.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _alone(work: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Be the only run that trains into this folder; ConfigError where there is another."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    with claimed(work / LOCK, str(work.parent)):
+        yield
 
 
 def _finish(work: Path, accelerator: Accelerator) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from phatgoose.errors import TrainingError
+from phatgoose.locks import claimed
 from phatgoose.train.loop.checkpoint import Progress, load_checkpoint, save_checkpoint
 from phatgoose.train.loop.packed import Packed
 from phatgoose.train.loop.stream import skip
@@ -72,7 +73,24 @@ class Loop:
         checkpoint: Path | None,
         progress: bool,
     ) -> Progress:
-        """Take all steps, from the checkpoint on if there is one."""
+        """Take all steps, from the checkpoint on if there is one.
+
+        Raises ConfigError where another process trains with this checkpoint.
+        """
+        if checkpoint is None or not self.accelerator.is_main_process:
+            return self._train(stream, forward, identity, checkpoint, progress=progress)
+        with claimed(checkpoint.with_name(f".{checkpoint.name}.lock"), str(checkpoint)):
+            return self._train(stream, forward, identity, checkpoint, progress=progress)
+
+    def _train(
+        self,
+        stream: Iterator[T],
+        forward: Callable[[T], Pass],
+        identity: Mapping[str, str],
+        checkpoint: Path | None,
+        *,
+        progress: bool,
+    ) -> Progress:
         done = Progress.none(self.packed.experts)
         if checkpoint is not None and checkpoint.exists():
             done = load_checkpoint(checkpoint, identity, self.packed, self.optimizer)
