@@ -92,14 +92,12 @@ def pull(hub_id: str, folder: Path) -> Path:
     An expert that is there is replaced, and other files beside it stay. Raises ExpertNotFoundError,
     and what reading the expert raises: then nothing is changed.
     """
-    if not _HUB_ID.fullmatch(hub_id):
-        raise ExpertNotFoundError(f"{hub_id}: is no Hub id. Give it as owner/name.")
     with new_folder(folder, replace=True) as partial:
         if folder.is_dir():
             shutil.copytree(
                 folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*FILES)
             )
-        _download(hub_id, partial)
+        download(hub_id, local_dir=partial)
         shutil.rmtree(partial / ".cache" / "huggingface", ignore_errors=True)  # the client's notes
         with suppress(OSError):
             (partial / ".cache").rmdir()
