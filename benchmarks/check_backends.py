@@ -27,7 +27,7 @@ from bench_layer import make_pool
 from common import Results, say
 from phatgoose.nn import Bank
 from phatgoose.ops import EPS, choose_backend
-from phatgoose.serve import operators  # noqa: F401  (defines them)
+from phatgoose.serve.engine import operators  # noqa: F401  (defines them)
 
 # Relative errors of the output, as in the tests' table of tolerances.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}

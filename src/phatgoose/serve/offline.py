@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.serve.choice import Choice
-from phatgoose.serve.steering import KEY
+from phatgoose.serve.names import REQUEST
+from phatgoose.serve.pool.choice import Choice
 
 
 class ServedPool:
@@ -57,7 +57,7 @@ class ServedPool:
             salted.append({**given, "cache_salt": salt})
         if wanted.routing and not pool["routing"]:
             raise ConfigError('phatgoose: routing is not recorded. Set "routing": true at start.')
-        return salted, {KEY: wanted.text()}
+        return salted, {REQUEST: wanted.text()}
 
     def add(self, source: str | Path, *, name: str | None = None) -> None:
         """Serve an expert, a folder or a Hub id, from now on; on all ranks, or else on none.

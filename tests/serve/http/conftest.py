@@ -1,6 +1,6 @@
 import pytest
 
-from phatgoose.serve.http import access, told
+from phatgoose.serve.http import access, signals
 
 
 @pytest.fixture(autouse=True)
@@ -10,7 +10,7 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(access.DRAIN_SECONDS, raising=False)
     monkeypatch.delenv(access.ALLOW_NO_KEY, raising=False)
-    monkeypatch.setattr(told, "listen", lambda: None)
+    monkeypatch.setattr(signals, "listen", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from phatgoose.serve.choice import Choice
 from phatgoose.serve.http import rewrite
 from phatgoose.serve.http.choice import choose, salt
-from phatgoose.serve.http.live import Contents
 from phatgoose.serve.http.refusal import Refusal
+from phatgoose.serve.http.workers import Contents
+from phatgoose.serve.pool.choice import Choice
 from tests.serve.http.fake import FakeEngine, Server
 
 pytestmark = pytest.mark.anyio

@@ -10,9 +10,9 @@ from starlette.types import Receive, Scope, Send
 
 from phatgoose.serve.http.access import Access
 from phatgoose.serve.http.bodies import read_body, read_object
-from phatgoose.serve.http.live import Contents, LivePool
 from phatgoose.serve.http.recent import WINDOW
 from phatgoose.serve.http.refusal import Refusal
+from phatgoose.serve.http.workers import Contents, LivePool
 
 LONGEST_NAME = 200
 

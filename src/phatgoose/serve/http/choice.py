@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from phatgoose.errors import ConfigError
-from phatgoose.serve.choice import Choice
-from phatgoose.serve.http.live import Contents
 from phatgoose.serve.http.refusal import Refusal
+from phatgoose.serve.http.workers import Contents
+from phatgoose.serve.pool.choice import Choice
 
 FIELD = "phatgoose"  # of a request's body; also of vLLM's extra arguments, and of the answer
 BASE = "base"  # the model's name of the bare base

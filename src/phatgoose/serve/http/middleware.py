@@ -12,20 +12,20 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phatgoose.errors import first_line
-from phatgoose.serve.choice import Choice
-from phatgoose.serve.http import told
+from phatgoose.serve.http import signals
 from phatgoose.serve.http.access import Access
 from phatgoose.serve.http.admin import Experts
 from phatgoose.serve.http.answers import Answer, Routing, send_json
 from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
 from phatgoose.serve.http.choice import BASE, choose
-from phatgoose.serve.http.live import Contents, LivePool
 from phatgoose.serve.http.metrics import Metrics
 from phatgoose.serve.http.outbox import Outbox
 from phatgoose.serve.http.page import PAGE
 from phatgoose.serve.http.refusal import Refusal
 from phatgoose.serve.http.rewrite import check, check_no_choice, check_whole, rewritten
 from phatgoose.serve.http.routes import CHOOSES, Rule, path_of, rule_of, unknown
+from phatgoose.serve.http.workers import Contents, LivePool
+from phatgoose.serve.pool.choice import Choice
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class PoolMiddleware:
         await pool.start()
         self._pool = pool
         self._watching = pool.watch()
-        told.listen()
+        signals.listen()
 
     # -- requests ------------------------------------------------------------------------------
 

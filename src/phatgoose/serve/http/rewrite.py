@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from phatgoose.serve.choice import Choice
 from phatgoose.serve.http.choice import FIELD, salt
-from phatgoose.serve.http.live import Contents
 from phatgoose.serve.http.refusal import Refusal
 from phatgoose.serve.http.routes import CHOOSES
+from phatgoose.serve.http.workers import Contents
+from phatgoose.serve.pool.choice import Choice
 
 
 def rewritten(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
-from phatgoose.serve.readings import Readings
+from phatgoose.serve.pool.evidence import Readings
 
 V, C, STRENGTH = 50, 3, 4.0
 

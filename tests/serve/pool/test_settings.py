@@ -4,7 +4,7 @@ import pytest
 
 from phatgoose.errors import ConfigError
 from phatgoose.nn import RoutingSettings
-from phatgoose.serve.settings import ServeSettings
+from phatgoose.serve.pool.settings import ServeSettings
 
 
 def test_what_is_not_given_is_what_route_has():

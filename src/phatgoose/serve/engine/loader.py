@@ -4,14 +4,15 @@ import copy
 from typing import Any
 
 from torch import nn
-from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from phatgoose.serve import LOAD_FORMAT
-from phatgoose.serve.attach import attach, layout, load_pool, steer
-from phatgoose.serve.live import check_ways, hand_over, is_ours
-from phatgoose.serve.settings import ServeSettings
-from phatgoose.serve.slots import Slots
+from phatgoose.serve.engine.attach import attach, layout, load_pool, steer
+from phatgoose.serve.engine.layers import Layers
+from phatgoose.serve.engine.runner import check_ways, hand_over, is_ours
+from phatgoose.serve.names import LOAD_FORMAT
+from phatgoose.serve.pool.settings import ServeSettings
+from phatgoose.serve.pool.slots import Slots
 
 # Beside the settings, where it enters the key of vLLM's compile cache: a graph that was compiled
 # for other shapes must not be taken for this model.
@@ -44,7 +45,7 @@ class PhatgooseLoader(BaseModelLoader):  # type: ignore[misc]
             model_config, settings, grows=chooses
         )  # may fail: before the weights
         model: nn.Module = inner.load_model(**base)
-        slots = Slots(model, bare, model_config.model, settings)
+        slots = Slots(Layers(model), bare, model_config.model, settings)
         attach(model, pool, slots)
         if chooses:
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -56,3 +57,8 @@ class PhatgooseLoader(BaseModelLoader):  # type: ignore[misc]
         config = copy.copy(self.load_config)
         config.load_format = load_format
         return get_model_loader(config)
+
+
+def register() -> None:
+    """Tell vLLM of our load format; may be called more than once."""
+    register_model_loader(LOAD_FORMAT)(PhatgooseLoader)

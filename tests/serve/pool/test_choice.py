@@ -3,7 +3,7 @@
 import pytest
 
 from phatgoose.errors import ConfigError
-from phatgoose.serve.choice import Choice
+from phatgoose.serve.pool.choice import Choice
 
 NAMES = ["a", "b", "c"]
 POOL = {"fingerprint": "f", "experts": [{"name": name} for name in NAMES]}

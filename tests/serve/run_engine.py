@@ -1,4 +1,4 @@
-"""Runs one vLLM engine in a process of its own: python -m tests.serve.engine JOB.json OUT.json.
+"""Runs one vLLM engine in a process of its own: python -m tests.serve.run_engine JOB.json OUT.json.
 
 The job has `llm`, the arguments of vllm.LLM; `tokens`, how many to generate; and `rounds`, each a
 list of batches of prompts, as token ids. The answers have the same shape.

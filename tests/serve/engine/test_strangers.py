@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts import load_expert
-from phatgoose.serve.live import _failed
+from phatgoose.serve.engine.runner import _failed
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2K\r\nCRITICAL fake line \u202e\x9b"
 

@@ -15,13 +15,13 @@ from phatgoose.experts import Expert
 from phatgoose.experts.sources import expert_sources
 from phatgoose.nn import Bank
 from phatgoose.pool import ExpertPool
-from phatgoose.serve import layers
-from phatgoose.serve.layers import Layers
-from phatgoose.serve.method import BANK, PRIOR, TALLY, TURN, RoutedMethod
-from phatgoose.serve.readings import Readings
-from phatgoose.serve.settings import ServeSettings
-from phatgoose.serve.slots import Piece, Slots, check_base, digest, write
-from phatgoose.serve.steering import Steering
+from phatgoose.serve.engine import layers
+from phatgoose.serve.engine.layers import Layers
+from phatgoose.serve.engine.method import BANK, PRIOR, TALLY, TURN, RoutedMethod
+from phatgoose.serve.pool.batch import Steering
+from phatgoose.serve.pool.evidence import Readings
+from phatgoose.serve.pool.settings import ServeSettings
+from phatgoose.serve.pool.slots import Piece, Slots, check_base, digest, write
 from phatgoose.text import visible
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts import GateRecord, Gates, adapter_hash, identify_base, load_expert
 from phatgoose.experts.lora import WEIGHTS_FILE
-from phatgoose.serve.live import HANDLE, LiveWorker
+from phatgoose.serve.engine.runner import HANDLE, LiveWorker
 from tests.models import save_expert
 from tests.serve.models import save_base
 

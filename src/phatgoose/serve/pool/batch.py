@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.serve.choice import Choice
-from phatgoose.serve.ledger import Ledger
-from phatgoose.serve.readings import Readings
+from phatgoose.serve.names import REQUEST
+from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.evidence import Readings
+from phatgoose.serve.pool.usage import Ledger
 from phatgoose.text import visible
 
 log = logging.getLogger(__name__)
-
-KEY = "phatgoose"  # of a request's settings in SamplingParams.extra_args
 
 
 class Steering:
@@ -65,7 +64,7 @@ class Steering:
         for new in step.scheduled_new_reqs:
             self._choices.pop(new.req_id, None)
             self._rows.pop(new.req_id, None)
-            wanted = (getattr(new.sampling_params, "extra_args", None) or {}).get(KEY)
+            wanted = (getattr(new.sampling_params, "extra_args", None) or {}).get(REQUEST)
             if self.readings is not None:
                 self.readings.start(new.req_id, new.prompt_token_ids)
             if wanted is not None:

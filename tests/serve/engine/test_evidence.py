@@ -48,7 +48,7 @@ def run(engine, router, experts, script, *, more=None, **llm):
         default.BASE,
         settings,
         list(script.values()),
-        runs="tests.serve.live",
+        runs="tests.serve.run_live",
         tokens=TOKENS,
         worker_cls="phatgoose.serve.worker.Worker",
         max_num_batched_tokens=BUDGET,

@@ -96,7 +96,7 @@ def test_output_heads(world, load):
 
 
 def test_layers_that_vllm_has_not(load, tmp_path):
-    from phatgoose.serve.layers import Layers
+    from phatgoose.serve.engine.layers import Layers
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -133,7 +133,7 @@ def test_an_engine_does_not_start(world, engine):
     "broken",
     [
         "phatgoose.serve",
-        pytest.param("phatgoose.serve.loader", marks=pytest.mark.thorough),
+        pytest.param("phatgoose.serve.engine.loader", marks=pytest.mark.thorough),
         pytest.param("left out", marks=pytest.mark.thorough),
     ],
 )
@@ -145,5 +145,6 @@ def test_a_broken_plugin_serves_nothing(broken, world, engine, tmp_path):
         environment = {"PYTHONPATH": str(tmp_path)}
     settings = {"experts": [str(folder / "sound")], "top_k": 1}
     said = engine(folder / "base", settings, [[[[1]]]], fails=True, environment=environment)
-    wanted = "is not supported" if broken != "phatgoose.serve.loader" else "phatgoose.serve.loader"
+    loader = "phatgoose.serve.engine.loader"
+    wanted = loader if broken == loader else "is not supported"
     assert wanted in said

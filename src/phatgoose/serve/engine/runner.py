@@ -11,13 +11,15 @@ from torch import nn
 
 from phatgoose.errors import ConfigError, PhatgooseError, first_line
 from phatgoose.experts import load_expert
-from phatgoose.serve.ledger import report
-from phatgoose.serve.settings import ServeSettings, served_router
-from phatgoose.serve.steering import Steering
+from phatgoose.serve.pool.batch import Steering
+from phatgoose.serve.pool.settings import ServeSettings, served_router
+from phatgoose.serve.pool.usage import report
 from phatgoose.text import visible
 
 if TYPE_CHECKING:
-    from phatgoose.serve.slots import Slots  # wants vLLM, which the tests of this module do not
+    from phatgoose.serve.pool.slots import (
+        Slots,  # wants vLLM, which the tests of this module do not
+    )
 
 log = logging.getLogger(__name__)
 

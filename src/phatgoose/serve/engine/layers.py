@@ -1,7 +1,7 @@
 """vLLM's linear layers: which modules of the base each stands for, and which share a rank holds."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts import LoraModule
+from phatgoose.serve.pool.slots import Part
 
 # Subclasses may lay out their weights in ways of their own, so a class has to be one of these.
 KNOWN = (
@@ -31,16 +32,6 @@ KNOWN = (
 MERGED_ON_DISK = ("qkv_proj", "gate_up_proj")
 # Multi-head latent attention reads this layer's weight and does not run it.
 NEVER_RUN = ("kv_b_proj",)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module of the base: a layer of vLLM's, or one of those packed into it."""
-
-    layer: str  # its name in vLLM's model
-    number: int  # its place among the layer's parts
-    parts: int  # how many modules the layer stands for
-    shards: tuple[int, ...]  # of the layer's outputs, those that are this module's
 
 
 class Layers:
@@ -84,6 +75,12 @@ class Layers:
                 )
             found += [self._checked(self._parts[name], name, "targets") for name in mine]
         return found
+
+    def share_of(
+        self, part: Part, lora: LoraModule, signature: Tensor, *, gated: bool
+    ) -> tuple[LoraModule, Tensor]:
+        """What this tensor-parallel rank needs of an expert's module; see the function."""
+        return share_of(self._modules[part.layer], part, lora, signature, gated=gated)
 
     def _checked(self, part: Part, module: str, who: str) -> Part:
         name, layer = part.layer, self._modules[part.layer]

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.serve.choice import Choice
 from phatgoose.serve.offline import ServedPool
+from phatgoose.serve.pool.choice import Choice
 
 
 def sampling(tokens, extra=None, **more):

@@ -11,7 +11,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from phatgoose.nn import Bank, RoutingSettings
-from phatgoose.serve import operators  # noqa: F401  (defines them)
+from phatgoose.serve.engine import operators  # noqa: F401  (defines them)
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules
 # Of the bank's buffers, those that all banks of a model share; see `Steering` and `Ledger`, and for

@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from phatgoose.serve.http.gate import Gate
 from phatgoose.serve.http.metrics import Metrics
 from phatgoose.serve.http.recent import EVERY, Recent, Totals
 from phatgoose.serve.http.refusal import Refusal
+from phatgoose.serve.http.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class LivePool:
     def __init__(self, engine: Any, metrics: Metrics, *, drain: float) -> None:
         self._engine, self._metrics, self._drain = engine, metrics, drain
         self._changing = asyncio.Lock()
-        self._gate = Gate()
+        self._turnstile = Turnstile()
         self._recent = Recent()
         self._contents: Contents | None = None
         self.broken: str | None = None  # why nothing can be served any more
@@ -80,8 +80,8 @@ class LivePool:
     @asynccontextmanager
     async def request(self) -> AsyncIterator[Contents]:
         """The pool, which stays what it is until the request has ended. Raises Refusal."""
-        async with self._gate.request():
-            if self.broken:  # since it came to the gate
+        async with self._turnstile.request():
+            if self.broken:  # since it came to the turnstile
                 raise Refusal(503, self.broken, reason="broken")
             yield self.contents
 
@@ -174,7 +174,7 @@ class LivePool:
         """Act while nothing runs and nothing is cached, and see that all workers agree."""
         start = time.monotonic()
         try:
-            async with self._gate.change(self._drain):
+            async with self._turnstile.change(self._drain):
                 try:
                     # Requests whose clients went away may still be on their way out.
                     left = max(1.0, start + self._drain - time.monotonic())

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Gate:
+class Turnstile:
     """A change waits for the requests before it; the requests after it wait for the change."""
 
     def __init__(self) -> None:

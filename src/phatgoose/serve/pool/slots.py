@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,32 @@ from phatgoose.experts import Expert, LoraModule, adapter_hash, identify_base
 from phatgoose.experts.signatures import vectors_hash
 from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.nn import Bank
-from phatgoose.serve import layers
-from phatgoose.serve.layers import Layers, Part
-from phatgoose.serve.settings import ServeSettings, gated, served_router
+from phatgoose.serve.pool.settings import ServeSettings, gated, served_router
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of the base: a layer of vLLM's, or one of those packed into it."""
+
+    layer: str  # its name in vLLM's model
+    number: int  # its place among the layer's parts
+    parts: int  # how many modules the layer stands for
+    shards: tuple[int, ...]  # of the layer's outputs, those that are this module's
+
+
+@runtime_checkable
+class Places(Protocol):
+    """Where the modules of the base are in the model of this rank; the engine knows."""
+
+    def find(self, module: str, who: str) -> Part | None:
+        """None where the module is on another pipeline stage. Raises RoutingError, in the name of
+        `who`, where it cannot be routed."""
+
+    def share_of(
+        self, part: Part, lora: LoraModule, signature: Tensor, *, gated: bool
+    ) -> tuple[LoraModule, Tensor]:
+        """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [W]."""
+
 
 Piece = tuple[Part, LoraModule, Tensor]
 
@@ -57,7 +80,7 @@ class Slots:
     """
 
     def __init__(
-        self, model: nn.Module, base: nn.Module, base_name: str, settings: ServeSettings
+        self, places: Places, base: nn.Module, base_name: str, settings: ServeSettings
     ) -> None:
         self.settings = settings
         self.banks: dict[str, Bank] = {}
@@ -65,8 +88,7 @@ class Slots:
         self.residents: list[Resident | None] = []
         self.prepared: Prepared | None = None
         self.on_change: Callable[[Sequence[str | None]], None] = lambda names: None
-        self._model, self._base, self._base_name = model, base, base_name
-        self._layers = Layers(model)
+        self._places, self._base, self._base_name = places, base, base_name
         self._router, self.evidence = served_router(settings.router)
         self.gated = gated(self._router)
         self.background: str | None = None  # a hash of the text that evidence is relative to
@@ -81,14 +103,14 @@ class Slots:
     def pieces(self, expert: Expert) -> dict[str, list[Piece]]:
         """By layer of this rank, the modules the expert adapts there.
 
-        Raises MissingGateError, or RoutingError; see `Layers.find`.
+        Raises MissingGateError, or RoutingError; see `Places.find`.
         """
         found: dict[str, list[Piece]] = {}
         for module, lora in expert.modules.items():
             signature = self._router.signature(expert, module)
             if self.gated:
                 signature = F.pad(signature, (0, lora.in_features - len(signature)))
-            part = self._layers.find(module, expert.name)
+            part = self._places.find(module, expert.name)
             if part is not None:
                 found.setdefault(part.layer, []).append((part, lora, signature))
         return found
@@ -104,10 +126,9 @@ class Slots:
         """What this rank needs of the pieces."""
         made = {}
         for name, mine in pieces.items():
-            layer = self._model.get_submodule(name)
             parts, sums = {}, {}
             for part, lora, signature in mine:
-                share, local = layers.share_of(layer, part, lora, signature, gated=self.gated)
+                share, local = self._places.share_of(part, lora, signature, gated=self.gated)
                 parts[part.number] = (local, share)
                 # Of the whole signature: a rank that holds a share of it needs the sum to score.
                 sums[part.number] = signature.sum()

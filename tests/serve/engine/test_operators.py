@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from phatgoose.ops import EPS, choose_experts, library, routed_lora_reference
 from phatgoose.routers import make_router
-from phatgoose.serve import operators
+from phatgoose.serve.engine import operators
 from tests.tolerances import TOLERANCE, assert_near
 
 BOUND = TOLERANCE[torch.float32]

@@ -4,7 +4,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-_told: list[int] = []
+_received: list[int] = []
 
 
 def listen() -> None:
@@ -14,7 +14,7 @@ def listen() -> None:
         before: Any = signal.getsignal(number)
 
         def note(found: int, frame: FrameType | None, before: Any = before) -> None:
-            _told.append(found)
+            _received.append(found)
             if callable(before):
                 before(found, frame)
 
@@ -22,4 +22,4 @@ def listen() -> None:
 
 
 def to_stop() -> bool:
-    return bool(_told)
+    return bool(_received)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
-from phatgoose.serve import ledger as usage
-from phatgoose.serve.ledger import Ledger, report
-from phatgoose.serve.live import RoutedRunner
-from phatgoose.serve.steering import Steering
+from phatgoose.serve.engine.runner import RoutedRunner
+from phatgoose.serve.pool import usage
+from phatgoose.serve.pool.batch import Steering
+from phatgoose.serve.pool.usage import Ledger, report
 
 CPU = torch.device("cpu")
 

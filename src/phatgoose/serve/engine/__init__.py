@@ -1,0 +1,1 @@
+"""What works inside vLLM. Nothing else of ours imports it."""

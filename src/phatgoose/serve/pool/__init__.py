@@ -1,0 +1,1 @@
+"""What is served: settings, slots, the requests of a batch, and who served what."""
