@@ -221,7 +221,6 @@ def test_what_does_not_fit_the_pool(world, start):
     ("settings", "more", "message"),
     [
         ({"capacity": 1}, {"worker_cls": WORKER}, "capacity is 1, the pool needs 2"),
-        ({"top_k": 4, "capacity": 3}, {"worker_cls": WORKER}, "2 experts and room for 3"),
         ({"targets": ["query"]}, {"worker_cls": WORKER}, "targets has 'query'"),
         ({"routing": True}, {}, '"routing" wants worker_cls'),
         (
