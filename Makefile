@@ -9,6 +9,7 @@
 #                    tests with VLLM_ARGS=, in twice the time
 #   make docs     the documentation as a site, out/site; a broken link fails
 #   make soak     an hour of load and faults on a served pool, in .venv-vllm too
+#   make fuzz     200,000 bad files for every reader, on all cores: out/fuzz.json (FUZZ_ARGS=--help)
 #   make clean    remove .venv, .venv-vllm and caches
 #
 # Another interpreter: make clean test PYTHON=python3.12
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-vllm soak check docs study bench format clean
+.PHONY: demo test fuzz test-vllm soak check docs study bench format clean
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -33,6 +34,10 @@ test: $(READY)
 	@$(BIN)/phatgoose base fetch || echo 'The tests of the real base are skipped.'
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 $(PYTEST_ARGS)
+
+fuzz: $(READY)
+	mkdir -p out
+	PYTHONPATH=src $(BIN)/python -m tests.fuzz --out out/fuzz.json $(FUZZ_ARGS)
 
 # vLLM pins much that ours leaves open, so it has an environment of its own. Two engines at a time.
 VLLM := .venv-vllm

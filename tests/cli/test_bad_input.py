@@ -50,6 +50,8 @@ def put_a_nan(world, expert="one"):
 
 
 def adapt_an_unknown_module(world, expert="one"):
+    path = world.root / expert / CONFIG_FILE
+    path.write_text(path.read_text().replace("q_proj", "r_proj"))
     world.edit(expert, lambda t: {key.replace("q_proj", "r_proj"): t[key] for key in t})
     return expert, NAME.replace("q_proj", "r_proj"), "no linear layer", "another base"
 

@@ -448,3 +448,40 @@ def test_a_name_that_cannot_be_seen(save_adapter):
     with pytest.raises(ConfigError, match="cannot be seen"):
         load_expert(hidden)
     assert load_expert(hidden, name="plain").name == "plain"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"target_modules": ["q_proj"]}, False),
+        ({"exclude_modules": ["q_proj"]}, False),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, False),
+        ({"target_modules": ["self_attn.q_proj", "k_proj", "mlp.down_proj"]}, True),
+        ({"target_modules": None}, True),
+        ({"target_modules": r".*\.(q|k|down)_proj"}, True),
+        ({"target_modules": r".*\.(q|k)_proj"}, False),
+        ({"target_modules": r"(q|k|down)_proj"}, False),
+        ({"exclude_modules": r".*down_proj"}, False),
+        ({"target_modules": "all-linear"}, True),
+        ({"layers_to_transform": [0, 1]}, True),
+        ({"layers_to_transform": [0]}, False),
+        ({"layers_to_transform": 1}, False),
+        ({"target_modules": r".*(?<!v)_proj"}, True),  # not matched: PEFT saved what it found by it
+    ],
+)
+def test_matrices_that_peft_would_leave_out_are_refused(fields, named, save_adapter, edit_json):
+    folder = save_adapter()
+    edit_json(folder / CONFIG_FILE, **fields)
+    if named:
+        assert len(load_expert(folder).modules) == 6
+        return
+    with pytest.raises(ExpertFormatError, match="PEFT would leave them out"):
+        load_expert(folder)
+
+
+def test_targets_that_would_take_long_are_refused(save_adapter, edit_json, monkeypatch):
+    folder = save_adapter()
+    edit_json(folder / CONFIG_FILE, target_modules=r".*\.(q|k|down)_proj")
+    monkeypatch.setattr("phatgoose.experts.patterns.MOST_WORK", 20)
+    with pytest.raises(ExpertFormatError, match="target_modules: the patterns take too long"):
+        load_expert(folder)

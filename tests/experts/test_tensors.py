@@ -27,6 +27,7 @@ def with_header(path, header, data=b"\0" * 4):
         ({"a": {**FOUR, "dtype": "I32"}}, "I32"),
         ({"a": {**FOUR, "dtype": "BOOL"}}, "BOOL"),
         ({"a": {**FOUR, "dtype": 7}}, "floats are wanted"),
+        ({"a": {**FOUR, "dtype": {"F32": 1}}}, "floats are wanted"),
         ({"a": 7}, "floats are wanted"),
         ({"a\x00b": FOUR}, r"a\\x00b.* cannot be seen"),
         ({"\x1b]0;x\x07": FOUR}, "cannot be seen"),

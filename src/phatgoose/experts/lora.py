@@ -13,6 +13,7 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
 from phatgoose.experts.patterns import PatternError, Patterns
+from phatgoose.experts.targets import Targets
 from phatgoose.experts.tensors import LARGEST_VALUE, is_finite, largest, read_tensors
 from phatgoose.files import write_json, write_tensors
 from phatgoose.reading import read_json
@@ -224,7 +225,7 @@ def split_modules(
             _refuse_key(key, tensor, who)
     if not halves:
         raise ExpertFormatError(f"{who}: holds no lora_A and lora_B matrices.")
-    ranks = _Setting(config, "rank_pattern", "r")
+    targets, ranks = Targets(config), _Setting(config, "rank_pattern", "r")
     alphas = _Setting(config, "alpha_pattern", "lora_alpha")
     modules = {}
     for module, pair in sorted(halves.items()):
@@ -238,6 +239,16 @@ def split_modules(
             raise ExpertFormatError(
                 f"{who}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; wanted "
                 "[rank, in_features] and [out_features, rank] with one rank."
+            )
+        try:
+            named = targets.name(module)
+        except PatternError as error:
+            raise ExpertFormatError(f"{CONFIG_FILE}: target_modules: {error}.") from None
+        if not named:
+            raise ExpertFormatError(
+                f"{who}: holds matrices of {module}, which {CONFIG_FILE} does not name as a "
+                "target, so PEFT would leave them out. Correct target_modules, or save the adapter "
+                "again."
             )
         _check_rank(ranks.of(module), module, a.shape[0], who)
         modules[module] = LoraModule(a, b, _scale(config, module, a.shape[0], alphas))

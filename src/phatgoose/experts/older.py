@@ -1,37 +1,28 @@
 """Reading signatures as releases before format 2 of them wrote them.
 
 Gates were two files: the vectors, and phatgoose_config.json with the record. The other kinds were
-one, with a record of fewer fields in the header and no hash.
+one, with nothing that tells whether its vectors are those that were written, so they are not read.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ExpertFormatError
 from phatgoose.experts.kinds import GATES, Kind
-from phatgoose.reading import parse_json, read_json
+from phatgoose.reading import read_json
 
 FORMAT_VERSION = 1
 
 
-def older_record(path: Path, kind: Kind, metadata: Mapping[str, str]) -> dict[str, Any]:
+def older_record(path: Path, kind: Kind) -> dict[str, Any]:
     """The record that belongs to the vectors in `path`, with the fields of format 2.
 
-    Raises ExpertFormatError where it is missing or damaged, KeyError, TypeError or ValueError where
-    a field is.
+    Raises ExpertFormatError where it is missing or damaged, KeyError where a field is, ValueError
+    for other kinds than gates.
     """
     if kind.name == GATES:
         return _gates_record(path.parent / kind.older[0], path.name)
-    if metadata["format_version"] != str(FORMAT_VERSION):
-        raise ValueError(f"format_version {metadata['format_version']}")
-    return {
-        "kind": metadata["kind"],
-        "base": parse_json(metadata["base"]),
-        "adapter": metadata["adapter"],
-        "examples": int(metadata["examples"]),
-        "tokens": int(metadata["tokens"]),
-    }
+    raise ValueError("a release before 0.2 wrote it, without a hash of its vectors")
 
 
 def _gates_record(path: Path, vectors: str) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def read_signatures(folder: Path, kind: Kind) -> Signatures | None:
         if HEADER in metadata:
             record = _parse(metadata[HEADER])
         else:
-            record = older_record(path, kind, metadata)
+            record = older_record(path, kind)
         expected = record.pop("vectors", None)
         found = _signatures(kind, vectors, record)
     except (KeyError, TypeError, ValueError) as error:
@@ -200,8 +200,7 @@ def read_signatures(folder: Path, kind: Kind) -> Signatures | None:
                 f"{path}: the {kind.words} at {name} hold NaN or infinite values. Make them again: "
                 f"{kind.remedy(folder)}"
             )
-    # What older releases wrote of other kinds than gates has no hash.
-    if (HEADER in metadata or kind.name == GATES) and vectors_hash(vectors) != expected:
+    if vectors_hash(vectors) != expected:
         raise ExpertFormatError(
             f"{path}: holds other vectors than its record was written with (the hash differs). "
             f"Copy it again, or make it again: {kind.remedy(folder)}"

@@ -75,5 +75,5 @@ def _check_header(path: Path) -> None:
         if visible(name) != name:
             raise ValueError(f"the name {name!r} has characters that cannot be seen")
         dtype = about.get("dtype") if isinstance(about, dict) else None
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ValueError(f"{name} has the dtype {dtype!r}, floats are wanted")
