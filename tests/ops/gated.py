@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phatgoose.ops import library, pieces_of
+from phatgoose.ops import BACKENDS, operators, pieces_of
 from tests.tolerances import TOLERANCE, assert_near
 
 # Error of a score, next to the sizes of the terms it sums. In bf16 a signature's pieces keep 16
@@ -94,31 +94,30 @@ def spread(v):
 
 
 def gates_for(problem, backend):
-    """x, signatures and sums, as `phatgoose::gated_down` wants them from a bank."""
-    x, signatures, dtype = problem.x, problem.signatures, problem.a.dtype
+    """Signatures and sums, as `phatgoose::gated_down` wants them from a bank."""
+    signatures, dtype = problem.signatures, problem.a.dtype
     sums = signatures.sum(-1)
-    if backend != "triton":
-        return x, signatures.flatten(0, 1), sums
-    if dtype not in (torch.float16, torch.bfloat16):
-        return x.to(signatures.dtype), signatures.flatten(0, 1), sums
+    if not BACKENDS[backend].halves_gates(dtype):
+        return signatures.flatten(0, 1), sums
     pieces = pieces_of(signatures, dtype).flatten(0, 2)
     rows = -(-len(pieces) // 64) * 64
-    return x.to(dtype), padded(pieces, 0, rows - len(pieces)), sums
+    return padded(pieces, 0, rows - len(pieces)), sums
 
 
 def check_gated(problem, backend):
     """Choice, weights and outputs of a routed layer that scores by gate."""
-    x, signatures, sums = gates_for(problem, backend)
+    x, (signatures, sums) = problem.x, gates_for(problem, backend)
     parts, slots = problem.open_slots.shape
     # Room for more tokens and slots than there are; columns of a wider table.
     tally = torch.ones(len(x) + 2, slots + 5, device=x.device)[:, : slots + 3]
-    experts, weights, *down = library.gated_down(
+    experts, weights, *down = operators.gated_down(
         x, signatures, sums, problem.open_slots, problem.a, *problem.settings(), backend, tally
     )
     counted = torch.ones_like(tally)
     counted[: len(x)].scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
     assert_near(tally, counted, TOLERANCE[torch.float32].output)
-    problem = replace(problem, x=x)
+    if BACKENDS[backend].halves_gates(problem.a.dtype):  # then x is rounded too
+        problem = replace(problem, x=x.to(problem.a.dtype))
     chosen = min(problem.top_k, slots + (problem.null_score is not None))
     assert experts.shape == weights.shape == (len(x), parts, chosen)
     assert (experts.dtype, weights.dtype) == (torch.int64, torch.float32)
@@ -152,7 +151,7 @@ def check_outputs(problem, down, backend, slack):
     wide = wide.to(problem.bases[0].dtype)
     mine = wide[:, 1 : 1 + sum(widths)]
     mine.copy_(torch.cat(problem.bases, dim=1))
-    library.routed_up_side_by_side(mine, problem.bs, z, problem.experts, *plan, backend)
+    operators.routed_up_all_(mine, problem.bs, z, problem.experts, *plan, backend)
     for part, found in enumerate(mine.split(widths, dim=1)):
         assert_near(found, add_up(problem, part), bound, add_up(problem, part, size=True))
     assert wide[:, 0].isnan().all() and wide[:, -2:].isnan().all()

@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 
 from phatgoose import ExpertPool, restrict, route
-from phatgoose.ops import launch, routed_lora
+from phatgoose.ops import routed_lora
+from phatgoose.ops.backends.triton import sizes
 from phatgoose.types import Routing
 from tests.models import make_batch, make_model, save_experts
 from tests.ops.gated import (
@@ -27,7 +28,7 @@ from tests.tolerances import TOLERANCE, assert_near
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
 DTYPES = (torch.float32, torch.float16)
-FEW = 3  # in place of launch.FEW_TOKENS: more tokens than these are grouped by expert
+FEW = 3  # in place of sizes.FEW_TOKENS: more tokens than these are grouped by expert
 
 examples = hypothesis.settings(
     derandomize=True,
@@ -41,7 +42,7 @@ examples = hypothesis.settings(
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "FEW_TOKENS", FEW)
+        patch.setattr(sizes, "FEW_TOKENS", FEW)
         yield
 
 
@@ -49,7 +50,7 @@ TOKENS = st.sampled_from([0, 1, FEW, FEW + 1, 9])
 
 
 @examples
-@hypothesis.given(problems(TOKENS, DTYPES, most=3, mixed=False))
+@hypothesis.given(problems(TOKENS, DTYPES, most=3))
 def test_scored_by_gate(problem):
     check_gated(problem, "triton")
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import phatgoose
 from phatgoose.errors import ConfigError
 from phatgoose.nn import RoutingSettings
-from phatgoose.ops import BACKENDS, backend, choose_backend, lora, routed_lora
+from phatgoose.ops import backend_names, backends, choose_backend, routed_lora
 from phatgoose.ops import routed_lora_reference as definition
+from phatgoose.ops.backends import sorting
 from tests.ops.gated import check_far_from_zero, check_gated, check_given, problems
 from tests.ops.test_lora import gradients
 from tests.ops.test_lora import problems as lora_problems
@@ -22,7 +23,7 @@ from tests.tolerances import TOLERANCE, assert_near
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = ["reference", "torch"]
-FEW = lora.FEW_PAIRS
+FEW = sorting.FEW_PAIRS
 TOKENS = st.sampled_from([0, 1, 2, 7, FEW // 2, FEW // 2 + 1, FEW, FEW + 1, 131])
 
 
@@ -171,7 +172,7 @@ def test_triton_that_is_not_installed(monkeypatch):
 
 
 def test_unknown_backends_are_refused():
-    for name in BACKENDS:
+    for name in backend_names():
         assert RoutingSettings(backend=name).backend == name
     with pytest.raises(ConfigError, match=r"backend must be one of \('auto',.*got 'cuda'"):
         RoutingSettings(backend="cuda")
@@ -179,7 +180,7 @@ def test_unknown_backends_are_refused():
 
 def test_a_choice_is_logged_once(caplog):
     choose_backend.cache_clear()
-    with caplog.at_level("INFO", logger=backend.__name__):
+    with caplog.at_level("INFO", logger=backends.__name__):
         for _ in range(3):
             choose_backend("reference", "cpu")
     assert [record.message for record in caplog.records] == [

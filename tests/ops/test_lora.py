@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from phatgoose.ops import library, lora, routed_lora, routed_lora_reference
+from phatgoose.ops import routed_lora, routed_lora_reference
+from phatgoose.ops.backends import sorting
 from phatgoose.types import Routing
 from tests.tolerances import TOLERANCE, assert_near
 
 OPS = [routed_lora, routed_lora_reference]
 # Tokens on both sides of FEW_PAIRS, whatever K is.
-TOKENS = st.sampled_from([0, 1, 2, 7, lora.FEW_PAIRS, lora.FEW_PAIRS + 1, 131])
+TOKENS = st.sampled_from([0, 1, 2, 7, sorting.FEW_PAIRS, sorting.FEW_PAIRS + 1, 131])
 
 
 @st.composite
@@ -70,8 +71,7 @@ def test_gathering_and_sorting_agree(problem):
     x, found = problem[0], []
     with pytest.MonkeyPatch.context() as patch:
         for few in (0, 10**6):
-            patch.setattr(library, "FEW_PAIRS", few)
-            patch.setattr(lora, "FEW_PAIRS", few)
+            patch.setattr(sorting, "FEW_PAIRS", few)
             found.append(routed_lora(*problem, backend="torch"))
     assert found[0].dtype == found[1].dtype == x.dtype
     assert_near(*found, TOLERANCE[x.dtype].output, terms(*problem))
@@ -159,5 +159,5 @@ def test_memory_grows_with_chosen_experts_not_with_the_pool(tokens):
     with Largest() as largest:
         routed_lora(x, a, b, routing)
     pairs = tokens * chosen
-    gathered = rank if pairs <= lora.FEW_PAIRS else 1  # few pairs gather their factors
+    gathered = rank if pairs <= sorting.FEW_PAIRS else 1  # few pairs gather their factors
     assert 0 < largest.elements <= pairs * gathered * max(width, out) < tokens * experts * out

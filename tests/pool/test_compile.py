@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from phatgoose import ExpertPool, record, restrict, route, unroute
 from phatgoose.errors import RoutingError
-from phatgoose.ops.lora import FEW_PAIRS
+from phatgoose.ops.backends.sorting import FEW_PAIRS
 from tests.models import LINEARS, make_batch, make_model, mixed_targets, save_experts
 from tests.routers.counting import CountingRouter
 from tests.tolerances import TOLERANCE, assert_near

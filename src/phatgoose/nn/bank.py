@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from phatgoose.experts import LoraModule
-from phatgoose.ops import Backend, choose_backend, pieces_of
+from phatgoose.ops import BACKENDS, Gates, choose_backend, pieces_of
 
 
 class Bank(nn.Module):
@@ -36,7 +36,7 @@ class Bank(nn.Module):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        backend: Backend = "auto",
+        backend: str = "auto",
         standardises: bool = True,
     ) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Bank(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("pieces", None, persistent=False)
         self._allowed: frozenset[int] | None = None
-        self._asked: Backend = backend
+        self._asked = backend
         self._standardises = standardises  # see Router; W = I then
         self._split()
 
@@ -73,21 +73,21 @@ class Bank(nn.Module):
         b: Tensor = getattr(self, f"b{part}")
         return b
 
-    def view(self, parts: range) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """((signatures, sums), open, a) of these parts, as `phatgoose::gated_down` wants them.
+    def view(self, parts: range) -> tuple[Gates, Tensor]:
+        """What tokens are scored by at these parts, and a [S, C, R, I].
 
         Sums over spare slots may be rounded differently, and are slow on a CPU, so they are left
-        out; but a compiled model must not depend on how many experts there are, and the kernels'
-        results do not.
+        out; but a compiled model must not depend on how many experts there are, nor need it where
+        the backend's results do not depend on spare slots.
         """
         if torch.compiler.is_compiling():
             return self._view(parts, self.capacity)
         if parts not in self._views:
-            slots = self.capacity if self.backend == "triton" else len(self)
+            slots = self.capacity if BACKENDS[self.backend].spare_slots else len(self)
             self._views[parts] = self._view(parts, slots)
         return self._views[parts]
 
-    def _view(self, parts: range, slots: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    def _view(self, parts: range, slots: int) -> tuple[Gates, Tensor]:
         mine = slice(parts.start, parts.stop)
         if self.pieces is self.signatures:
             signatures = self.signatures[mine, :slots].flatten(0, 1)
@@ -95,8 +95,8 @@ class Bank(nn.Module):
             signatures = self.pieces
         else:
             signatures = self.halves()[:, mine].flatten(0, 2)
-        gates = signatures, self.sums[mine, :slots]
-        return gates, self.open[mine, :slots], self.a[mine, :slots]
+        gates = Gates(signatures, self.sums[mine, :slots], self.open[mine, :slots])
+        return gates, self.a[mine, :slots]
 
     @property
     def capacity(self) -> int:
@@ -195,11 +195,10 @@ class Bank(nn.Module):
 
     def _split(self) -> None:
         """Settle the backend, and make `pieces` anew, for buffers of another kind or size."""
-        self._views: dict[range, tuple[tuple[Tensor, Tensor], Tensor, Tensor]] = {}
+        self._views: dict[range, tuple[Gates, Tensor]] = {}
         self.backend = choose_backend(self._asked, self.a.device.type, self.a.dtype)
         self.pieces = self.signatures
-        halved = self.backend == "triton" and self.a.dtype in (torch.bfloat16, torch.float16)
-        if halved and self._standardises:
+        if self._standardises and BACKENDS[self.backend].halves_gates(self.a.dtype):
             rows = 2 * self.signatures.shape[:2].numel()
             rows += -rows % 64  # cuBLAS is several times as slow where it is no multiple of this
             self.pieces = self.a.new_zeros(rows, self.signatures.shape[2])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from phatgoose.errors import ConfigError
-from phatgoose.ops import BACKENDS, Backend
+from phatgoose.ops import backend_names
 from phatgoose.ops.choose import Scale
 from phatgoose.routers import Router
 
@@ -22,7 +22,7 @@ class RoutingSettings:
     temperature: float = 1.0  # divides the kept scores before their softmax
     scale: Scale = "softmax"  # "unit": every kept expert at weight 1, as its adapter was trained
     null_score: float | None = None  # score of "no expert"; None leaves it out, as published
-    backend: Backend = "auto"  # what computes a routed layer; see ops.choose_backend
+    backend: str = "auto"  # what computes a routed layer; see ops.choose_backend
 
     def __post_init__(self) -> None:
         if self.top_k != "all" and not (isinstance(self.top_k, int) and self.top_k >= 1):
@@ -33,8 +33,8 @@ class RoutingSettings:
             raise ConfigError(f"temperature must be above 0 and finite, got {self.temperature}.")
         if self.scale not in get_args(Scale):
             raise ConfigError(f"scale must be one of {get_args(Scale)}, got {self.scale!r}.")
-        if self.backend not in BACKENDS:
-            raise ConfigError(f"backend must be one of {BACKENDS}, got {self.backend!r}.")
+        if self.backend not in backend_names():
+            raise ConfigError(f"backend must be one of {backend_names()}, got {self.backend!r}.")
         if self.null_score is not None and not math.isfinite(self.null_score):
             raise ConfigError(f"null_score must be finite, got {self.null_score}.")
 

@@ -16,8 +16,8 @@ from phatgoose.nn.context import ContextKeeper, Stream
 from phatgoose.nn.copying import refuse_copy
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.trace import Trace
-from phatgoose.ops import choose_experts, library
-from phatgoose.ops.beside import beside, fork, may_run_beside
+from phatgoose.ops import choose_experts, operators
+from phatgoose.ops.side_stream import beside, fork, may_run_beside
 from phatgoose.routers import Router
 from phatgoose.types import Routing, TokenContext
 
@@ -167,7 +167,7 @@ class Site:
         output = output.contiguous()
         flat = output.view(-1, output.shape[-1])
         z, *plan = routed.down
-        library.routed_up_(flat, b, z, routed.experts, *plan, place, self.bank.backend)
+        operators.routed_up_(flat, b, z, routed.experts, *plan, place, self.bank.backend)
         return output
 
     def _route_alone(self, x: Tensor) -> Routed:
@@ -184,26 +184,25 @@ class Site:
         """Choose experts for the tokens of x at these parts, and project x down where it can be."""
         bank, settings = self.bank, self.state.settings
         flat = x.reshape(-1, x.shape[-1])
-        gates, opened, a = bank.view(parts)
+        gates, a = bank.view(parts)
         if self.state.assigned is not None:
-            experts, weights = self._assigned(x, opened)
+            experts, weights = self._assigned(x, gates.open)
             if self._learns(x):
                 return Routed(x, parts, experts, weights, None)
             with _without_autocast(x.device.type):
-                down = library.routed_down(flat, a, experts, weights, bank.backend)
+                down = operators.routed_down(flat, a, experts, weights, bank.backend)
             return Routed(x, parts, experts, weights, down)
         stream, context = self.state.keeper.find(self.name, x)
-        slots = opened.shape[1]
+        slots = gates.open.shape[1]
         prior = self.state.prior(stream, context)
         learns = self._learns(x)
         with _without_autocast(x.device.type):
             if prior is not None:
                 prior = self._of_slots(prior, slots)
             if self.state.router.standardises and not learns:
-                experts, weights, *down = library.gated_down(
-                    flat.to(gates[0].dtype) if bank.backend == "triton" else flat,
+                experts, weights, *down = operators.gated_down(
+                    flat,
                     *gates,
-                    opened,
                     a,
                     settings.kept(slots),
                     settings.temperature,
@@ -218,7 +217,7 @@ class Site:
             weights = torch.stack([routing.weights for routing in routings], dim=1)
             down = None
             if not learns:
-                down = library.routed_down(flat, a, experts, weights, bank.backend)
+                down = operators.routed_down(flat, a, experts, weights, bank.backend)
             return Routed(x, parts, experts, weights, down)
 
     def _assigned(

@@ -1,14 +1,19 @@
 """The arithmetic of routing, on plain tensors."""
 
-from phatgoose.ops.backend import BACKENDS, Backend, choose_backend
+from phatgoose.ops.backends import BACKENDS, Backend, backend_names, choose_backend
+from phatgoose.ops.backends.reference import routed_lora_reference
 from phatgoose.ops.choose import choose_experts
-from phatgoose.ops.library import EPS, gate_scores, pieces_of, routed_lora
-from phatgoose.ops.lora import routed_lora_reference
+from phatgoose.ops.operators import routed_lora
+from phatgoose.ops.scoring import EPS, Choosing, Extras, Gates, gate_scores, pieces_of
 
 __all__ = [
     "BACKENDS",
     "EPS",
     "Backend",
+    "Choosing",
+    "Extras",
+    "Gates",
+    "backend_names",
     "choose_backend",
     "choose_experts",
     "gate_scores",

@@ -22,7 +22,7 @@ from phatgoose.nn import (
     Trace,
     group_siblings,
 )
-from phatgoose.ops import Backend, choose_backend
+from phatgoose.ops import choose_backend
 from phatgoose.ops.choose import Scale
 from phatgoose.pool.pool import ExpertPool
 from phatgoose.routers import Router, make_router
@@ -40,7 +40,7 @@ def route(
     temperature: float | None = None,
     scale: Scale | None = None,
     null_score: float | None = None,
-    backend: Backend = "auto",
+    backend: str = "auto",
     capacity: int | None = None,
     max_rank: int | None = None,
 ) -> nn.Module:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phatgoose.ops import EPS, choose_experts, library, routed_lora_reference
+from phatgoose.ops import EPS, choose_experts, routed_lora_reference
+from phatgoose.ops import operators as routed_layer
 from phatgoose.routers import make_router
 from phatgoose.serve.engine import operators
 from tests.tolerances import TOLERANCE, assert_near
@@ -76,13 +77,13 @@ def add(
 def added_by_parts(layer, top_k=2, null_score=None):
     """By the operators for single parts, of the reference backend."""
     gates = [layer[key] for key in ("signatures", "sums", "opened", "a")]
-    experts, _, *down = library.gated_down(
+    experts, _, *down = routed_layer.gated_down(
         layer["x"], *gates, top_k, 0.9, False, null_score, None, "reference"
     )
     outputs = [part.clone() for part in layer["output"].split(OUT, dim=1)]
     for part, output in enumerate(outputs):
         z, *plan = down
-        library.routed_up_(output, layer["b"][part], z, experts, *plan, part, "reference")
+        routed_layer.routed_up_(output, layer["b"][part], z, experts, *plan, part, "reference")
     return torch.cat(outputs, dim=1)
 
 

@@ -53,11 +53,11 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
         bank: Bank = getattr(layer, BANK)
         settings = self.settings
         flat = x.reshape(-1, x.shape[-1])
-        (signatures, sums), opened, a = bank.view(range(bank.parts))
+        gates, a = bank.view(range(bank.parts))
         whole = None
         if self.shared and self.router is None:
-            gates = bank.signatures[:, : opened.shape[1]].flatten(0, 1)
-            whole = torch.ops.phatgoose.gate_statistics(flat, gates)
+            signatures = bank.signatures[:, : gates.open.shape[1]].flatten(0, 1)
+            whole = torch.ops.phatgoose.gate_statistics(flat, signatures)
             whole = tensor_model_parallel_all_reduce(whole)
         elif self.shared:
             whole = tensor_model_parallel_all_gather(flat)
@@ -69,16 +69,14 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             turn,
             flat,
             whole,
-            signatures,
-            sums,
-            opened,
+            *gates,
             a,
             [bank.b(part) for part in range(bank.parts)],
             getattr(bank, PRIOR, None),
             getattr(bank, TALLY, None),
             self.features,
             self.router,
-            settings.kept(opened.shape[1]),
+            settings.kept(gates.open.shape[1]),
             settings.temperature,
             settings.scale == "unit",
             settings.null_score,

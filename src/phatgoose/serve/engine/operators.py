@@ -1,7 +1,7 @@
 """What a routed layer does inside vLLM: two operators, before the layer's product and after it.
 
 vLLM compiles a model once, for any number of tokens, and drops all guards. Letters as in
-`phatgoose.ops.library`.
+`phatgoose.ops.operators`.
 """
 
 import functools
@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phatgoose.ops import EPS, choose_experts, library
-from phatgoose.ops.beside import beside, fork, may_run_beside
+from phatgoose.ops import BACKENDS, EPS, Choosing, Extras, Gates
+from phatgoose.ops.backends import Backend, Down
+from phatgoose.ops.scoring import add_to_tally
+from phatgoose.ops.side_stream import beside, fork, may_run_beside
 from phatgoose.routers import make_router
 
 _library = torch.library.Library("phatgoose", "FRAGMENT")
@@ -57,55 +59,35 @@ _router = functools.cache(make_router)
 def _choose_down(
     x: Tensor,
     whole: Tensor | None,
-    signatures: Tensor,
-    sums: Tensor,
-    open_slots: Tensor,
+    gates: Gates,
     a: Tensor,
-    prior: Tensor | None,
-    tally: Tensor | None,
+    choosing: Choosing,
+    extras: Extras,
+    *,
     features: int,
     router: str | None,
-    top_k: int,
-    temperature: float,
-    unit: bool,
-    null_score: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose experts for the tokens of x [T, I], and project down.
+    backend: Backend,
+) -> tuple[Tensor, Down]:
+    """Choose experts for the tokens of x [T, I], and project down: experts [T, S, K], and the rest.
 
-    Scores are those of gates, with signatures, sums, open_slots and a as `phatgoose::gated_down`
-    wants them, or of `router`, with signatures [S * C, W]. With `whole`, x and a are a share of the
-    `features`: for gates it is `gate_statistics` summed over the shares, for a router it is x with
-    all features. prior and tally are fp32 and have a row for each token the engine may put into a
-    forward: prior [N, C] is added to the scores of every part, and the chosen experts' weights are
-    added to tally [N, 1 + C], whose first column is for the weight of "no expert".
-    Returns experts [T, S, K], z, counts, members. Raises ValueError where T > N.
+    Scores are those of gates, or of `router`, with signatures [S * C, W]. With `whole`, x and a are
+    a share of the `features`: for gates it is `gate_statistics` summed over the shares, for a
+    router it is x with all features.
     """
-    prior, tally = (_rows(table, len(x)) for table in (prior, tally))
-    if prior is not None:
-        prior = prior[:, : open_slots.shape[1]]
     if whole is None and router is None:
-        x = x.to(signatures.dtype) if backend == "triton" else x
-        settings = top_k, temperature, unit, null_score, prior, backend, tally
-        experts, _, z, *plan = library.gated_down(x, signatures, sums, open_slots, a, *settings)
-        return experts, z, *plan
+        experts, _, down = backend.gated_down(x, gates, a, choosing, extras)
+        return experts, down
     every = x if whole is None else whole
     if router is None:
-        scores = scores_of(every, sums, features)
+        scores = scores_of(every, gates.sums, features)
     else:
-        scores = scores_by(router, every, signatures.view(*open_slots.shape, -1))
-    scores = scores if prior is None else scores.add_(prior.unsqueeze(1))
-    scores.masked_fill_(~open_slots, -torch.inf)
-    routing = choose_experts(
-        scores,
-        top_k,
-        temperature=temperature,
-        scale="unit" if unit else "softmax",
-        null_score=null_score,
-    )
-    if tally is not None:
-        library.add_to_tally(tally, routing.experts, routing.weights)
-    return routing.experts, *library.routed_down(x, a, routing.experts, routing.weights, backend)
+        scores = scores_by(router, every, gates.signatures.view(*gates.open.shape, -1))
+    scores = scores if extras.prior is None else scores.add_(extras.prior.unsqueeze(1))
+    scores.masked_fill_(~gates.open, -torch.inf)
+    routing = choosing.choose(scores)
+    if extras.tally is not None:
+        add_to_tally(extras.tally, routing.experts, routing.weights)
+    return routing.experts, backend.routed_down(x, a, routing.experts, routing.weights)
 
 
 def _fork(turn: Tensor, x: Tensor, whole: Tensor | None) -> None:
@@ -139,14 +121,29 @@ def _add_routed(
 ) -> None:
     """Add what the chosen experts make of x [T, I] to output [T, sum of O], part after part.
 
-    For the others see `_choose_down`; b is [C, O, R] each. `fork_` comes before, with its `turn`.
+    For whole, features and router see `_choose_down`; b is [C, O, R] each. prior and tally are fp32
+    and have a row for each token the engine may put into a forward: prior [N, C] is added to the
+    scores of every part, and the chosen experts' weights are added to tally [N, 1 + C], whose first
+    column is for the weight of "no expert". `fork_` comes before, with its `turn`.
+    Raises ValueError where T > N.
     """
-    choice = top_k, temperature, unit, null_score, backend
+    prior, tally = (_rows(table, len(x)) for table in (prior, tally))
+    if prior is not None:
+        prior = prior[:, : open_slots.shape[1]]
+    computes = BACKENDS[backend]
     with beside(x.device) if may_run_beside(x) else nullcontext():
-        experts, z, counts, members = _choose_down(
-            x, whole, signatures, sums, open_slots, a, prior, tally, features, router, *choice
+        experts, down = _choose_down(
+            x,
+            whole,
+            Gates(signatures, sums, open_slots),
+            a,
+            Choosing(top_k, temperature, unit, null_score),
+            Extras(prior, tally),
+            features=features,
+            router=router,
+            backend=computes,
         )
-    library.routed_up_side_by_side(output, b, z, experts, counts, members, backend)
+    computes.routed_up_all_(output, b, down, experts)
 
 
 def _rows(table: Tensor | None, tokens: int) -> Tensor | None:

@@ -1,33 +1,49 @@
-"""The routed sum of LoRA outputs: y_t = sum_k w_tk * B_e A_e x_t with e = experts[t, k]."""
+"""The routed sum y_t = sum_k w_tk * B_e A_e x_t, e = experts[t, k], with pairs sorted by expert."""
 
 from collections.abc import Iterator
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from phatgoose.ops.backends.base import Backend, Down
 from phatgoose.types import Routing
 
 # Up to this many token-expert pairs, gathering each pair's factors is cheaper than sorting.
 FEW_PAIRS = 64
 
 
-def routed_lora_reference(
-    x: Float[Tensor, "T I"],
-    a: Float[Tensor, "E R I"],
-    b: Float[Tensor, "E O R"],
-    routing: Routing,
-) -> Float[Tensor, "T O"]:
-    """The definition. `b` already carries each expert's scale; a slot of -1 adds nothing.
+@final
+class SortedBackend(Backend):
+    """Sorts the pairs by expert, so that each expert is one product; in plain torch, anywhere."""
 
-    Computes in fp32; returns x's dtype. arXiv:2402.05859, section 3.2. Gathers [T K R I], so it is
-    for tests and small inputs.
-    """
-    slots = routing.experts.clamp_min(0)
-    weights = routing.weights * (routing.experts >= 0)
-    z = torch.einsum("tkri,ti->tkr", a[slots].float(), x.float())
-    y = torch.einsum("tkor,tkr,tk->to", b[slots].float(), z, weights)
-    return y.to(x.dtype)
+    def empty_down(self, x: Tensor, a: Tensor, chosen: int) -> Down:
+        z = x.new_empty(x.shape[0], a.shape[0], chosen, a.shape[2], dtype=torch.float32)
+        return Down(z, *_empty_plan(x, a, chosen))
+
+    def routed_down(self, x: Tensor, a: Tensor, experts: Tensor, weights: Tensor) -> Down:
+        tokens, parts, chosen = experts.shape
+        z, plan = down_sorted(x, a, experts, weights)
+        counts, members = _empty_plan(x, a, chosen)  # with few pairs nobody reads them
+        for part, (order, sizes) in enumerate(plan):
+            counts[part, : len(sizes)] = sizes
+            members[part] = order
+        return Down(z.view(tokens, parts, chosen, a.shape[2]), counts, members)
+
+    def routed_up_(self, output: Tensor, b: Tensor, down: Down, experts: Tensor, part: int) -> None:
+        tokens, parts, chosen = experts.shape
+        rows = down.z.view(parts, tokens * chosen, down.z.shape[3])[part]
+        few = tokens * chosen <= FEW_PAIRS
+        order = None if few else (down.members[part], down.counts[part])
+        up_sorted(output, b, rows, experts[:, part], order)
+
+
+def _empty_plan(x: Tensor, a: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """Counts of no slot and of each, and the order of the pairs."""
+    parts, slots = a.shape[:2]
+    counts = x.new_zeros(parts, slots + 1, dtype=torch.int64)
+    return counts, x.new_zeros(parts, x.shape[0] * chosen, dtype=torch.int64)
 
 
 def sort_pairs(experts: Int[Tensor, "T K"]) -> tuple[Int[Tensor, " P"], Int[Tensor, " N"]]:
@@ -63,10 +79,10 @@ def down_sorted(
     a: Float[Tensor, "S C R I"],
     experts: Int[Tensor, "T S K"],
     weights: Float[Tensor, "T S K"],
-) -> tuple[Float[Tensor, "1 T S K R"], list[tuple[Tensor, Tensor]]]:
-    """w A x of every pair, in fp32, and the order of the pairs at each part.
+) -> tuple[Float[Tensor, "S P R"], list[tuple[Tensor, Tensor]]]:
+    """w A x of every pair of each part, in fp32, and the order of the pairs: P = T * K.
 
-    With few pairs there is no order. Otherwise a part's rows [T * K, R] are in that order.
+    With few pairs there is no order. Otherwise a part's rows are in that order.
     """
     tokens, parts, chosen = experts.shape
     z = x.new_empty(parts, tokens * chosen, a.shape[2], dtype=torch.float32)

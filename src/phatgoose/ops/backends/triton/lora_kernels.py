@@ -12,7 +12,7 @@ the counts. The order inside a group is left to chance; no value depends on it.
 import triton
 import triton.language as tl
 
-from phatgoose.ops.gate_kernels import add_to_tally, choose_best, gate_scores
+from phatgoose.ops.backends.triton.gate_kernels import add_to_tally, choose_best, gate_scores
 
 
 # The number of tokens changes from forward to forward: no kernel is compiled anew for it.
@@ -78,7 +78,7 @@ def _find_block(
 
 @triton.jit(do_not_specialize=["tokens"])
 def down_kernel(
-    x,  # [T, I]
+    x,  # [T, I], of a's dtype
     a,  # [S, C, R, I]
     weights,  # fp32 [T, S, K]
     counts,
@@ -117,7 +117,7 @@ def down_kernel(
                 v = tl.load(
                     a_rows + at[:, None], mask=inside[:, None] & (r < rank)[None, :], other=0.0
                 )
-            total = tl.dot(u.to(v.dtype), v, total, input_precision=PRECISION)
+            total = tl.dot(u, v, total, input_precision=PRECISION)
         place = token.to(tl.int64) * (S * K) + pile
         weight = tl.load(weights + place, mask=mask, other=0.0)
         tl.store(

@@ -1,0 +1,101 @@
+"""Scores by gate, in plain torch: the definition that faster backends agree with."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from phatgoose.ops.choose import choose_experts
+from phatgoose.types import Routing
+
+EPS = 1e-5  # of standardising, as in the authors' layer norms
+
+
+class Gates(NamedTuple):
+    """What the tokens of S layers are scored by, as a bank keeps it."""
+
+    signatures: Tensor  # fp32 [S * C, I]; or its pieces [>= 2 * S * C, I], see `pieces_of`
+    sums: Tensor  # fp32 [S, C]: of each signature, over its features
+    open: Tensor  # bool [S, C]: which slots may be chosen
+
+
+class Choosing(NamedTuple):
+    """How scores become a choice; see `choose_experts`."""
+
+    top_k: int
+    temperature: float
+    unit: bool  # every kept expert has weight 1
+    null_score: float | None
+
+    def count(self, slots: int) -> int:
+        """K: how many of so many slots, and the null candidate, a token keeps."""
+        return min(self.top_k, slots + (self.null_score is not None))
+
+    def choose(self, scores: Float[Tensor, "*T C"]) -> Routing:
+        return choose_experts(
+            scores,
+            self.top_k,
+            temperature=self.temperature,
+            scale="unit" if self.unit else "softmax",
+            null_score=self.null_score,
+        )
+
+
+class Extras(NamedTuple):
+    """What some forwards have beside."""
+
+    prior: Tensor | None = None  # fp32 [T, C], added to the scores of every part
+    tally: Tensor | None = None  # fp32 [>= T, >= 1 + C]; see `add_to_tally`
+
+
+def gate_scores(x: Tensor, signatures: Tensor) -> Tensor:
+    """s · standardised x / sqrt(I) of tokens [T, I] and signatures [E, I]: fp32 [T, E].
+
+    Standardising takes the population variance and eps 1e-5. arXiv:2402.05859, section 3.2.
+    """
+    return _standardised(x) @ signatures.T
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """x with zero mean and unit variance, over sqrt(I): scaled here, a [T, E] tensor is spared."""
+    width = x.shape[-1]
+    return F.layer_norm(x.float(), (width,), eps=EPS) / math.sqrt(width)
+
+
+def choose_by_gate(x: Tensor, gates: Gates, choosing: Choosing, extras: Extras) -> Routing:
+    """Experts and weights [T, S, K] for x [T, I], given whole signatures [S * C, I]."""
+    parts, slots = gates.open.shape
+    u = _standardised(x)
+    signatures = gates.signatures.view(parts, slots, x.shape[1])
+
+    # Part by part: one part's scores at a time in memory, and of a width of their own, which
+    # decides their last bits.
+    def scores(part: int) -> Tensor:
+        found = u @ signatures[part].T
+        found = found if extras.prior is None else found.add_(extras.prior)
+        return found.masked_fill_(~gates.open[part], -torch.inf)
+
+    routings = [choosing.choose(scores(part)) for part in range(parts)]
+    experts = torch.stack([routing.experts for routing in routings], dim=1)
+    weights = torch.stack([routing.weights for routing in routings], dim=1)
+    if extras.tally is not None:
+        add_to_tally(extras.tally, experts, weights)
+    return Routing(experts, weights)
+
+
+def add_to_tally(tally: Tensor, experts: Tensor, weights: Tensor) -> None:
+    """Add weights [T, S, K] to the columns 1 + experts of tally: the first is for "no expert"."""
+    tally.scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
+
+
+def pieces_of(signatures: Float[Tensor, "*N I"], dtype: torch.dtype) -> Float[Tensor, "2 *N I"]:
+    """fp32 signatures as two of half precision that add up to them, for products on tensor cores.
+
+    A pair keeps 16 (bf16) or 22 (fp16) bits, so that scores differ from those in fp32 by about
+    1e-5 of their size.
+    """
+    high = signatures.to(dtype)
+    return torch.stack([high, (signatures - high.float()).to(dtype)])
