@@ -4,10 +4,10 @@ PHATGOOSE: Muqeeth, Liu, Liu, Raffel, "Learning to Route Among Specialized Exper
 Generalization", ICML 2024, arXiv:2402.05859.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.lazy import on_first_use
 
 if TYPE_CHECKING:
     from phatgoose.experts import Expert, Gates, load_expert, save_expert, verify_expert
@@ -87,7 +87,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'phatgoose' has no attribute {name!r}")
-    return getattr(import_module(f"phatgoose.{_WHERE[name]}"), name)
+__getattr__ = on_first_use(__name__, _WHERE)

@@ -228,8 +228,8 @@ class TestTrainRefuses:
         [("--together", 0), ("--rank", 0), ("--gate-steps", 0), ("--batch-size", 0)],
     )
     def test_settings_out_of_range(self, refuses, world, train, option, value):
-        words = option.removeprefix("--gate-").strip("-").replace("-", "_")
-        refuses(*train(world.root / "pool", option, value), says=[words, value])
+        says = [f"{option} must be", value]
+        refuses(*train(world.root / "pool", option, value), says=says)
 
     def test_what_is_no_expert(self, refuses, world, train):
         pool = world.root / "pool"

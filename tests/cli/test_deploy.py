@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from phatgoose.cli.main import build_parser
+from phatgoose.cli.main import parse
 from phatgoose.errors import ConfigError
 from phatgoose.serve.http import access
 
@@ -29,17 +29,17 @@ def test_kubernetes_starts_what_the_image_runs():
     deployment, service = yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text())
     pod = deployment["spec"]["template"]
     (server,) = pod["spec"]["containers"]
-    arguments, more = build_parser().parse_known_args([*entry_point(), *server["args"]])
-    assert arguments.host == "0.0.0.0"
-    assert arguments.experts == arguments.experts_root.split() == ["/experts"]
+    _, asked = parse([*entry_point(), *server["args"]])
+    assert asked.host == "0.0.0.0"
+    assert asked.experts == asked.experts_root.split() == ["/experts"]
     # What is left is vLLM's: seconds for requests under way, fewer than Kubernetes waits.
-    (timeout,) = more
+    (timeout,) = asked.more
     name, _, seconds = timeout.partition("=")
     assert name == "--shutdown-timeout"
     assert int(seconds) < pod["spec"]["terminationGracePeriodSeconds"]
     assert {variable["name"] for variable in server["env"]} == {access.API_KEY, access.ADMIN_KEY}
     (port,) = server["ports"]
-    assert port["containerPort"] == arguments.port
+    assert port["containerPort"] == asked.port
     assert service["spec"]["selector"] == pod["metadata"]["labels"]
 
 
@@ -68,7 +68,7 @@ def test_the_image_is_one_and_the_same_and_runs_as_nobody_special():
 
 def test_the_image_serves_nobody_without_a_key():
     """It listens on all addresses, so serve wants a key, or to be told that none is meant."""
-    arguments, _ = build_parser().parse_known_args(entry_point())
+    _, asked = parse(entry_point())
     with pytest.raises(ConfigError, match="--api-key"):
-        access.Access.read({}, None).check_address(arguments.host)
-    access.Access.read({access.API_KEY: "k"}, None).check_address(arguments.host)
+        access.Access.read({}, None).check_address(asked.host)
+    access.Access.read({access.API_KEY: "k"}, None).check_address(asked.host)

@@ -107,6 +107,17 @@ def test_push_then_pull(run, world, hub):
     assert load_expert(world.pulled).gates.record == load_expert(world.one).gates.record
 
 
+def test_push_and_pull_as_json(run, world, hub):
+    pushed = run("experts", "push", world.one, "owner/one", "--json")
+    assert json.loads(pushed.out) == {
+        "folder": str(world.one),
+        "address": "https://hub/owner/one",
+    }
+    pulled = json.loads(run("experts", "pull", "owner/one", "--out", world.pulled, "--json").out)
+    (listed,) = json.loads(run("experts", "list", world.one, "--json").out)
+    assert pulled == {**listed, "name": "pulled", "folder": str(world.pulled)}
+
+
 def test_a_second_push_takes_old_signatures_away(run, world, hub):
     """They belong to the adapter of the first push, and make the second unreadable."""
     assert run("experts", "derive", world.one, "--base", world.base).code == 0

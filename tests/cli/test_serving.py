@@ -9,7 +9,7 @@ import pytest
 
 from phatgoose import default
 from phatgoose.cli import serving
-from phatgoose.cli.main import build_parser
+from phatgoose.cli.main import parse
 from phatgoose.cli.serving import SPARE, vllm_flags
 from phatgoose.errors import ConfigError
 from phatgoose.serve.http import access
@@ -22,9 +22,8 @@ def environment(monkeypatch):
 
 def flags(*words):
     """By name, with what follows; and those that were handed on."""
-    arguments, more = build_parser().parse_known_args(["serve", *words])
-    arguments.more = more
-    found = vllm_flags(arguments)
+    _, asked = parse(["serve", *words])
+    found, more = vllm_flags(asked), asked.more
     ours = found[: len(found) - len([word for word in more if word in found[-len(more) :]])]
     named = dict(zip(ours[::2], ours[1::2], strict=True))
     config = json.loads(named["--additional-config"])
@@ -131,8 +130,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
 
     def ask(*words):
-        arguments, arguments.more = build_parser().parse_known_args(["serve", *words])
-        serving.serve(arguments)
+        serving.serve(parse(["serve", *words])[1])
         return started.pop()
 
     return ask

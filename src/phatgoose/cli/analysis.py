@@ -2,47 +2,61 @@
 
 import json
 import random
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from phatgoose import analysis
-from phatgoose.cli.inference import routed_model, routing_settings
+from phatgoose.cli.arguments.analysis import Analyze
+from phatgoose.cli.inference import routed_model
+from phatgoose.cli.options import KNOBS
 from phatgoose.cli.sources import by_name
 from phatgoose.errors import ConfigError
+from phatgoose.nn import RoutingSettings
 from phatgoose.reading import read_json
+from phatgoose.routers import make_router
 from phatgoose.tasks import Example, load_examples, task_folders
 
 
-def analyze(arguments: Namespace) -> None:
+def analyze(asked: Analyze) -> None:
     """Route each task's test examples, write numbers and pictures, print a line for each task."""
-    if arguments.limit < 1:
-        raise ConfigError(f"--limit must be at least 1, got {arguments.limit}.")
-    folders = by_name(task_folders(arguments.tasks))
-    tasks = {name: _sample(folder, name, arguments) for name, folder in folders.items()}
-    named, else_named = _oracles(arguments.oracle, tasks)
-    model, tokenizer, pool = routed_model(arguments)
+    folders = by_name(task_folders(asked.tasks))
+    tasks = {name: _sample(folder, name, asked) for name, folder in folders.items()}
+    named, else_named = _oracles(asked.oracle, tasks)
+    model, tokenizer, pool = routed_model(asked)
     own = {task: task for task in tasks if task in pool.names}
     oracle = {**else_named, **own, **named}
     found = analysis.analyse_tasks(model, tokenizer, tasks, oracle=oracle, progress=True)
-    keys = ("base", "general", "router", "limit", "seed")
-    settings = {key: getattr(arguments, key) for key in keys} | routing_settings(arguments)
-    out = Path(arguments.out)
-    files = analysis.save_analyses(found, tokenizer, out, settings=settings, progress=True)
+    files = analysis.save_analyses(
+        found, tokenizer, asked.out, settings=_settings(asked), progress=True
+    )
     rows = {name: _row(result) for name, result in found.items()}
-    if arguments.json:
+    if asked.json:
         print(json.dumps({"tasks": rows, "files": list(map(str, files))}, ensure_ascii=False))
         return
     _print(rows)
-    print(f"\nAll tasks: {files[1]}, {files[2]}. Each task: {out / 'tasks'}. Numbers: {files[0]}")
+    each = asked.out / "tasks"
+    print(f"\nAll tasks: {files[1]}, {files[2]}. Each task: {each}. Numbers: {files[0]}")
 
 
-def _sample(folder: Path, name: str, arguments: Namespace) -> list[Example]:
+def _settings(asked: Analyze) -> dict[str, Any]:
+    """What was asked, with the router's own knobs where none were given."""
+    knobs = RoutingSettings.of(make_router(asked.router), **asked.routing())
+    return {
+        "base": asked.base,
+        "general": asked.general,
+        "router": asked.router,
+        "limit": asked.limit,
+        "seed": asked.seed,
+        **{knob: getattr(knobs, knob) for knob in KNOBS},
+    }
+
+
+def _sample(folder: Path, name: str, asked: Analyze) -> list[Example]:
     """A seeded subset of a task's test split, in its order."""
     everything = load_examples(folder, "test")
-    count = min(arguments.limit, len(everything))
-    lines = random.Random(f"{arguments.seed} {name}").sample(range(len(everything)), count)
+    count = min(asked.limit, len(everything))
+    lines = random.Random(f"{asked.seed} {name}").sample(range(len(everything)), count)
     return [everything[line] for line in sorted(lines)]
 
 

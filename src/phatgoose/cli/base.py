@@ -1,17 +1,17 @@
-"""base: the default base model on this machine."""
+"""base fetch: the default base model on this machine."""
 
 import json
-from argparse import Namespace
 from dataclasses import asdict
 
+from phatgoose.cli.arguments.base import Fetch
 from phatgoose.models import DEFAULT
 from phatgoose.models.named import fetch_default, find_base
 
 
-def fetch(arguments: Namespace) -> None:
+def fetch(asked: Fetch) -> None:
     """Bring the default base onto this disk, if it is not there, and say where it comes from."""
-    base = find_base(DEFAULT) if arguments.source == "any" else fetch_default(arguments.source)
-    if arguments.json:
+    base = find_base(DEFAULT) if asked.source == "any" else fetch_default(asked.source)
+    if asked.json:
         print(json.dumps(asdict(base)))
     else:
         print(f"{base.name}: {base.origin}")

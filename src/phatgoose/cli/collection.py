@@ -1,7 +1,6 @@
-"""experts train, experts gate: many experts at once."""
+"""experts train, experts gate, experts derive: many experts at once."""
 
 import json
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,45 +9,47 @@ from typing import Any
 import torch
 
 from phatgoose import default
+from phatgoose.cli.arguments.collection import Derive, GateMany, TrainMany
 from phatgoose.cli.sources import by_name
-from phatgoose.cli.training import adapter_settings, check_options, encode_examples
+from phatgoose.cli.training import encode_examples
 from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
 from phatgoose.experts import GateRecord, load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import read_config
 from phatgoose.experts.sources import expert_sources
 from phatgoose.models import load_base
-from phatgoose.tasks import Example, load_examples, task_folders
+from phatgoose.tasks import Encoded, Example, load_examples, task_folders
 from phatgoose.train import derive_signatures, gate_experts, train_experts
 from phatgoose.train.derive import MEASURES, draw
 
 
-def train(arguments: Namespace) -> None:
+def train(asked: TrainMany) -> None:
     """Train an expert for each task folder."""
-    gates, adapter = check_options(arguments), adapter_settings(arguments)
-    folders = by_name(task_folders(arguments.tasks, "train"))
-    out = Path(arguments.out)
+    gates, adapter = asked.gate_training(), asked.adapter_training()
+    folders = by_name(task_folders(asked.tasks, "train"))
     examples = {name: load_examples(folder) for name, folder in folders.items()}
-    model, tokenizer = _load(arguments, arguments.base or default.BASE)
+    model, tokenizer = load_base(
+        asked.base or default.BASE, device=asked.device, dtype=torch.float32
+    )
     made = train_experts(
         model,
         tokenizer,
-        _encode(arguments, examples, model, tokenizer),
-        out,
+        _encode(examples, model, tokenizer, asked.max_length),
+        asked.out,
         adapter=adapter,
         gates=gates,
-        gate_batch_size=arguments.gate_batch_size,
-        together=arguments.together,
+        gate_batch_size=asked.gate_batch_size,
+        together=asked.together,
     )
-    _print(arguments, {name: out / name for name in folders}, made)
+    _print({name: asked.out / name for name in folders}, made, as_json=asked.json)
 
 
-def gate(arguments: Namespace) -> None:
+def gate(asked: GateMany) -> None:
     """Train the gates of many adapter folders, each on the task of its name."""
-    gates = check_options(arguments)
-    folders = by_name(map(_local, expert_sources(arguments.adapters)))
-    base = arguments.base or _common_base(folders)
-    tasks = by_name(task_folders(arguments.tasks, "train"))
+    gates = asked.gate_training()
+    folders = by_name(map(_local, expert_sources(asked.adapters)))
+    base = asked.base or _common_base(folders)
+    tasks = by_name(task_folders(asked.tasks, "train"))
     for name, folder in folders.items():
         if name not in tasks:
             raise TaskFormatError(
@@ -56,48 +57,45 @@ def gate(arguments: Namespace) -> None:
                 f"alone: phatgoose gate {folder}"
             )
     examples = {name: load_examples(tasks[name]) for name in folders}
-    model, tokenizer = _load(arguments, base)
+    model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
     made = gate_experts(
         model,
         tokenizer,
         folders,
-        _encode(arguments, examples, model, tokenizer),
+        _encode(examples, model, tokenizer, asked.max_length),
         settings=gates,
-        batch_size=arguments.gate_batch_size or arguments.batch_size,
-        autocast=torch.bfloat16 if arguments.bf16 else None,
-        together=arguments.together,
+        batch_size=asked.gate_batch,
+        autocast=torch.bfloat16 if asked.bf16 else None,
+        together=asked.together,
     )
-    _print(arguments, folders, made)
+    _print(folders, made, as_json=asked.json)
 
 
-def derive(arguments: Namespace) -> None:
+def derive(asked: Derive) -> None:
     """Measure signatures of expert folders, and write them into the folders."""
-    for option, least in (("examples", 1), ("max_length", 2), ("batch_size", 1)):
-        if getattr(arguments, option) < least:
-            raise ConfigError(f"--{option} must be at least {least}.".replace("_", "-"))
-    folders = by_name(map(_local, expert_sources(arguments.adapters)))
+    folders = by_name(map(_local, expert_sources(asked.adapters)))
     experts = {name: load_expert(folder, name=name) for name, folder in folders.items()}
-    tasks = by_name(task_folders(arguments.tasks, "train")) if arguments.tasks else {}
+    tasks = by_name(task_folders(asked.tasks, "train")) if asked.tasks else {}
     missing = [name for name in folders if name not in tasks]
-    if arguments.tasks and missing:
+    if asked.tasks and missing:
         raise TaskFormatError(
             f"{folders[missing[0]]}: no task is named {missing[0]}. Name adapter and task alike."
         )
     examples = {
-        name: draw(load_examples(tasks[name]), arguments.examples, arguments.seed)
+        name: draw(load_examples(tasks[name]), asked.examples, asked.seed)
         for name in folders
         if tasks
     }
-    model, tokenizer = load_base(arguments.base or _common_base(folders), device=arguments.device)
+    model, tokenizer = load_base(asked.base or _common_base(folders), device=asked.device)
     made = derive_signatures(
         model,
         tokenizer,
         list(experts.values()),
-        _encode(arguments, examples, model, tokenizer),
+        _encode(examples, model, tokenizer, asked.max_length),
         kinds=None if tasks else [kind for kind in MEASURES if not KINDS[kind].needs_data],
-        examples=arguments.examples,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
+        examples=asked.examples,
+        batch_size=asked.batch_size,
+        seed=asked.seed,
     )
     files = {
         name: [
@@ -106,24 +104,18 @@ def derive(arguments: Namespace) -> None:
         ]
         for name, of_expert in made.items()
     }
-    if arguments.json:
+    if asked.json:
         print(json.dumps(files))
         return
     for name, written in files.items():
         print(f"{folders[name]}: " + ", ".join(Path(path).name for path in written))
 
 
-def _load(arguments: Namespace, base: str | Path) -> tuple[Any, Any]:
-    if arguments.together is not None and arguments.together < 1:
-        raise ConfigError(f"--together must be at least 1, got {arguments.together}.")
-    return load_base(base, device=arguments.device, dtype=torch.float32)
-
-
 def _encode(
-    arguments: Namespace, examples: Mapping[str, list[Example]], model: Any, tokenizer: Any
-) -> dict[str, Any]:
+    examples: Mapping[str, list[Example]], model: Any, tokenizer: Any, max_length: int
+) -> dict[str, list[Encoded]]:
     return {
-        name: encode_examples(arguments, rows, model, tokenizer) for name, rows in examples.items()
+        name: encode_examples(rows, model, tokenizer, max_length) for name, rows in examples.items()
     }
 
 
@@ -153,10 +145,8 @@ def _common_base(folders: Mapping[str, Path]) -> str:
     return first[1]
 
 
-def _print(
-    arguments: Namespace, folders: Mapping[str, Path], made: Mapping[str, GateRecord]
-) -> None:
-    if arguments.json:
+def _print(folders: Mapping[str, Path], made: Mapping[str, GateRecord], *, as_json: bool) -> None:
+    if as_json:
         trained = [{"folder": str(folders[name]), **asdict(made[name])} for name in made]
         there = [str(folder) for name, folder in folders.items() if name not in made]
         print(json.dumps({"trained": trained, "there": there}))

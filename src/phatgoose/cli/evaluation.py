@@ -1,14 +1,12 @@
 """eval."""
 
 import json
-from argparse import Namespace
-from pathlib import Path
 
 import torch
 
 from phatgoose import default
+from phatgoose.cli.arguments.evaluation import Evaluate
 from phatgoose.cli.methods import less_general, method_inputs, training_examples
-from phatgoose.errors import ConfigError
 from phatgoose.evaluation import (
     RunSettings,
     make_methods,
@@ -23,44 +21,40 @@ from phatgoose.pool import ExpertPool
 CARD = "README.md"
 
 
-def evaluate(arguments: Namespace) -> None:
+def evaluate(asked: Evaluate) -> None:
     """Score methods on tasks; print the table."""
     settings = RunSettings(
-        seed=arguments.seed,
-        limit=arguments.limit,
-        general=arguments.general or (),
-        share_prompts=arguments.share_prompts,
-        tokens=arguments.tokens,
-        rows=arguments.rows,
+        seed=asked.seed,
+        limit=asked.limit,
+        general=asked.general or (),
+        share_prompts=asked.share_prompts,
+        tokens=asked.tokens,
+        rows=asked.rows,
     )
-    if arguments.oracle_limit is not None and arguments.oracle_limit < 1:
-        raise ConfigError(f"--oracle-limit must be at least 1, got {arguments.oracle_limit}.")
-    names = [name for given in arguments.methods for name in given.split(",") if name]
-    whole, out = ExpertPool.load(expert_sources(arguments.experts)), Path(arguments.out)
-    pool = less_general(whole, arguments.general)
-    training = training_examples(arguments.train_tasks, pool)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    model, tokenizer = load_base(
-        arguments.base or default.BASE, device=arguments.device, dtype=dtype
-    )
+    names = [name for given in asked.methods for name in given.split(",") if name]
+    whole = ExpertPool.load(expert_sources(asked.experts))
+    pool = less_general(whole, asked.general)
+    training = training_examples(asked.train_tasks, pool)
+    dtype = getattr(torch, asked.dtype) if asked.dtype else None
+    model, tokenizer = load_base(asked.base or default.BASE, device=asked.device, dtype=dtype)
     inputs = method_inputs(
-        arguments,
+        asked,
         pool,
         model,
         tokenizer,
         training=training,
-        seed=arguments.seed,
-        cache=out,
-        probe=arguments.oracle_limit,
+        seed=asked.seed,
+        cache=asked.out,
+        probe=asked.oracle_limit,
     )
     methods, left_out = make_methods(names, inputs)
     tasks = read_tasks(
-        arguments.tasks,
+        asked.tasks,
         pool.names,
         model,
         tokenizer,
-        limit=arguments.limit,
-        seed=arguments.seed,
+        limit=asked.limit,
+        seed=asked.seed,
         training=training,
         cards=_cards(whole),
     )
@@ -70,11 +64,11 @@ def evaluate(arguments: Namespace) -> None:
         pool,
         methods=methods,
         tasks=tasks,
-        out=out,
+        out=asked.out,
         settings=settings,
         left_out=left_out,
     )
-    print(json.dumps(results, ensure_ascii=False) if arguments.json else table(results))
+    print(json.dumps(results, ensure_ascii=False) if asked.json else table(results))
 
 
 def _cards(pool: ExpertPool) -> dict[str, str]:

@@ -1,20 +1,23 @@
 """experts list, verify, merge, import, push, pull."""
 
 import json
-from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from phatgoose.experts import hub, load_expert, verify_expert
-from phatgoose.experts.expert import Expert
+from phatgoose.cli.arguments.experts import Import, List, Merge, Pull, Push, Verify
+from phatgoose.errors import ExpertFormatError, IncompatibleExpertError
+from phatgoose.experts import Expert, hub, load_expert, released, save_expert, verify_expert
+from phatgoose.experts.save import check_new
 from phatgoose.experts.sources import expert_sources
+from phatgoose.experts.verify import check_modules
+from phatgoose.models import load_base
+from phatgoose.pool import ExpertPool, merge_experts
 
 
-def list_experts(arguments: Namespace) -> None:
+def list_experts(asked: List) -> None:
     """One line per expert."""
-    rows = [_row(load_expert(source)) for source in expert_sources(arguments.experts or None)]
-    if arguments.json:
+    rows = [_row(load_expert(source)) for source in expert_sources(asked.experts or None)]
+    if asked.json:
         print(json.dumps(rows))
         return
     width = max((len(row["name"]) for row in rows), default=0)
@@ -26,17 +29,13 @@ def list_experts(arguments: Namespace) -> None:
         )
 
 
-def verify(arguments: Namespace) -> int:
+def verify(asked: Verify) -> int:
     """Check experts; 3 if anything is wrong with any."""
     base: Any = None
-    if arguments.base:
-        from phatgoose.models import load_base
-
-        base, _ = load_base(arguments.base, device="cpu")
-    found = {
-        str(source): verify_expert(source, base) for source in expert_sources(arguments.experts)
-    }
-    if arguments.json:
+    if asked.base:
+        base, _ = load_base(asked.base, device="cpu")
+    found = {str(source): verify_expert(source, base) for source in expert_sources(asked.experts)}
+    if asked.json:
         print(json.dumps(found))
     else:
         for source, problems in found.items():
@@ -46,70 +45,62 @@ def verify(arguments: Namespace) -> int:
     return 3 if any(found.values()) else 0
 
 
-def merge(arguments: Namespace) -> None:
+def merge(asked: Merge) -> None:
     """Merge experts into one adapter folder."""
-    from phatgoose.errors import IncompatibleExpertError
-    from phatgoose.experts.save import check_new, save_expert
-    from phatgoose.experts.verify import check_modules
-    from phatgoose.models import load_base
-    from phatgoose.pool import ExpertPool, merge_experts
-
-    out = Path(arguments.out)
+    out = asked.out
     check_new(out)  # before the work, not after it
-    pool = ExpertPool.load(expert_sources(arguments.experts))
+    pool = ExpertPool.load(expert_sources(asked.experts))
     task_type = None
-    if arguments.base:
-        base, _ = load_base(arguments.base, device="cpu")
+    if asked.base:
+        base, _ = load_base(asked.base, device="cpu")
         for problem in (problem for expert in pool for problem in check_modules(expert, base)):
             raise IncompatibleExpertError(problem)
         task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
     merged = merge_experts(
         pool,
-        method=arguments.method,
-        rank=arguments.rank,
-        weights=arguments.weights,
-        density=arguments.density,
-        seed=arguments.seed,
+        method=asked.method,
+        rank=asked.rank,
+        weights=asked.weights,
+        density=asked.density,
+        seed=asked.seed,
         name=out.name,
     )
-    if arguments.base:
-        merged = replace(merged, base_name=arguments.base)
-    card = f"# {out.name}\n\nMerged ({arguments.method}) from: {', '.join(pool.names)}.\n"
+    if asked.base:
+        merged = replace(merged, base_name=asked.base)
+    card = f"# {out.name}\n\nMerged ({asked.method}) from: {', '.join(pool.names)}.\n"
     save_expert(merged, out, task_type=task_type, card=card)
-    if arguments.json:
+    if asked.json:
         print(json.dumps({**_row(replace(merged, folder=out)), "merged": pool.names}))
     else:
         rank = max(lora.rank for lora in merged.modules.values())
         print(
-            f"{out}: {arguments.method} of {len(pool)} experts, rank {rank}, "
+            f"{out}: {asked.method} of {len(pool)} experts, rank {rank}, "
             f"{len(merged.modules)} modules, no gates"
         )
 
 
-def import_released(arguments: Namespace) -> None:
+def import_released(asked: Import) -> None:
     """Turn the authors' checkpoint into expert folders."""
-    from phatgoose.experts.released import import_released
-
-    folders = import_released(Path(arguments.checkpoint), arguments.base, Path(arguments.out))
-    if arguments.json:
+    folders = released.import_released(asked.checkpoint, asked.base, asked.out)
+    if asked.json:
         print(json.dumps([str(folder) for folder in folders]))
     else:
-        print(f"{arguments.out}: {len(folders)} experts, {folders[0].name} to {folders[-1].name}")
+        print(f"{asked.out}: {len(folders)} experts, {folders[0].name} to {folders[-1].name}")
 
 
-def push(arguments: Namespace) -> None:
+def push(asked: Push) -> None:
     """Upload an expert that verifies."""
-    problems = verify_expert(arguments.expert)
+    problems = verify_expert(asked.expert)
     if problems:
-        from phatgoose.errors import ExpertFormatError
-
         raise ExpertFormatError(f"{problems[0]} Nothing was uploaded.")
-    print(hub.push(Path(arguments.expert), arguments.hub_id, private=arguments.private))
+    address = hub.push(asked.expert, asked.hub_id, private=asked.private)
+    print(json.dumps({"folder": str(asked.expert), "address": address}) if asked.json else address)
 
 
-def pull(arguments: Namespace) -> None:
+def pull(asked: Pull) -> None:
     """Download an expert and check it."""
-    print(hub.pull(arguments.hub_id, Path(arguments.out)))
+    folder = hub.pull(asked.hub_id, asked.out)
+    print(json.dumps(_row(load_expert(folder))) if asked.json else folder)
 
 
 def _row(expert: Expert) -> dict[str, Any]:

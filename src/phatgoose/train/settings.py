@@ -108,3 +108,12 @@ class GateTraining:
         """The learning rate of a step, counted from zero."""
         warmup = max(1, round(self.warmup_ratio * self.steps))
         return self.learning_rate * min(1.0, (step + 1) / warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignatureMeasuring:
+    """On how much of an expert's data signatures are measured."""
+
+    examples: int = 256
+    batch_size: int = 16
+    seed: int = 0

@@ -1,0 +1,44 @@
+"""gate, train."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from phatgoose.cli.fields import Command, Options, argument, option
+from phatgoose.cli.options import (
+    AdapterOptions,
+    AdaptersBaseOption,
+    BaseOption,
+    DeviceOption,
+    GateOptions,
+    JsonOption,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOption(Options):
+    """The examples of one expert."""
+
+    data: str = option(
+        "examples to train on: a .jsonl file, a task folder, or a Hub data set; of the latter two, "
+        "the train split"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(DataOption, GateOptions, AdaptersBaseOption, DeviceOption, JsonOption):
+    """Train gates for an adapter that is already trained."""
+
+    adapter: Path = argument("the adapter's folder (a PEFT LoRA); the gates are written into it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(DataOption, AdapterOptions, GateOptions, BaseOption, DeviceOption, JsonOption):
+    """Train an adapter, then its gates."""
+
+    out: Path = option("folder of the new expert")
+
+
+COMMANDS = (
+    Command("gate", Gate, run="training:gate"),
+    Command("train", Train, run="training:train"),
+)
