@@ -8,7 +8,7 @@ import pytest
 
 from phatgoose import default
 from phatgoose.experts import load_expert
-from phatgoose.experts.hub import FILES
+from phatgoose.experts.hub import files
 
 NAMES = [folder.name for folder in default.expert_folders()]
 
@@ -103,7 +103,7 @@ def test_push_then_pull(run, world, hub):
     assert hub == [("owner/one", {"private": True, "exist_ok": True})]
     pulled = run("experts", "pull", "owner/one", "--out", world.pulled)
     assert (pulled.code, pulled.out) == (0, f"{world.pulled}\n")
-    assert {path.name for path in world.pulled.iterdir()} <= set(FILES)
+    assert {path.name for path in world.pulled.iterdir()} <= set(files())
     assert load_expert(world.pulled).gates.record == load_expert(world.one).gates.record
 
 

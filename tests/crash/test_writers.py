@@ -28,9 +28,11 @@ from phatgoose.experts.signatures import vectors_hash
 from phatgoose.files import write_bytes
 from phatgoose.train import AdapterTraining, GateTraining, train_experts
 from phatgoose.train.adapters import _save
+from tests.cli.conftest import make_tokenizer
 from tests.crash.conftest import write_signatures
 from tests.crash.dying import FULL, INTERRUPT, KILL, MODES
 from tests.crash.laws import State, Writer, check
+from tests.evaluation.world import World, save_world
 from tests.train import toys
 
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
@@ -208,7 +210,7 @@ def test_training_gates_with_a_checkpoint(mode, stride, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [KILL, INTERRUPT])
+@EVERY_MODE
 def test_training_a_collection(mode, tmp_path):
     before = tmp_path / "before"
     (before / "out").mkdir(parents=True)
@@ -227,8 +229,32 @@ def test_training_a_collection(mode, tmp_path):
             progress=False,
         )
 
-    writer = Writer(write, lambda root: read_experts(root / "out"), progress=tuple(PROGRESS))
+    # All of .phatgoose-training is progress, which the last step takes away.
+    writer = Writer(write, lambda root: read_experts(root / "out"), progress=("",))
     assert check(writer, before, tmp_path, mode=mode, stride=5) >= 10
 
 
-PROGRESS = ("",)  # all of .phatgoose-training, which the last step takes away
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(save_world(tmp_path_factory.mktemp("world"), make_tokenizer()))
+
+
+@pytest.mark.slow
+@EVERY_MODE
+def test_an_evaluation(mode, world, tmp_path):
+    """Answers that are whole are not asked for again, and the results are the same."""
+    before = tmp_path / "before"
+    (before / "out").mkdir(parents=True)
+    tasks = world.tasks("heldout")
+
+    def read(root: Path) -> State:
+        files = ("results.json", "table.md", "answers/base", "answers/phatgoose")
+        paths = [p for f in files for p in ((root / "out" / f), *(root / "out" / f).glob("part-*"))]
+        return {p.name: p.read_bytes() for p in paths if p.is_file() and p.name[0] != "."}
+
+    writer = Writer(
+        lambda root: world.run(str(root / "out"), ("base", "phatgoose"), tasks=tasks),
+        read,
+        progress=("",),  # answers that are whole
+    )
+    assert check(writer, before, tmp_path, mode=mode, stride=9) >= 3

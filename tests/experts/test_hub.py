@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from phatgoose.errors import ExpertNotFoundError
 from phatgoose.experts import load_expert
-from phatgoose.experts.hub import FILES, SIGNATURE_FILES, locate, push
+from phatgoose.experts.hub import files, locate, push, signature_files
 from phatgoose.experts.signatures import KINDS, vectors_hash
 
 OTHERS = ["adapter_model.bin", "training_args.bin", "optimizer.pt", "model.pkl", "run.py"]
@@ -59,8 +59,8 @@ def http_error(text):
 def test_only_the_files_of_an_expert_are_downloaded(hub, expert, expert_dir):
     found = load_expert("owner/name")
     there = {path.name for path in expert_dir.iterdir()}
-    assert {path.name for path in found.folder.iterdir()} == there & set(FILES)
-    assert there > there & set(FILES)  # the pickles
+    assert {path.name for path in found.folder.iterdir()} == there & set(files())
+    assert there > there & set(files())  # the pickles
     assert found.name == "owner/name"
     assert set(found.modules) == set(expert.modules)
     assert found.gates.record == expert.gates.record
@@ -68,7 +68,7 @@ def test_only_the_files_of_an_expert_are_downloaded(hub, expert, expert_dir):
 
 
 def test_no_pattern_lets_a_pickle_or_code_through():
-    assert not [name for name in OTHERS for pattern in FILES if fnmatch(name, pattern)]
+    assert not [name for name in OTHERS for pattern in files() if fnmatch(name, pattern)]
 
 
 def test_a_revision_is_passed_on(hub, tmp_path):
@@ -179,8 +179,8 @@ def test_push_uploads_the_files_of_an_expert(private, api, expert_dir):
     assert upload[:2] == ("upload", "owner/name")
     assert upload[2] == {
         "folder_path": expert_dir,
-        "allow_patterns": list(FILES),
-        "delete_patterns": list(SIGNATURE_FILES),
+        "allow_patterns": files(),
+        "delete_patterns": signature_files(),
     }
 
 

@@ -1,11 +1,28 @@
 """Signatures measured on data: against an independent mean, and kept in files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from phatgoose import ExpertPool, derive_signatures, load_expert, record, route, unroute
-from phatgoose.errors import ConfigError, ExpertFormatError, IncompatibleExpertError
-from phatgoose.experts.kinds import KINDS
+from phatgoose import (
+    ExpertPool,
+    Router,
+    derive_signatures,
+    load_expert,
+    record,
+    route,
+    save_expert,
+    unroute,
+)
+from phatgoose.errors import (
+    ConfigError,
+    ExpertFormatError,
+    IncompatibleExpertError,
+    MissingGateError,
+)
+from phatgoose.experts.hub import files
+from phatgoose.experts.kinds import KINDS, Kind
 from phatgoose.routers.spectral import right_singular
 from phatgoose.tasks import Encoded
 from tests.models import PAD, VOCABULARY, make_model, mixed_targets, save_experts
@@ -127,3 +144,47 @@ def test_what_cannot_be_measured(model_and_pool):
     rows = {name: [Encoded([], [3, 4])] for name in pool.names}
     with pytest.raises(ConfigError, match="e0: its examples have no prompts"):
         derive_signatures(model, Tokenizer(), pool.experts, rows)
+
+
+def test_a_kind_of_ones_own(model_and_pool, tmp_path, monkeypatch):
+    """A line in KINDS and a router: all else goes through them."""
+    monkeypatch.setitem(KINDS, "ends", Kind("ends", "last tokens", True, True))
+    monkeypatch.setattr(Router, "_known", dict(Router._known))
+
+    class Ends(Router):
+        name = "ends"
+        needs = measures = "ends"
+
+        @classmethod
+        def measure(cls, given):
+            return [
+                {
+                    name: torch.full((lora.in_features,), float(given.prompts[expert.name][-1]))
+                    for name, lora in expert.modules.items()
+                }
+                for expert in given.experts
+            ]
+
+        def signature(self, expert, module):
+            return self.kept(expert)[module]
+
+        def score(self, x, signatures):
+            return x.float() @ signatures.T
+
+    model, pool = model_and_pool("llama", 2)
+    with pytest.raises(MissingGateError, match=r"^e0: has no last tokens, which .* ends needs\."):
+        route(model, pool, "ends")
+    rows = {name: make_rows([(5, 2), (4, 3)]) for name in pool.names}
+    made = derive_signatures(model, Tokenizer(), pool.experts, rows)
+    assert set(made["e0"]) == set(KINDS) - {"gates"}
+    experts = [
+        replace(expert, signatures={**expert.signatures, **made[expert.name]}) for expert in pool
+    ]
+    loaded = [load_expert(save_expert(expert, tmp_path / expert.name)) for expert in experts]
+    assert all(set(expert.signatures) == set(KINDS) for expert in loaded)
+    assert KINDS["ends"].file in files()
+    route(model, ExpertPool(loaded), "ends")
+    with record(model) as trace:
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert trace.experts
+    unroute(model)

@@ -18,9 +18,10 @@ from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import read_config
 from phatgoose.experts.sources import expert_sources
 from phatgoose.models import load_base
+from phatgoose.routers.base import measuring_routers
 from phatgoose.tasks import Encoded, Example, load_examples, task_folders
 from phatgoose.train import derive_signatures, gate_experts, train_experts
-from phatgoose.train.derive import MEASURES, draw
+from phatgoose.train.derive import draw
 
 
 def train(asked: TrainMany) -> None:
@@ -92,7 +93,7 @@ def derive(asked: Derive) -> None:
         tokenizer,
         list(experts.values()),
         _encode(examples, model, tokenizer, asked.max_length),
-        kinds=None if tasks else [kind for kind in MEASURES if not KINDS[kind].needs_data],
+        kinds=[kind for kind in measuring_routers() if tasks or not KINDS[kind].needs_data],
         examples=asked.examples,
         batch_size=asked.batch_size,
         seed=asked.seed,

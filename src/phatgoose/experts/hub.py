@@ -13,10 +13,17 @@ from phatgoose.experts.signatures import load_signatures
 from phatgoose.files import new_folder
 
 ADAPTER_FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, "README.md")
-# What belongs to one adapter and is useless beside another.
-SIGNATURE_FILES = tuple(file for kind in KINDS.values() for file in kind.files)
-FILES = (*ADAPTER_FILES, *SIGNATURE_FILES)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
+
+
+def signature_files() -> list[str]:
+    """What belongs to one adapter, and is useless beside another."""
+    return [file for kind in KINDS.values() for file in kind.files]
+
+
+def files() -> list[str]:
+    """All that an expert may have."""
+    return [*ADAPTER_FILES, *signature_files()]
 
 
 def is_repository(text: str) -> bool:
@@ -75,7 +82,7 @@ def download(hub_id: str, *, local_dir: Path | None = None) -> Path:
             snapshot_download(
                 repository,
                 revision=revision or None,
-                allow_patterns=list(FILES),
+                allow_patterns=files(),
                 local_dir=local_dir,
             )
         )
@@ -95,7 +102,7 @@ def pull(hub_id: str, folder: Path) -> Path:
     with new_folder(folder, replace=True) as partial:
         if folder.is_dir():
             shutil.copytree(
-                folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*FILES)
+                folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*files())
             )
         download(hub_id, local_dir=partial)
         shutil.rmtree(partial / ".cache" / "huggingface", ignore_errors=True)  # the client's notes
@@ -115,9 +122,9 @@ def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
         api.upload_folder(
             folder_path=folder,
             repo_id=hub_id,
-            allow_patterns=list(FILES),
+            allow_patterns=files(),
             # Of an earlier push: they would belong to another adapter than the one pushed now.
-            delete_patterns=list(SIGNATURE_FILES),
+            delete_patterns=signature_files(),
         )
     except _failures() as error:
         raise ExpertNotFoundError(

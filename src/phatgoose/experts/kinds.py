@@ -1,6 +1,7 @@
 """The kinds of signature: what routers keep of an expert beside its adapter, each in one file.
 
-A kind is a line here. Reading, saving, the Hub, checks and errors go through `KINDS`.
+A kind is a line here, and a router that measures it (`Router.measures`), the cheapest first. Gates
+are trained instead. Reading, saving, the Hub, checks and errors go through `KINDS`.
 """
 
 from dataclasses import dataclass
@@ -40,11 +41,11 @@ KINDS = {
     for kind in (
         # Trained, by PHATGOOSE's recipe.
         Kind(GATES, "gates", True, True, "phatgoose gate", older=("phatgoose_config.json",)),
-        # The mean input of each adapted module, with the expert applied.
-        Kind("average_activation", "average activation", True, True),
-        # The mean input of the base's first linear module over prompts.
-        Kind("prompt_mean", "mean prompt", True, False),
         # The top right singular vector of the adapter at each module.
         Kind("arrow", "Arrow vectors", False, True),
+        # The mean input of the base's first linear module over prompts.
+        Kind("prompt_mean", "mean prompt", True, False),
+        # The mean input of each adapted module, with the expert applied.
+        Kind("average_activation", "average activation", True, True),
     )
 }

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.experts import Expert
-from phatgoose.routers.base import Router
+from phatgoose.routers.base import Measuring, Router, Vectors
 from phatgoose.routers.spectral import right_singular
 
 
@@ -21,6 +21,14 @@ class ArrowRouter(Router):
 
     name = "arrow"
     defaults = {"top_k": 3}
+    measures = "arrow"
+
+    @classmethod
+    def measure(cls, given: Measuring) -> list[Vectors]:
+        return [
+            {name: right_singular(lora)[1][0].float() for name, lora in expert.modules.items()}
+            for expert in given.experts
+        ]
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
         if "arrow" in expert.signatures:  # as `phatgoose experts derive` kept it

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from phatgoose.experts import Expert
 from phatgoose.ops import EPS, gate_scores
-from phatgoose.routers.base import Router
+from phatgoose.routers.base import Measuring, Router, Vectors
 
 
 @final
@@ -22,7 +22,11 @@ class AverageActivationRouter(Router):
 
     name = "average_activation"
     standardises = True
-    needs = "average_activation"
+    needs = measures = "average_activation"
+
+    @classmethod
+    def measure(cls, given: Measuring) -> list[Vectors]:
+        return given.mean_inputs()
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " I"]:
         mean = self.kept(expert)[module]

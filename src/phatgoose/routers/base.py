@@ -1,7 +1,8 @@
 """What a router is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -11,6 +12,20 @@ from phatgoose.errors import ConfigError, MissingGateError
 from phatgoose.experts import Expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.types import TokenContext
+
+Vectors = dict[str, Tensor]  # by the module's name
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What `Router.measure` has to measure experts with."""
+
+    model: Any  # the bare base
+    experts: Sequence[Expert]
+    prompts: Mapping[str, Sequence[int]]  # the token ids of an expert's prompts, by its name
+    # For each expert and each module that it adapts, the mean over examples of the mean over an
+    # example's tokens of the module's input, with the expert applied.
+    mean_inputs: Callable[[], list[Vectors]]
 
 
 class Router(ABC):
@@ -25,6 +40,8 @@ class Router(ABC):
     # The kind of signature (`experts.kinds`) that every expert must have; None: no kind.
     needs: ClassVar[str | None] = None
     instead: ClassVar[str] = "adapter_evidence or arrow"  # routers for experts that lack it
+    # The kind of signature that `measure` makes, if any.
+    measures: ClassVar[str | None] = None
     # Its paper's own settings, by the names of RoutingSettings, where they are not PHATGOOSE's.
     defaults: ClassVar[Mapping[str, Any]] = {}
     _known: ClassVar[dict[str, type["Router"]]] = {}
@@ -41,6 +58,11 @@ class Router(ABC):
     def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
         """Called with the bare model, and the experts about to join, before their signatures."""
         return
+
+    @classmethod
+    def measure(cls, given: Measuring) -> list[Vectors]:
+        """The vectors of the kind `measures`, by expert in their order."""
+        raise NotImplementedError(f"{cls.__name__} measures nothing")
 
     def kept(self, expert: Expert) -> Mapping[str, Float[Tensor, " I"]]:
         """The expert's vectors of the kind that this router needs, by module.
@@ -138,6 +160,12 @@ def _find(name: str) -> type[Router]:
 def router_names() -> list[str]:
     """The names that `make_router` knows, in the order of their definition."""
     return list(Router._known)
+
+
+def measuring_routers() -> dict[str, type[Router]]:
+    """Who measures each kind of signature, the cheapest kinds first; gates are trained instead."""
+    found = {kind.measures: kind for kind in Router._known.values()}
+    return {name: found[name] for name in KINDS if name in found}
 
 
 def router_kinds() -> dict[str, type[Router]]:

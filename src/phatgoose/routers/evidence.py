@@ -24,7 +24,7 @@ from torch import Tensor
 from phatgoose.errors import ConfigError, ExpertFormatError, MissingGateError
 from phatgoose.experts import Expert
 from phatgoose.experts.kinds import KINDS
-from phatgoose.routers.base import Modifier, Router
+from phatgoose.routers.base import Measuring, Modifier, Router, Vectors
 from phatgoose.routers.entropy import most_even
 from phatgoose.routers.inputs import first_readers, token_inputs, written_by
 from phatgoose.routers.spectral import right_singular
@@ -156,8 +156,27 @@ class PromptsEvidence(ContextEvidence):
     """
 
     usual_strength = 4.0
-    needs = "prompt_mean"
+    needs = measures = "prompt_mean"
     instead = "adapter_evidence"
+
+    @classmethod
+    def measure(cls, given: Measuring) -> list[Vectors]:
+        """Of what the first linear module reads of a token at position 0: the mean over prompts."""
+        module = first_readers(given.model)[0]
+        vocabulary = given.model.get_input_embeddings().weight.shape[0]
+        inputs = token_inputs(given.model, vocabulary).cpu()
+        found = []
+        for expert in given.experts:
+            ids = torch.tensor(given.prompts[expert.name], dtype=torch.long)
+            if not len(ids):
+                raise ConfigError(
+                    f"{expert.name}: its examples have no prompts to take the mean of."
+                )
+            counts = torch.bincount(ids, minlength=vocabulary)
+            used = counts.nonzero().squeeze(1)
+            share = counts[used].double() / counts.sum()
+            found.append({module: (share @ inputs[used].double()).float()})
+        return found
 
     def require(self, expert: Expert) -> None:
         mean = self.kept(expert).get(self.readers[0])

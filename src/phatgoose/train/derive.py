@@ -1,7 +1,7 @@
 """Vectors for routers that need no gates, measured on some of an expert's own data."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,8 +15,8 @@ from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.signatures import Signatures
 from phatgoose.nn import ContextKeeper
 from phatgoose.pool import ExpertPool, assign, route, unroute
-from phatgoose.routers.inputs import first_readers, token_inputs, watching
-from phatgoose.routers.spectral import right_singular
+from phatgoose.routers.base import Measuring, Vectors, measuring_routers
+from phatgoose.routers.inputs import watching
 from phatgoose.tasks import IGNORED, Encoded, collate
 from phatgoose.train.settings import SignatureMeasuring
 
@@ -50,10 +50,11 @@ def derive_signatures(
 
     Raises ConfigError for an unknown kind, or where an expert has no data that its kinds need.
     """
-    kinds = tuple(MEASURES) if kinds is None else kinds
-    unknown = sorted(set(kinds) - set(MEASURES))
+    routers = measuring_routers()
+    kinds = tuple(routers) if kinds is None else kinds
+    unknown = sorted(set(kinds) - set(routers))
     if unknown:
-        raise ConfigError(f"kinds: {unknown[0]!r} is unknown. Choose from: {', '.join(MEASURES)}.")
+        raise ConfigError(f"kinds: {unknown[0]!r} is unknown. Choose from: {', '.join(routers)}.")
     drawn = {expert.name: draw(data.get(expert.name, ()), examples, seed) for expert in experts}
     if any(KINDS[kind].needs_data for kind in kinds):
         for expert in experts:
@@ -61,9 +62,13 @@ def derive_signatures(
                 raise ConfigError(f"{expert.name}: no examples were given to measure it on.")
     base = identify_base(model, tokenizer)
     given = Given(model, experts, drawn, batch_size, tokenizer.pad_token_id, progress)
+    prompts = {
+        name: [token for row in rows for token in row.prompt] for name, rows in drawn.items()
+    }
+    measuring = Measuring(model, experts, prompts, lambda: _mean_inputs(given))
     made: dict[str, dict[str, Signatures]] = {expert.name: {} for expert in experts}
-    for kind in (kind for kind in MEASURES if kind in kinds):
-        for expert, vectors in zip(experts, MEASURES[kind](given), strict=True):
+    for kind in (kind for kind in routers if kind in kinds):
+        for expert, vectors in zip(experts, routers[kind].measure(measuring), strict=True):
             rows = drawn[expert.name] if KINDS[kind].needs_data else ()
             made[expert.name][kind] = Signatures(
                 kind,
@@ -85,7 +90,7 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Given:
-    """What there is to measure experts with."""
+    """The examples, and how to read them."""
 
     model: Any
     experts: Sequence[Expert]
@@ -95,48 +100,20 @@ class Given:
     progress: bool
 
 
-Vectors = list[dict[str, Tensor]]  # by expert in their order, and by module
-
-
-def _arrows(given: Given) -> Vectors:
-    return [
-        {name: right_singular(lora)[1][0].float() for name, lora in expert.modules.items()}
-        for expert in given.experts
-    ]
-
-
-def _average_activations(given: Given) -> Vectors:
+def _mean_inputs(given: Given) -> list[Vectors]:
+    """What each expert's modules read with the expert applied, as `Measuring` has it."""
     found = []
     route(given.model, ExpertPool(given.experts), "uniform")
     try:
         for expert in tqdm(given.experts, desc="average activation", disable=not given.progress):
             with assign(given.model, [expert.name]):
-                found.append(_mean_inputs(given, expert))
+                found.append(_mean_inputs_of(given, expert))
     finally:
         unroute(given.model)
     return found
 
 
-def _prompt_means(given: Given) -> Vectors:
-    model, drawn = given.model, given.drawn
-    module = first_readers(model)[0]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    inputs = token_inputs(model, vocabulary).cpu()
-    found = []
-    for expert in given.experts:
-        ids = torch.tensor(
-            [token for row in drawn[expert.name] for token in row.prompt], dtype=torch.long
-        )
-        if not len(ids):
-            raise ConfigError(f"{expert.name}: its examples have no prompts to take the mean of.")
-        counts = torch.bincount(ids, minlength=vocabulary)
-        used = counts.nonzero().squeeze(1)
-        share = counts[used].double() / counts.sum()
-        found.append({module: (share @ inputs[used].double()).float()})
-    return found
-
-
-def _mean_inputs(given: Given, expert: Expert) -> dict[str, Tensor]:
+def _mean_inputs_of(given: Given, expert: Expert) -> dict[str, Tensor]:
     """The mean over rows of each adapted module's mean input."""
     model, rows, size = given.model, given.drawn[expert.name], given.batch_size
     seq2seq = model.config.is_encoder_decoder
@@ -164,11 +141,3 @@ def _mean_inputs(given: Given, expert: Expert) -> dict[str, Tensor]:
     finally:
         keeper.close()
     return {name: (total / len(rows)).float().cpu() for name, total in sums.items()}
-
-
-# How each kind is measured; the cheapest first. Gates are trained instead (`train_gates`).
-MEASURES: dict[str, Callable[[Given], Vectors]] = {
-    "arrow": _arrows,
-    "prompt_mean": _prompt_means,
-    "average_activation": _average_activations,
-}
