@@ -207,3 +207,10 @@ def test_task_folders_are_found(tmp_path: Path) -> None:
     assert split_file(tmp_path / "a", "train") is None
     with pytest.raises(TaskFormatError, match="no task here"):
         list(task_folders([tmp_path / "notes"]))
+
+
+def test_a_task_whose_name_cannot_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "a\x1b[2K").mkdir()
+    write(tmp_path / "a\x1b[2K" / "test.jsonl", GOOD)
+    with pytest.raises(TaskFormatError, match=r"a\\x1b\[2K: its name"):
+        list(task_folders([tmp_path]))

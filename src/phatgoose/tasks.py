@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from phatgoose.errors import TaskFormatError, first_line
 from phatgoose.reading import open_regular, parse_json
+from phatgoose.text import visible
 
 SEPARATOR = "\n"  # between `inputs` and `targets`
 LONGEST_LINE = 1 << 26  # characters
@@ -233,15 +234,21 @@ def batches(
 
 
 def task_folders(paths: Sequence[str | Path], split: str = "test") -> Iterator[Path]:
-    """The task folders among `paths`: folders with a file of this split, or those inside them."""
+    """The task folders among `paths`: folders with a file of this split, or those inside them.
+
+    Raises TaskFormatError where there are none, or one has a name that cannot be seen.
+    """
     for path in map(Path, paths):
-        if split_file(path, split) is not None:
-            yield path
-            continue
-        found = sorted(f for f in path.glob("*") if f.is_dir() and split_file(f, split) is not None)
+        inside = [path] if split_file(path, split) is not None else sorted(path.glob("*"))
+        found = [f for f in inside if f.is_dir() and split_file(f, split) is not None]
         if not found:
             raise TaskFormatError(f"{path}: no task here. Wanted folders that hold {split}.jsonl.")
-        yield from found
+        for folder in found:
+            if visible(folder.name) != folder.name:
+                raise TaskFormatError(
+                    f"{folder}: its name has characters that cannot be seen. Rename the folder."
+                )
+            yield folder
 
 
 def split_file(folder: Path, split: str) -> Path | None:

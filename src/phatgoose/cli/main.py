@@ -4,12 +4,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 
 import phatgoose
 from phatgoose.cli.arguments import COMMANDS, NOUNS
 from phatgoose.cli.fields import Command, Options, add_options, read_options, takes_the_rest
+from phatgoose.cli.screen import screened
 from phatgoose.errors import PhatgooseError
+from phatgoose.text import visible
 
 EXIT_CODES = """exit codes:
   0    done
@@ -26,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, asked = parse(argv)
         # torch is loaded only from here on, so that help and usage errors are instant.
         module, function = command.run.split(":")
-        return getattr(import_module(f"phatgoose.cli.{module}"), function)(asked) or 0
+        run = getattr(import_module(f"phatgoose.cli.{module}"), function)
+        with nullcontext() if module == "serving" else screened():  # vLLM writes its own colours
+            return run(asked) or 0
     except PhatgooseError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -92,5 +97,5 @@ def _add_command(
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"phatgoose: {' '.join(message.split())}", file=sys.stderr)
+    print(f"phatgoose: {visible(' '.join(message.split()))}", file=sys.stderr)
     return code
