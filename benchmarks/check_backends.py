@@ -1,20 +1,24 @@
 """Do all backends compute the definition, also compiled and as a CUDA graph?
 
     python benchmarks/check_backends.py [--device cuda] [--cases 12] [--seed 0] [--out FILE]
+    python benchmarks/check_backends.py --cases 0 --no-model       # of mixed dtypes alone
 
 Random layers (tokens on both sides of every threshold, mixed ranks, odd sizes, closed slots, null
 scores, priors, several layers of one input) in every dtype, by every backend, against the routed
 sum in float64: the experts chosen (where scores are no near tie), the weights and the output; and
-the same as vLLM runs a layer, on a GPU in a CUDA graph. Then a small Llama with random experts:
-compiled with fullgraph=True and, on a GPU, captured as a CUDA graph, it gives the same logits as it
-is, also after the pool has changed within its capacity, without being compiled or captured again.
+the same with a choice made elsewhere, and as vLLM runs a layer, on a GPU in a CUDA graph. Then
+layers whose input and LoRA differ in dtype, on both sides of the threshold between few tokens and
+many, so that every kernel runs; what must be the same in every run is run again. Then a small Llama
+with random experts: compiled with fullgraph=True and, on a GPU, captured as a CUDA graph, it gives
+the same logits as it is, also after the pool has changed within its capacity, without being
+compiled or captured again.
 The exit status is 1 where anything is off.
 """
 
 import argparse
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +30,7 @@ from bench_generate import make_base, make_factors
 from bench_layer import make_pool
 from common import Results, say
 from phatgoose.nn import Bank
-from phatgoose.ops import EPS, choose_backend
+from phatgoose.ops import BACKENDS, EPS, choose_backend
 from phatgoose.serve.engine import operators  # noqa: F401  (defines them)
 
 # Relative errors of the output, as in the tests' table of tolerances.
@@ -34,6 +38,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 WEIGHTS = 1e-4  # difference of weights; signatures in two halves keep 16 bits
 NEAR_TIE = 1e-3
 RANKS = (4, 16, 13, 64)
+# Dtypes of the input and of the LoRA, where they differ.
+MIXED = [(x, lora) for x in TOLERANCE for lora in TOLERANCE if x != lora]
+# Of these cases: tokens, parts, slots, rank, features, outputs.
+MIXED_SIZES = [(64, 1, 33, 16, 1024, 640), (1030, 1, 33, 16, 1024, 640), (300, 3, 5, 64, 512, 256)]
+STEADY = (
+    "reference",
+    "triton",
+)  # bit for bit the same in every run; "torch" adds as GPUs happen to
 SETTINGS = ("top_k", "temperature", "unit", "null_score")
 
 
@@ -42,6 +54,19 @@ def make_case(number: random.Random, device: str, dtype: torch.dtype) -> dict[st
     parts, slots = number.choice((1, 1, 3)), number.choice((1, 5, 33, 166))
     rank, features = number.choice(RANKS), number.choice((64, 129, 1024))
     tokens, outputs = number.choice((0, 1, 7, 64, 255, 300, 1030)), number.choice((64, 77, 640))
+    sizes = tokens, parts, slots, rank, features, outputs
+    return make_layer(number, sizes, device, dtype, dtype)
+
+
+def make_layer(
+    number: random.Random,
+    sizes: tuple[int, ...],
+    device: str,
+    dtype: torch.dtype,  # of x and of the output
+    lora: torch.dtype,
+) -> dict[str, Any]:
+    """Tensors of these sizes, with random settings."""
+    tokens, parts, slots, rank, features, outputs = sizes
     seed = torch.Generator().manual_seed(number.randrange(2**31))
 
     def made(*size: int, scale: float = 1.0) -> Tensor:
@@ -52,8 +77,8 @@ def make_case(number: random.Random, device: str, dtype: torch.dtype) -> dict[st
         "x": (made(tokens, features) + number.choice((0.0, 0.0, 3.0))).to(dtype),
         "signatures": signatures,
         "open": torch.rand(parts, slots, generator=seed).to(device) < number.choice((0.5, 2.0)),
-        "a": made(parts, slots, rank, features, scale=features**-0.5).to(dtype),
-        "b": [made(slots, outputs, rank, scale=rank**-0.5).to(dtype) for _ in range(parts)],
+        "a": made(parts, slots, rank, features, scale=features**-0.5).to(lora),
+        "b": [made(slots, outputs, rank, scale=rank**-0.5).to(lora) for _ in range(parts)],
         "output": [made(tokens, outputs).to(dtype) for _ in range(parts)],
         "top_k": number.choice((1, 2, 2, 3)),
         "temperature": number.choice((1.0, 0.5)),
@@ -61,6 +86,16 @@ def make_case(number: random.Random, device: str, dtype: torch.dtype) -> dict[st
         "null_score": number.choice((None, None, 0.5)),
         "prior": number.choice((None, made(tokens, slots, scale=2.0))),
     }
+
+
+def as_seen(case: dict[str, Any], backend: str) -> dict[str, Any]:
+    """The case as a backend reads it: where gates are in halves, x is rounded to their dtype."""
+    lora = case["a"].dtype
+    return {**case, "x": case["x"].to(lora)} if BACKENDS[backend].halves_gates(lora) else case
+
+
+def tolerance(case: dict[str, Any]) -> float:
+    return max(TOLERANCE[case[name].dtype] for name in "xa")
 
 
 def gates_of(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
@@ -72,20 +107,18 @@ def gates_of(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
     bank.signatures.copy_(signatures)
     bank.members, bank.ranks = list(range(a.shape[1])), [a.shape[2]] * a.shape[1]
     bank._refresh(slice(None))
-    return bank.view(range(bank.parts))[0]
+    gates, _ = bank.view(range(bank.parts))
+    return gates.signatures, gates.sums
 
 
 def run(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Experts, weights and outputs [T, S, ...] by one backend, as `Site` calls it."""
     x, a, gates = case["x"], case["a"], gates_of(case, backend)
     settings = [case[key] for key in (*SETTINGS, "prior")]
-    experts, weights, z, *plan = torch.ops.phatgoose.gated_down(
+    experts, weights, *down = torch.ops.phatgoose.gated_down(
         x, *gates, case["open"], a, *settings, backend
     )
-    outputs = [output.clone() for output in case["output"]]
-    for part, (output, b) in enumerate(zip(outputs, case["b"], strict=True)):
-        torch.ops.phatgoose.routed_up_(output, b, z, experts, *plan, part, backend)
-    return experts, weights, outputs
+    return experts, weights, _add_up(case, down, experts, backend)
 
 
 def exact(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,16 +158,51 @@ def routed_sum(case: dict[str, Any], part: int, experts: Tensor, weights: Tensor
 def compare(case: dict[str, Any], backend: str) -> dict[str, Any]:
     """Largest differences from the definition, and whether they are within bounds."""
     experts, weights, outputs = run(case, backend)
-    wanted, shares, gap = exact(case)
+    seen = as_seen(case, backend)
+    wanted, shares, gap = exact(seen)
     clear = gap > NEAR_TIE
     same = bool((experts == wanted)[clear].all())
     off = float((weights - shares)[clear].abs().max()) if bool(clear.any()) else 0.0
+    error = _error(seen, outputs, experts, weights)
+    experts2, weights2, outputs2 = run(case, backend)
+    twice = zip((experts, weights, *outputs), (experts2, weights2, *outputs2), strict=True)
+    steady = backend not in STEADY or all(torch.equal(*pair) for pair in twice)
+    good = same and steady and off < WEIGHTS and error < tolerance(case)
+    return {"same_experts": same, "steady": steady, "weights": off, "error": error, "good": good}
+
+
+def compare_given(case: dict[str, Any], backend: str) -> dict[str, Any]:
+    """A choice made elsewhere, as other routers and `assign` make it."""
+    experts, weights, _ = exact(case)
+    weights = weights.float()
+
+    def compute() -> list[Tensor]:
+        down = torch.ops.phatgoose.routed_down(case["x"], case["a"], experts, weights, backend)
+        return _add_up(case, down, experts, backend)
+
+    outputs, again = compute(), compute()
+    steady = backend not in STEADY or all(map(torch.equal, outputs, again))
+    error = _error(case, outputs, experts, weights)
+    return {"steady": steady, "error": error, "good": steady and error < tolerance(case)}
+
+
+def _add_up(case: dict[str, Any], down: Any, experts: Tensor, backend: str) -> list[Tensor]:
+    z, *plan = down
+    outputs = [output.clone() for output in case["output"]]
+    for part, (output, b) in enumerate(zip(outputs, case["b"], strict=True)):
+        torch.ops.phatgoose.routed_up_(output, b, z, experts, *plan, part, backend)
+    return outputs
+
+
+def _error(
+    case: dict[str, Any], outputs: Sequence[Tensor], experts: Tensor, weights: Tensor
+) -> float:
+    """The largest relative error of the parts' outputs."""
     errors = [0.0]
     for part, output in enumerate(outputs):
         y = routed_sum(case, part, experts[:, part], weights[:, part])
         errors.append(float((output.double() - y).norm() / y.norm().clamp_min(1e-30)))
-    good = same and off < WEIGHTS and max(errors) < TOLERANCE[case["x"].dtype]
-    return {"same_experts": same, "weights": off, "error": max(errors), "good": good}
+    return max(errors)
 
 
 def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
@@ -163,12 +231,8 @@ def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
         serve()
     counted = torch.zeros_like(tally).scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
     off = float((tally - counted).abs().max()) if tally.numel() else 0.0
-    errors = [0.0]
-    for part, found in enumerate(output.split(parts, dim=1)):
-        y = routed_sum(case, part, experts[:, part], weights[:, part])
-        errors.append(float((found.double() - y).norm() / y.norm().clamp_min(1e-30)))
-    good = off < WEIGHTS and max(errors) < TOLERANCE[x.dtype]
-    return {"weights": off, "error": max(errors), "good": good}
+    error = _error(as_seen(case, backend), output.split(parts, dim=1), experts, weights)
+    return {"weights": off, "error": error, "good": off < WEIGHTS and error < tolerance(case)}
 
 
 def check_model(device: str, dtype: torch.dtype, results: Results) -> bool:
@@ -232,11 +296,18 @@ def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "case                ": lambda r: str(r["case"]),
     "backend          ": lambda r: r["what"],
-    "dtype        ": lambda r: r["dtype"].removeprefix("torch."),
+    "dtype           ": lambda r: r["dtype"].removeprefix("torch."),
     "error  ": lambda r: f"{r['error']:.1e}" if "error" in r else "-",
     "weights": lambda r: f"{r['weights']:.1e}" if "weights" in r else "-",
     "": lambda r: "ok" if r["good"] else "WRONG",
 }
+
+
+WAYS = {"": compare, ", given": compare_given, ", served": compare_served}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
 
 
 def main(arguments: list[str] | None = None) -> bool:
@@ -244,22 +315,32 @@ def main(arguments: list[str] | None = None) -> bool:
     parser.add_argument("--cases", type=int, default=12, help="random layers for each dtype")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-model", dest="model", action="store_false")
+    parser.add_argument("--no-mixed", dest="mixed", action="store_false")
     args: argparse.Namespace = parser.parse_args(arguments)
     results = Results(args, "backends", "relative error", COLUMNS)
     backends = ["reference", "torch"]
     if choose_backend("auto", args.device) == "triton":
         backends.append("triton")
     number, fine = random.Random(args.seed), True
+
+    def check(i: int, case: dict[str, Any]) -> bool:
+        x, lora, good = case["x"], case["a"].dtype, True
+        size = f"{i}: {list(x.shape)} S{len(case['b'])} E{case['open'].shape[1]}"
+        dtypes = str(lora) if lora == x.dtype else f"{_short(x.dtype)}, LoRA {_short(lora)}"
+        for backend in backends:
+            for way, compute in WAYS.items():
+                found = compute(case, backend)
+                results.add({"case": size, "what": backend + way, "dtype": dtypes, **found})
+                good = good and found["good"]
+        return good
+
     with torch.no_grad():
         for i in range(args.cases):
             for dtype in TOLERANCE:
-                case = make_case(number, args.device, dtype)
-                size = f"{i}: {list(case['x'].shape)} S{len(case['b'])} E{case['open'].shape[1]}"
-                for backend in backends:
-                    for way, check in (("", compare), (", served", compare_served)):
-                        row = {"case": size, "what": backend + way, "dtype": str(dtype)}
-                        results.add({**row, **(found := check(case, backend))})
-                        fine = fine and found["good"]
+                fine = check(i, make_case(number, args.device, dtype)) and fine
+        for i, sizes in enumerate(MIXED_SIZES if args.mixed else []):
+            for dtypes in MIXED:
+                fine = check(i, make_layer(number, sizes, args.device, *dtypes)) and fine
         if args.model:
             for dtype in (torch.float32, torch.bfloat16):
                 fine = check_model(args.device, dtype, results) and fine

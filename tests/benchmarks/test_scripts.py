@@ -212,9 +212,19 @@ SERVED = {  # of vLLM's own benchmark
 
 
 def test_backends_agree(run):
-    rows = run("check_backends", "--cases 2 --no-model")["rows"]
-    assert len(rows) == 2 * 3 * 4  # cases, dtypes, ways
+    rows = run("check_backends", "--cases 2 --no-model --no-mixed")["rows"]
+    assert len(rows) == 2 * 3 * 6  # cases, dtypes, ways
     assert all(row["good"] for row in rows)
+
+
+def test_backends_agree_on_mixed_dtypes(script, monkeypatch):
+    backends = script("check_backends")
+    monkeypatch.setattr(backends, "MIXED_SIZES", [(5, 1, 3, 4, 64, 64)])
+    assert len(backends.MIXED) == 6
+    arguments = ["--device", "cpu", "--cases", "0", "--no-model"]
+    assert backends.main(arguments)
+    monkeypatch.setattr(backends, "tolerance", lambda case: 0.0)
+    assert not backends.main(arguments)
 
 
 def test_serving_reads_what_vllm_measured(script):
