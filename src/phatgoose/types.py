@@ -25,11 +25,22 @@ class TokenContext:
     length: int  # L, tokens of each sequence in this forward
     ids: Int[Tensor, "B P+L"] | None  # None where only embeddings were given
     real: Bool[Tensor, "B P+L"]  # False at padding
+    # N, how many tokens of each sequence were given first, before any was added: to `generate`, or
+    # to the first forward with a KV cache. None: all P+L.
+    prompt: int | None = None
+    # Ids and real of what of the prompt comes after this forward, where it is read in chunks.
+    ahead: tuple[Int[Tensor, "B M"], Bool[Tensor, "B M"]] | None = None
+    why: str = ""  # the ids are not known
 
     @property
     def batch(self) -> int:
         """B, sequences in this forward."""
         return self.real.shape[0]
+
+    @property
+    def prompt_length(self) -> int:
+        """N, the columns of the prompt."""
+        return self.real.shape[1] if self.prompt is None else self.prompt
 
     def positions(self) -> Int[Tensor, "B L"]:
         """Position of each new token among the real tokens of its sequence, from 0."""

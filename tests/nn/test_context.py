@@ -1,6 +1,8 @@
 """A router sees which tokens it routes: their ids, positions and what came before."""
 
+import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -229,13 +231,59 @@ def test_two_loops_at_once(watched):
             assert_context(seen[-1], ids[:, :end], torch.ones(1, end), 1)
 
 
-def test_ids_are_unknown_rather_than_wrong_after_a_crop(watched):
+def repickled(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+def refilled(cache):
+    cache.crop(-2)
+    for layer in cache.layers:
+        layer.update(torch.ones(2, 2, 2, 6), torch.ones(2, 2, 2, 6))
+
+
+@pytest.mark.parametrize("crop", [0, 2])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, repickled])
+def test_a_copied_or_cropped_cache_is_known(duplicate, crop, watched):
+    model, seen = watched()
+    batch = make_batch(model, [4, 6])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        cache = model(ids[:, :5], attention_mask=mask[:, :5]).past_key_values
+        for mine in (duplicate(cache), duplicate(cache), cache):
+            if crop:
+                mine.crop(-crop)
+            model(ids[:, 5 - crop :], past_key_values=mine)
+            assert_context(seen[-1], ids, mask, 1 + crop)
+            assert seen[-1].prompt_length == 5 - crop
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_select_indices(torch.tensor([0, 0])),
+        refilled,
+    ],
+    ids=["reordered", "selected", "refilled"],
+)
+def test_ids_are_unknown_rather_than_wrong_after_rows_moved(change, watched):
+    model, seen = watched()
+    ids = make_batch(model, [6, 6])["input_ids"]
+    cache = model(ids[:, :5]).past_key_values
+    change(cache)
+    model(ids[:, 5:], past_key_values=cache)
+    assert_context(seen[-1], None, torch.ones(2, 6), 1)
+    assert "changed since" in seen[-1].why
+
+
+def test_a_forward_that_failed_leaves_its_cache_unknown(watched):
     model, seen = watched()
     ids = make_batch(model, [6])["input_ids"]
-    cache = model(ids[:, :5]).past_key_values
-    cache.crop(-2)
-    model(ids[:, 3:4], past_key_values=cache)
-    assert_context(seen[-1], None, torch.ones(1, 4), 1)
+    cache = model(ids[:, :4]).past_key_values
+    with pytest.raises(IndexError):
+        model(torch.tensor([[10**6]]), past_key_values=cache)
+    model(ids[:, 4:], past_key_values=cache)
+    assert_context(seen[-1], None, torch.ones(1, 6), 2)
 
 
 def test_a_cache_filled_before_routing_has_unknown_ids(model_and_pool):

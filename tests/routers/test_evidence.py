@@ -271,7 +271,7 @@ def test_what_it_needs_is_said(model_and_pool):
 def test_embeddings_cannot_be_looked_up(prompted):
     model, pool = prompted
     route(model, pool, make_router("evidence"))
-    with pytest.raises(ConfigError, match="tokens' ids"):
+    with pytest.raises(ConfigError, match="needs the ids.*given as embeddings"):
         model(inputs_embeds=torch.randn(1, 3, 24))
 
 

@@ -172,7 +172,8 @@ def _watching(model):
         bank, settings = site.bank, site.state.settings
         signatures = bank.signatures[site.part]
         scores = site.state.router.score(x.flatten(0, -2), signatures)
-        prior = site.state.prior(*site.state.keeper.find(site.name, x))
+        forward = site.state.forward()
+        prior = site.state.prior(forward, *site.state.keeper.find(site.name, x, forward))
         if prior is not None:
             scores = scores + site._of_slots(prior, scores.shape[1])
         scores = scores[:, bank.open[site.part]]

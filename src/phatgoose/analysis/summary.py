@@ -9,7 +9,7 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.nn import TokenTable, Trace
-from phatgoose.nn.context import Stream
+from phatgoose.nn.forward import Stream
 
 
 def summarise(trace: Trace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phatgoose.analysis.summary import layer_of
 from phatgoose.nn import Trace
-from phatgoose.nn.context import Stream
+from phatgoose.nn.forward import Stream
 
 Part = Literal["prompt", "answer", "start"]
 PARTS: tuple[Part, ...] = ("prompt", "answer", "start")  # start: a decoder's first, by itself

@@ -23,7 +23,7 @@ from phatgoose.evaluation.batches import (
     token_batches,
 )
 from phatgoose.nn import Trace
-from phatgoose.nn.context import Stream
+from phatgoose.nn.forward import Stream
 from phatgoose.pool import record
 from phatgoose.tasks import Encoded, Example
 

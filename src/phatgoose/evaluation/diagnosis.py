@@ -20,7 +20,7 @@ from phatgoose.evaluation.batches import (
 )
 from phatgoose.evaluation.scoring import MAX_TOKENS
 from phatgoose.nn import Trace
-from phatgoose.nn.context import Stream
+from phatgoose.nn.forward import Stream
 from phatgoose.pool import record
 from phatgoose.tasks import Encoded, Example
 

@@ -2,16 +2,23 @@
 
 from phatgoose.nn.bank import Bank
 from phatgoose.nn.context import ContextKeeper
+from phatgoose.nn.forward import NO_RULES, Forwards, Rules
+from phatgoose.nn.lock import PoolLock
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.siblings import group_siblings
-from phatgoose.nn.site import RoutingState, Site
+from phatgoose.nn.site import Site
+from phatgoose.nn.state import RoutingState
 from phatgoose.nn.trace import TokenTable, Trace
 
 __all__ = [
+    "NO_RULES",
     "Bank",
     "ContextKeeper",
+    "Forwards",
+    "PoolLock",
     "RoutingSettings",
     "RoutingState",
+    "Rules",
     "Site",
     "TokenTable",
     "Trace",

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from phatgoose.experts import LoraModule
 from phatgoose.ops import BACKENDS, Gates, choose_backend, pieces_of
 
+MASKS = 64  # of different restrictions, that a bank keeps
+
 
 class Bank(nn.Module):
     """The stacked signatures and LoRA factors of the experts that adapt one layer, or several.
@@ -42,7 +44,6 @@ class Bank(nn.Module):
         super().__init__()
         self.members: list[int] = []  # the pool's index of each slot's expert
         self.ranks: list[int] = []  # the longest of each slot's expert
-        self.routed: Any = None  # an input on its way through the parts; see site.Routed
         self.sites: set[int] = set()  # the parts whose layers are routed
         self.parts = len(out_features)
         shapes: list[tuple[str, tuple[int, ...], torch.dtype]] = [
@@ -58,6 +59,7 @@ class Bank(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("pieces", None, persistent=False)
         self._allowed: frozenset[int] | None = None
+        self._masks: dict[tuple[range, int, frozenset[int] | None], Tensor] = {}
         self._asked = backend
         self._standardises = standardises  # see Router; W = I then
         self._split()
@@ -82,10 +84,11 @@ class Bank(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._view(parts, self.capacity)
-        if parts not in self._views:
+        found = self._views.get(parts)
+        if found is None:
             slots = self.capacity if BACKENDS[self.backend].spare_slots else len(self)
-            self._views[parts] = self._view(parts, slots)
-        return self._views[parts]
+            found = self._views[parts] = self._view(parts, slots)
+        return found
 
     def _view(self, parts: range, slots: int) -> tuple[Gates, Tensor]:
         mine = slice(parts.start, parts.stop)
@@ -97,6 +100,26 @@ class Bank(nn.Module):
             signatures = self.halves()[:, mine].flatten(0, 2)
         gates = Gates(signatures, self.sums[mine, :slots], self.open[mine, :slots])
         return gates, self.a[mine, :slots]
+
+    def opened(
+        self, parts: range, slots: int, allowed: frozenset[int] | None
+    ) -> Bool[Tensor, "S C"]:
+        """Which of the first slots these of the pool's experts (None: all of them) have.
+
+        Like `open`, which compiled models and CUDA graphs read, but for one forward alone.
+        """
+        key = (parts, slots, allowed)
+        found = self._masks.get(key)
+        if found is None:
+            found = self.present[parts.start : parts.stop, :slots]
+            if allowed is not None:
+                mine = [member in allowed for member in self.members]
+                mine += [False] * (slots - len(mine))
+                found = found & torch.tensor(mine, dtype=torch.bool).to(found.device)
+            if len(self._masks) >= MASKS:
+                self._masks.clear()
+            self._masks[key] = found
+        return found
 
     @property
     def capacity(self) -> int:
@@ -163,6 +186,7 @@ class Bank(nn.Module):
             del self.members[slot], self.ranks[slot]
             self._refresh(slice(slot, last))
         self.members = [other - (other > member) for other in self.members]
+        self._masks.clear()
 
     def allow(self, allowed: frozenset[int] | None) -> None:
         """Open only these of the pool's experts (None: all of them), in place."""
@@ -183,12 +207,12 @@ class Bank(nn.Module):
         changed = self.signatures[:, slots]
         self.sums[:, slots] = changed.sum(-1)
         self._views.clear()
+        self._masks.clear()
         if self.pieces is not self.signatures:
             self.halves()[:, :, slots] = pieces_of(changed, self.a.dtype)
         self._open()
 
     def _open(self) -> None:
-        self.routed = None
         opened = [self._allowed is None or member in self._allowed for member in self.members]
         opened += [False] * (self.capacity - len(opened))
         self.open.copy_(self.present & torch.tensor(opened, dtype=torch.bool).to(self.open.device))
@@ -196,6 +220,7 @@ class Bank(nn.Module):
     def _split(self) -> None:
         """Settle the backend, and make `pieces` anew, for buffers of another kind or size."""
         self._views: dict[range, tuple[Gates, Tensor]] = {}
+        self._masks.clear()
         self.backend = choose_backend(self._asked, self.a.device.type, self.a.dtype)
         self.pieces = self.signatures
         if self._standardises and BACKENDS[self.backend].halves_gates(self.a.dtype):

@@ -2,18 +2,41 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from phatgoose.nn import arguments as given
+from phatgoose.nn import past as pasts
 from phatgoose.nn.copying import refuse_copy
+from phatgoose.nn.forward import Forward, Forwards, Stream
+from phatgoose.nn.past import Past
 from phatgoose.types import TokenContext
 
-Stream = Literal["decoder", "encoder", "cross"]
+
+@dataclass(eq=False)
+class Generation:
+    """One call of `generate`."""
+
+    length: int | None = None  # of the prompt
+    ids: Tensor | None = None  # the prompt's last tokens, as the caller gave them
+    mask: Tensor | None = None  # of the whole prompt
+    ends: Any = None  # ids that end a sequence
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `generate` prepared its next forward from."""
+
+    ids: Tensor | None  # all tokens so far, or a chunk of the prompt
+    mask: Tensor | None
+    first: bool | None  # whether it is the first of its sequences; None: it does not tell
 
 
 class ContextKeeper:
@@ -25,70 +48,91 @@ class ContextKeeper:
 
     During `generate` the ids so far come from the arguments of `prepare_inputs_for_generation`,
     which are right under beam search; in a hand-written loop from the forwards that filled the
-    cache.
+    cache. A `generate` holds the pool from its beginning to its end.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, forwards: Forwards | None = None) -> None:
+        self.forwards = Forwards() if forwards is None else forwards
         self._model = model
-        self._streams: dict[Stream, TokenContext | None] = dict.fromkeys(
-            ("decoder", "encoder", "cross")
-        )
-        self._cross_states: Tensor | None = None
-        self.unread = ""  # what of a forward's arguments hides which tokens came before
-        self._encoded: tuple[Tensor, Tensor | None] | None = None  # the encoder's output, its ids
-        self._prompt_length = 0  # tokens that `generate` was given
-        self._generating: tuple[Tensor | None, Tensor | None, bool | None] | None = None
-        self._history: WeakKeyDictionary[Any, TokenContext] = WeakKeyDictionary()
+        self._mine = threading.local()  # of each thread: see _generations, _step and _encoded
         self._undo: list[Callable[[], object]] = []
         self._encoder_prefix: str | None = None
-        self._refuse_copies(model)
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            encoder, decoder = model.get_encoder(), model.get_decoder()
-            prefix = next(name for name, module in model.named_modules() if module is encoder)
-            self._encoder_prefix = prefix + "."
-            self._watch(encoder, self._enter_encoder, leave=self._leave_encoder)
-            self._watch(decoder, self._enter_decoder, leave=self._leave_decoder)
-        else:
-            self._watch(model, self._enter_decoder, leave=self._leave_decoder)
-        if hasattr(model, "prepare_inputs_for_generation"):
-            self._listen_to_generate()
+        try:
+            self._watch_all(model)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Take all hooks off the model."""
         while self._undo:
             self._undo.pop()()
 
-    def find(self, module: str, x: Tensor) -> tuple[Stream, TokenContext | None]:
+    def find(
+        self, module: str, x: Tensor, forward: Forward | None = None
+    ) -> tuple[Stream, TokenContext | None]:
         """The stream of `module`'s input `x`, and the context of its tokens where it is known.
 
         It is not where `module` runs outside a forward of the model, or sees a part of its tokens.
         """
+        if torch.compiler.is_compiling():
+            return "decoder", None
+        forward = self.forwards.now() if forward is None else forward
         stream: Stream = "decoder"
         if self._encoder_prefix is not None:
             if module.startswith(self._encoder_prefix):
                 stream = "encoder"
-            elif self._cross_states is not None and _same(x, self._cross_states):
+            elif forward.cross_states is not None and _same(x, forward.cross_states):
                 stream = "cross"
-        context = None if _is_captured() else self._streams[stream]
+        context = forward.contexts.get(stream)
         if context is not None and context.batch * context.length != x.shape[:-1].numel():
             context = None
         return stream, context
 
+    # ------------------------------------------------------------ hooks
+
+    def _watch_all(self, model: Any) -> None:
+        self._refuse_copies(model)
+        base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            encoder, decoder = model.get_encoder(), model.get_decoder()
+            prefix = next(name for name, module in model.named_modules() if module is encoder)
+            self._encoder_prefix = prefix + "."
+            self._watch(model)
+            self._watch(encoder, self._enter_encoder, leave=self._leave_encoder)
+            self._watch(decoder, self._enter_decoder, leave=self._leave_decoder)
+        else:
+            self._watch(model, self._enter_decoder, leave=self._leave_decoder)
+        if isinstance(base, nn.Module) and base is not model:
+            self._watch(base)
+        if hasattr(model, "prepare_inputs_for_generation"):
+            signature = inspect.signature(model.prepare_inputs_for_generation)
+            self._flagged = "is_first_iteration" in signature.parameters  # transformers 5
+            self._replace("prepare_inputs_for_generation", self._prepare)
+        if hasattr(model, "generate"):
+            self._generate_signature = inspect.signature(model.generate)
+            self._replace("generate", self._generate)
+
     def _watch(
         self,
         module: nn.Module,
-        enter: Callable[[dict[str, Any]], None],
-        leave: Callable[[Any], None],
+        enter: Callable[[Forward, dict[str, Any]], None] | None = None,
+        leave: Callable[[Forward, Any], None] | None = None,
     ) -> None:
+        """Have a forward begin and end with `module`, and its arguments and output looked at."""
         signature = inspect.signature(module.forward)
+        part = module is not self._model
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not _is_captured():
-                enter(_arguments(signature, args, kwargs))
+            if torch.compiler.is_compiling():
+                return
+            forward = self.forwards.begin(module, sys._getframe(1), part=part)
+            if enter is not None and not forward.captured:
+                enter(forward, given.named(signature, args, kwargs))
 
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            if not _is_captured():
-                leave(output)
+            if not torch.compiler.is_compiling():
+                self.forwards.end(module, output, leave)
 
         pre = module.register_forward_pre_hook(before, with_kwargs=True)
         post = module.register_forward_hook(after, always_call=True)
@@ -100,20 +144,16 @@ class ContextKeeper:
         module.__dict__["__reduce_ex__"] = refuse_copy
         self._undo.append(lambda: module.__dict__.pop("__reduce_ex__", None))
 
-    def _listen_to_generate(self) -> None:
-        name = "prepare_inputs_for_generation"
+    def _replace(self, name: str, run: Callable[..., Any]) -> None:
+        """Have `run(original, ...)` called in place of a method of the model."""
         before = self._model.__dict__.get(name)  # of another keeper
-        original = self._model.prepare_inputs_for_generation
-        flagged = "is_first_iteration" in inspect.signature(original).parameters  # transformers 5
+        original = getattr(self._model, name)
 
-        @functools.wraps(original)  # generate looks at its signature
-        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            key = "attention_mask" if self._encoder_prefix is None else "decoder_attention_mask"
-            first = kwargs.get("is_first_iteration", False) if flagged else None
-            self._generating = (input_ids, kwargs.get(key), first)
-            return original(input_ids, *args, **kwargs)
+        @functools.wraps(original)  # transformers looks at its signature
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return run(original, *args, **kwargs)
 
-        self._model.prepare_inputs_for_generation = prepare  # type: ignore[assignment]
+        setattr(self._model, name, call)
 
         def undo() -> None:
             self._model.__dict__.pop(name)
@@ -122,77 +162,139 @@ class ContextKeeper:
 
         self._undo.append(undo)
 
-    def _enter_encoder(self, arguments: dict[str, Any]) -> None:
-        shape = _shape(arguments)
+    # ------------------------------------------------------------ generate
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments = given.named(self._generate_signature, args, kwargs)
+        with self.forwards.lock.reading(), self._generating(self._read_prompt(arguments)):
+            return original(*args, **kwargs)
+
+    @contextmanager
+    def _generating(self, generation: Generation) -> Iterator[None]:
+        self._generations().append(generation)
+        try:
+            yield
+        finally:
+            self._generations().remove(generation)
+            self._mine.step = None
+
+    def _generations(self) -> list[Generation]:
+        """The calls of `generate` that this thread is in, innermost last."""
+        found: list[Generation] = self._mine.__dict__.setdefault("generations", [])
+        return found
+
+    def _read_prompt(self, arguments: dict[str, Any]) -> Generation:
+        """What `generate` was given, whether it reads it at once, in chunks or with guesses."""
+        ids = arguments.get("inputs")
+        ids = arguments.get("input_ids") if ids is None else ids
+        pad, ends = (self._setting(name, arguments) for name in ("pad_token_id", "eos_token_id"))
+        unknown = self._encoder_prefix is not None or arguments.get("inputs_embeds") is not None
+        if unknown or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return Generation(ends=ends)
+        mask = arguments.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:  # as `generate` makes it
+            guessed = pad is not None and pad not in (ends if isinstance(ends, list) else [ends])
+            mask = ids != pad if guessed else torch.ones_like(ids)
+        # Where the mask is longer, a cache has the rest.
+        return Generation(max(ids.shape[1], mask.shape[1]), ids, mask, ends)
+
+    def _setting(self, name: str, arguments: dict[str, Any]) -> Any:
+        """A setting of `generate`, from wherever it takes it."""
+        if name in arguments:
+            return arguments[name]
+        own = getattr(self._model, "generation_config", None)
+        given_value = getattr(arguments.get("generation_config"), name, None)
+        return getattr(own, name, None) if given_value is None else given_value
+
+    def _prepare(
+        self, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        key = "attention_mask" if self._encoder_prefix is None else "decoder_attention_mask"
+        first = kwargs.get("is_first_iteration", False) if self._flagged else None
+        self._mine.step = Step(input_ids, kwargs.get(key), first)
+        return original(input_ids, *args, **kwargs)
+
+    # ------------------------------------------------------------ what a forward reads
+
+    def _enter_encoder(self, forward: Forward, arguments: dict[str, Any]) -> None:
+        shape = given.shape_of(arguments)
         if shape is not None:
-            self._streams["encoder"] = _context(
-                shape, arguments.get("input_ids"), arguments.get("attention_mask"), None
+            forward.contexts["encoder"] = _context(
+                shape, arguments.get("input_ids"), arguments.get("attention_mask")
             )
 
-    def _enter_decoder(self, arguments: dict[str, Any]) -> None:
-        generating, self._generating = self._generating, None
-        shape = _shape(arguments)
+    def _enter_decoder(self, forward: Forward, arguments: dict[str, Any]) -> None:
+        step: Step | None = self._mine.__dict__.pop("step", None)
+        shape = given.shape_of(arguments)
         if shape is None:
             return
-        cache = _cache(arguments)
+        forward.cache = cache = given.cache_of(arguments.values())
         past = 0 if cache is None else int(cache.get_seq_length())
-        self.unread = _unread(arguments, cache, generating, past + shape[1])
-        if self.unread:
+        so_far = () if step is None else (step.ids, step.mask)
+        forward.unread = given.unread(arguments, cache, so_far, past + shape[1])
+        if forward.unread:
             return
-        before = self._history.get(cache) if past else None
-        if before is not None and before.real.shape != (shape[0], past):
-            before = None  # the cache was cropped behind our back
+        before = pasts.recall(cache, shape[0], past) if past else None
+        context = self._read(shape, arguments, step, before, past)
+        forward.contexts["decoder"] = context
+        self._enter_cross(forward, arguments)
+
+    def _read(
+        self,
+        shape: tuple[int, int, torch.device],
+        arguments: dict[str, Any],
+        step: Step | None,
+        before: Past | None,
+        past: int,
+    ) -> TokenContext:
+        """The context of a decoder's forward, whose cache holds `past` tokens, `before`."""
+        rows, length, _ = shape
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-        if generating is not None:
-            total, mask_so_far, _ = generating
-            mask = mask_so_far if mask_so_far is not None else mask
-            if total is not None and total.shape == (shape[0], past + shape[1]):
-                ids = total
-        if past and ids is not None and ids.shape[1] == shape[1]:
-            known = before is not None and before.ids is not None
-            ids = torch.cat([before.ids, ids], dim=1) if known else None  # type: ignore[union-attr, list-item]
-        context = _context(shape, ids, mask, before, past)
-        if generating is not None and ids is not None:
-            first = generating[2] if generating[2] is not None else not past
-            context = self._without_finished(context, first)
-        self._streams["decoder"] = context
-        if cache is not None:
-            self._history[cache] = context
-        self._enter_cross(arguments)
+        why = "the tokens were given as embeddings" if ids is None else ""
+        if step is not None:
+            mask = step.mask if step.mask is not None else mask
+            if step.ids is not None and step.ids.shape == (rows, past + length):
+                ids, why = step.ids, ""
+        if before is not None and ids is not None and ids.shape[1] == length:
+            why = why or before.why
+            ids = None if before.ids is None else torch.cat([before.ids, ids], dim=1)
+        context = _context(shape, ids, mask, None if before is None else before.real, past)
+        prompt = None if before is None else before.prompt
+        context = replace(context, prompt=prompt, why=why if ids is None else "")
+        return context if step is None else self._within(context, step, past)
 
-    def _without_finished(self, context: TokenContext, first: bool) -> TokenContext:
-        """Count what `generate` appends to sequences that have ended as the padding it is.
+    def _within(self, context: TokenContext, step: Step, past: int) -> TokenContext:
+        """What the context is as a step of `generate`."""
+        generations = self._generations()
+        if not generations:  # called past the model's own attribute
+            ends = self._setting("eos_token_id", {})
+            generations = self._mine.__dict__.setdefault("lone", [Generation(ends=ends)])
+        generation, total = generations[-1], context.real.shape[1]
+        first, length = step.first if step.first is not None else not past, generation.length
+        if length is None or (generation.ids is None and (first or total < length)):
+            generation.length = length = total
+        context = replace(context, prompt=length)
+        if total < length:
+            return replace(context, ahead=_rest(generation, context))
+        return _without_finished(context, generation.ends)
 
-        It says so in no mask: only an end-of-sequence among the tokens it wrote before tells.
-        """
-        if first:  # all there is so far is the prompt, an end in it ends nothing
-            self._prompt_length = context.real.shape[1]
-        ends = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
-        if ends is None or context.ids is None:
-            return context
-        written = context.ids[:, self._prompt_length :]
-        end = torch.isin(written, torch.as_tensor(ends, device=written.device))
-        real = context.real.clone()
-        real[:, self._prompt_length :] &= end.long().cumsum(-1) - end.long() == 0
-        return replace(context, real=real)
-
-    def _enter_cross(self, arguments: dict[str, Any]) -> None:
+    def _enter_cross(self, forward: Forward, arguments: dict[str, Any]) -> None:
         states = arguments.get("encoder_hidden_states")
-        self._cross_states = states
+        forward.cross_states = states
         if states is None:
             return
-        self._streams["cross"] = _context(
+        forward.contexts["cross"] = _context(
             (*states.shape[:2], states.device),
             self._encoder_ids(states),
             arguments.get("encoder_attention_mask"),
-            None,
         )
 
     def _encoder_ids(self, states: Tensor) -> Tensor | None:
-        """The ids `states` were made from, if they are what the encoder gave last."""
-        if self._encoded is None:
+        """The ids `states` were made from, if they are what the encoder gave this thread last."""
+        encoded: tuple[Tensor, Tensor | None] | None = getattr(self._mine, "encoded", None)
+        if encoded is None:
             return None
-        output, ids = self._encoded
+        output, ids = encoded
         if _same(states, output):
             return ids
         beams = max(1, states.shape[0] // output.shape[0])  # which share their encoder's row
@@ -202,117 +304,70 @@ class ContextKeeper:
         if not bool((output == states).all()):
             return None
         ids = None if ids is None else ids.repeat_interleave(beams, dim=0)
-        self._encoded = (states.detach(), ids)
+        self._mine.encoded = (states.detach(), ids)
         return ids
 
-    def _leave_encoder(self, output: Any) -> None:
-        context, self._encoded = self._streams["encoder"], None
+    def _leave_encoder(self, forward: Forward, output: Any) -> None:
+        context, self._mine.encoded = forward.contexts.get("encoder"), None
         if context is not None and output is not None:
-            self._encoded = (output[0].detach(), context.ids)
+            self._mine.encoded = (output[0].detach(), context.ids)
 
-    def _leave_decoder(self, output: Any) -> None:
-        context = self._streams["decoder"]
-        if context is not None:  # a model that was given no cache may have made one
-            for cache in _caches(output):
-                self._history[cache] = context
-        self._streams["decoder"] = self._streams["cross"] = self._cross_states = None
-        self.unread = ""
-
-
-def _arguments(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a forward by name, those in its `**kwargs` too."""
-    try:
-        bound = signature.bind_partial(*args, **kwargs).arguments
-    except TypeError:  # the forward will say so itself
-        return dict(kwargs)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound = {**bound.pop(name, {}), **bound}
-    return bound
-
-
-def _cache(arguments: dict[str, Any]) -> Any:
-    """The KV cache among a forward's arguments, told by what it can do: names change."""
-    found = (value for value in arguments.values() if hasattr(value, "get_seq_length"))
-    return next(found, None)
-
-
-def _unread(
-    arguments: dict[str, Any],
-    cache: Any,
-    generating: tuple[Tensor | None, Tensor | None, bool | None] | None,
-    length: int,
-) -> str:
-    """What shows that tokens came before which these arguments do not tell of; "" if nothing."""
-    for name, value in arguments.items():
-        if value is not cache and name not in ("attention_mask", "labels") and _is_state(value):
-            return f"`{name}` ({type(value).__name__}) is no KV cache that tells its length"
-    masks = [arguments.get("attention_mask")]
-    if generating is not None:
-        masks += [generating[0], generating[1]]
-    for seen in masks:
-        if isinstance(seen, Tensor) and seen.dim() == 2 and seen.shape[1] > length:
-            return (
-                f"there are {seen.shape[1]} tokens so far, of which {length} are in this forward "
-                "and in a KV cache among its arguments"
-            )
-    return ""
-
-
-def _is_state(value: Any) -> bool:
-    """Whether a forward's argument is what an earlier forward left, and no KV cache with a length.
-
-    Such are the tuples of tensors of older models, and the state of recurrent ones.
-    """
-    if isinstance(value, list | tuple):
-        return any(_is_state(each) for each in value) or (
-            len(value) > 0 and all(isinstance(v, Tensor) and v.is_floating_point() for v in value)
-        )
-    return hasattr(value, "conv_states") or hasattr(value, "ssm_states")
-
-
-def _caches(output: Any) -> list[Any]:
-    """The KV cache among a forward's outputs, if there is one."""
-    values = output.values() if isinstance(output, Mapping) else output
-    if not isinstance(values, Iterable) or isinstance(values, Tensor):
-        return []
-    return [value for value in values if hasattr(value, "get_seq_length")]
-
-
-def _shape(arguments: dict[str, Any]) -> tuple[int, int, torch.device] | None:
-    """Sequences, tokens and device of a forward; None without ids or embeddings."""
-    for key in ("input_ids", "inputs_embeds"):
-        if arguments.get(key) is not None:
-            return (*arguments[key].shape[:2], arguments[key].device)
-    return None
+    def _leave_decoder(self, forward: Forward, output: Any) -> None:
+        context = forward.contexts.get("decoder")
+        if context is not None and output is not None:
+            found = given.cache_in(output)  # a model that was given no cache may have made one
+            for cache in {id(c): c for c in (forward.cache, found) if c is not None}.values():
+                pasts.keep(cache, context)
+        forward.contexts.pop("decoder", None)
+        forward.contexts.pop("cross", None)
+        forward.cross_states, forward.unread = None, ""
 
 
 def _context(
     shape: tuple[int, int, torch.device],
     ids: Tensor | None,
     mask: Any,
-    before: TokenContext | None,
+    before: Tensor | None = None,
     past: int = 0,
 ) -> TokenContext:
+    """`before` tells which of the `past` tokens in the cache are real."""
     rows, length, device = shape
     if isinstance(mask, Tensor) and mask.shape == (rows, past + length):
         real = mask.bool()
     else:  # no mask, or one already turned 4D: tokens are real unless a forward before said not
         real = torch.ones(rows, past + length, dtype=torch.bool, device=device)
         if before is not None:
-            real[:, :past] = before.real
+            real[:, :past] = before
         if isinstance(mask, Tensor) and mask.shape == (rows, length):
             real[:, past:] = mask.bool()
     return TokenContext(length=length, ids=ids, real=real)
 
 
-def _is_captured() -> bool:
-    """Whether this forward is being compiled or captured: what is kept here would go stale."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _without_finished(context: TokenContext, ends: Any) -> TokenContext:
+    """Count what `generate` appends to sequences that have ended as the padding it is.
+
+    It says so in no mask: only an end-of-sequence among the tokens it wrote before tells.
+    """
+    if ends is None or context.ids is None:
+        return context
+    prompt = context.prompt_length
+    written = context.ids[:, prompt:]
+    end = torch.isin(written, torch.as_tensor(ends, device=written.device))
+    real = context.real.clone()
+    real[:, prompt:] &= end.long().cumsum(-1) - end.long() == 0
+    return replace(context, real=real)
+
+
+def _rest(generation: Generation, context: TokenContext) -> tuple[Tensor, Tensor] | None:
+    """Ids and mask of the prompt's tokens that come after this chunk of it, for every row."""
+    ids, mask, length = generation.ids, generation.mask, generation.length
+    if ids is None or mask is None or length is None or context.batch % len(ids):
+        return None
+    read = context.real.shape[1] - length  # from the end
+    rows = context.batch // len(ids)  # beams
+    rest = (ids[:, read:], mask[:, read:].bool())
+    device = context.real.device
+    return tuple(each.repeat_interleave(rows, dim=0).to(device) for each in rest)  # type: ignore[return-value]
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

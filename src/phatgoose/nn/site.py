@@ -1,7 +1,6 @@
 """One routed linear layer: the base's output plus the chosen experts' LoRA outputs."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -10,49 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts import Expert
 from phatgoose.nn.bank import Bank
-from phatgoose.nn.context import ContextKeeper, Stream
 from phatgoose.nn.copying import refuse_copy
-from phatgoose.nn.settings import RoutingSettings
-from phatgoose.nn.trace import Trace
-from phatgoose.ops import choose_experts, operators
+from phatgoose.nn.forward import CHANGED, Forward
+from phatgoose.nn.state import RoutingState
+from phatgoose.ops import Gates, choose_experts, operators
 from phatgoose.ops.side_stream import beside, fork, may_run_beside
-from phatgoose.routers import Router
 from phatgoose.types import Routing, TokenContext
-
-
-@dataclass
-class RoutingState:
-    """What all sites of one routed model share."""
-
-    router: Router
-    settings: RoutingSettings
-    keeper: ContextKeeper
-    experts: list[Expert]  # the pool's, in its order
-    allowed: frozenset[str] | None = None  # the experts a forward may use, by name; None: all
-    bare: bool = False  # no expert is allowed
-    trace: Trace | None = None
-    assigned: tuple[int, ...] | None = None  # the one expert of each row (-1: none); see assign
-    _priors: dict[Stream, tuple[TokenContext, Tensor | None]] = field(
-        default_factory=dict, repr=False
-    )
-
-    def prior(self, stream: Stream, context: TokenContext | None) -> Float[Tensor, "T E"] | None:
-        """The router's prior for this forward, computed once for all sites of a stream."""
-        if not self.router.has_prior:
-            return None
-        if context is None:
-            unread = self.keeper.unread
-            raise RoutingError(
-                f"the {type(self.router).__name__} has a prior, and a layer sees tokens that "
-                f"cannot be matched with the model's input{unread and ': '}{unread}. Call the "
-                "model itself, not a part of it; gradient checkpointing and torch.compile do not "
-                "work with a prior."
-            )
-        if stream not in self._priors or self._priors[stream][0] is not context:
-            self._priors[stream] = (context, self.router.prior(context, self.experts))
-        return self._priors[stream][1]
 
 
 class Routed:
@@ -97,8 +60,7 @@ class Site:
         self.bank = bank
         self.part = part
         self.state = state
-        self._routed: Routed | None = None  # between the two hooks
-        self._forked: Tensor | None = None  # likewise, an input that is routed beside the layer
+        self._shared = id(bank)  # its key in Forward.shared
         self._handles = (
             layer.register_forward_pre_hook(self._before),
             layer.register_forward_hook(self._after),
@@ -112,54 +74,62 @@ class Site:
             handle.remove()
         del self.layer._modules[BANK]
         self.bank.sites.discard(self.part)
-        self.bank.routed = None
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copy(protocol)
 
     def _before(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._routed = self._forked = None  # what a forward left that failed
-        if self._is_base():
+        forward = self.state.forward()
+        forward.between.pop(self.name, None)  # what a forward left that failed
+        if forward.bare and forward.trace is None:  # no expert is used, and nobody watches
             return
-        x, known = inputs[0], self.bank.routed
-        expected = known is not None and self.part in known.waiting
-        if expected:
+        x, known = inputs[0], forward.shared.get(self._shared)
+        if known is not None and self.part in known.waiting:
             known.waiting.discard(self.part)
             if not known.waiting:
-                self.bank.routed = None
+                del forward.shared[self._shared]
             fits = known.matches(x) and (known.down is None or not self._learns(x))
-            self._routed = known if fits else self._route_alone(x)
+            forward.between[self.name] = known if fits else self._route_alone(forward, x)
             return
         # The first of its bank. Writing to an inference tensor leaves no mark, so what was made of
         # one is not kept for the others.
         if not torch.compiler.is_compiling() and x.is_inference():
-            self._routed = self._route_alone(x)
+            forward.between[self.name] = self._route_alone(forward, x)
             return
         if may_run_beside(x):
             fork(x.device)
-            self._forked = x
+            forward.between[self.name] = x
             return
-        self._routed = self._route_all(x)
+        forward.between[self.name] = self._route_all(forward, x)
 
     def _after(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        routed, self._routed = self._routed, None
-        forked, self._forked = self._forked, None
-        if forked is not None:
-            with beside(forked.device):
-                routed = self._route_all(forked)
+        forward = self.state.forward()
+        routed = forward.between.pop(self.name, None)
+        if isinstance(routed, Tensor):
+            with beside(routed.device):
+                routed = self._route_all(forward, routed)
         if routed is None:
-            return output
+            if forward.bare and forward.trace is None:
+                return output
+            raise RoutingError(CHANGED)
         if not routed.matches(inputs[0]):  # another hook gave the layer another input
-            routed = self._route_alone(inputs[0])
+            routed = self._route_alone(forward, inputs[0])
         place = self.part - routed.first
-        if self.state.trace is not None:
-            self._record(inputs[0], routed, place)
+        if forward.trace is not None:
+            self._record(forward, inputs[0], routed, place)
+        output = self._add(inputs[0], output, routed, place)
+        if not torch.compiler.is_compiling():
+            self.state.forwards.check(forward)
+        return output
+
+    def _add(self, x: Tensor, output: Tensor, routed: Routed, place: int) -> Tensor:
+        """Add what the chosen experts make of x to the layer's output."""
         b = self.bank.b(self.part)
         if routed.down is None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])
+            flat = x.reshape(-1, x.shape[-1])
             mine = routed.experts[:, place], routed.weights[:, place]
             delta = torch.ops.phatgoose.routed_lora(
-                x, self.bank.a[self.part], b, *mine, self.bank.backend
+                flat, self.bank.a[self.part], b, *mine, self.bank.backend
             )
             return output + delta.view(output.shape).to(output.dtype)
         if len(self.layer._forward_hooks) > 1 or _global_forward_hooks:  # who may have kept it
@@ -170,31 +140,38 @@ class Site:
         operators.routed_up_(flat, b, z, routed.experts, *plan, place, self.bank.backend)
         return output
 
-    def _route_alone(self, x: Tensor) -> Routed:
-        return self._route(x, range(self.part, self.part + 1))
+    def _route_alone(self, forward: Forward, x: Tensor) -> Routed:
+        return self._route(forward, x, range(self.part, self.part + 1))
 
-    def _route_all(self, x: Tensor) -> Routed:
+    def _route_all(self, forward: Forward, x: Tensor) -> Routed:
         """Route for all layers of the bank, of which this is the first."""
-        routed = self._route(x, range(self.bank.parts))
+        routed = self._route(forward, x, range(self.bank.parts))
         routed.waiting = self.bank.sites - {self.part}
-        self.bank.routed = routed if routed.waiting else None
+        if routed.waiting:
+            forward.shared[self._shared] = routed
+        else:
+            forward.shared.pop(self._shared, None)
         return routed
 
-    def _route(self, x: Tensor, parts: range) -> Routed:
+    def _route(self, forward: Forward, x: Tensor, parts: range) -> Routed:
         """Choose experts for the tokens of x at these parts, and project x down where it can be."""
         bank, settings = self.bank, self.state.settings
         flat = x.reshape(-1, x.shape[-1])
         gates, a = bank.view(parts)
-        if self.state.assigned is not None:
-            experts, weights = self._assigned(x, gates.open)
+        slots = gates.open.shape[1]
+        if not (torch.compiler.is_compiling() or forward.captured):
+            opened = bank.opened(parts, slots, self.state.allowed(forward))
+            gates = Gates(gates.signatures, gates.sums, opened)
+        stream, context = self.state.keeper.find(self.name, x, forward)
+        assigned = self.state.assigned(forward)
+        if assigned is not None:
+            experts, weights = self._assigned(x, gates.open, assigned, context)
             if self._learns(x):
                 return Routed(x, parts, experts, weights, None)
             with _without_autocast(x.device.type):
                 down = operators.routed_down(flat, a, experts, weights, bank.backend)
             return Routed(x, parts, experts, weights, down)
-        stream, context = self.state.keeper.find(self.name, x)
-        slots = gates.open.shape[1]
-        prior = self.state.prior(stream, context)
+        prior = self.state.prior(forward, stream, context)
         learns = self._learns(x)
         with _without_autocast(x.device.type):
             if prior is not None:
@@ -212,7 +189,10 @@ class Site:
                     bank.backend,
                 )
                 return Routed(x, parts, experts, weights, tuple(down))
-            routings = [self._choose(flat, part, slots, prior) for part in parts]
+            routings = [
+                self._choose(flat, part, mine, prior)
+                for part, mine in zip(parts, gates.open, strict=True)
+            ]
             experts = torch.stack([routing.experts for routing in routings], dim=1)
             weights = torch.stack([routing.weights for routing in routings], dim=1)
             down = None
@@ -221,12 +201,14 @@ class Site:
             return Routed(x, parts, experts, weights, down)
 
     def _assigned(
-        self, x: Tensor, opened: Bool[Tensor, "S C"]
+        self,
+        x: Tensor,
+        opened: Bool[Tensor, "S C"],
+        assigned: tuple[int, ...],
+        context: TokenContext | None,
     ) -> tuple[Int[Tensor, "T S 1"], Float[Tensor, "T S 1"]]:
         """Each row's own expert at weight 1, where it adapts the layer."""
-        assert self.state.assigned is not None
-        rows, given = x.shape[0] if x.dim() > 2 else 0, len(self.state.assigned)
-        _, context = self.state.keeper.find(self.name, x)
+        rows, given = x.shape[0] if x.dim() > 2 else 0, len(assigned)
         rows = rows if context is None else context.batch
         if rows == 0 or rows % given:
             raise RoutingError(
@@ -234,7 +216,7 @@ class Site:
                 f"{self.name}. Name one for every row of the batch."
             )
         places = {member: slot for slot, member in enumerate(self.bank.members)}
-        slots = torch.tensor([places.get(member, -1) for member in self.state.assigned])
+        slots = torch.tensor([places.get(member, -1) for member in assigned])
         slots = slots.repeat_interleave(rows // given)  # beams of a sequence follow one another
         slots = slots.repeat_interleave(x.shape[:-1].numel() // rows).to(x.device)
         present = opened[:, slots.clamp_min(0)].T & (slots >= 0).unsqueeze(1)  # [T S]
@@ -249,24 +231,20 @@ class Site:
         return nn.functional.pad(prior.float(), (0, slots - len(members)))
 
     def _choose(
-        self, x: Float[Tensor, "T I"], part: int, slots: int, prior: Tensor | None
+        self, x: Float[Tensor, "T I"], part: int, opened: Bool[Tensor, " C"], prior: Tensor | None
     ) -> Routing:
         """Score by the router itself, then choose."""
-        bank, settings = self.bank, self.state.settings
+        bank, settings, slots = self.bank, self.state.settings, len(opened)
         scores = self.state.router.score(x, bank.signatures[part, :slots])
         if prior is not None:
             scores = scores + prior
         return choose_experts(
-            scores.masked_fill(~bank.open[part, :slots], -torch.inf),
+            scores.masked_fill(~opened, -torch.inf),
             settings.kept(slots),
             temperature=settings.temperature,
             scale=settings.scale,
             null_score=settings.null_score,
         )
-
-    def _is_base(self) -> bool:
-        """Whether this forward uses no expert at all, and nobody watches."""
-        return self.state.bare and self.state.trace is None
 
     def _learns(self, x: Tensor) -> bool:
         """Whether gradients are wanted of anything here."""
@@ -276,13 +254,18 @@ class Site:
         tensors = (x, bank.signatures, bank.a, bank.b(self.part))
         return any(v.requires_grad for v in (*tensors, *self.layer.parameters(recurse=False)))
 
-    def _record(self, x: Tensor, routed: Routed, place: int) -> None:
-        stream, context = self.state.keeper.find(self.name, x)
-        members = [*self.bank.members, *[-1] * (self.bank.capacity - len(self.bank)), -1]
+    def _record(self, forward: Forward, x: Tensor, routed: Routed, place: int) -> None:
+        trace, bank = forward.trace, self.bank
+        assert trace is not None
+        stream, context = self.state.keeper.find(self.name, x, forward)
+        trace.check(self.name, len(routed.experts), context, forward.unread)
+        assert context is not None
+        places = trace.places([expert.name for expert in self.state.experts])
+        members = [places[member] for member in bank.members]
+        members += [-1] * (bank.capacity - len(members) + 1)
         chosen = torch.tensor(members, device=x.device)[routed.experts[:, place]]
         routing = Routing(chosen, routed.weights[:, place].detach())
-        assert self.state.trace is not None
-        self.state.trace.add(self.name, stream, context, routing, self.state.keeper.unread)
+        trace.add(self.name, stream, context, routing, forward.number)
 
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules

@@ -1,14 +1,16 @@
 """What was routed where."""
 
+import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
-from phatgoose.nn.context import Stream
+from phatgoose.nn.forward import Stream
 from phatgoose.types import Routing, TokenContext
 
 
@@ -36,41 +38,47 @@ class Trace:
     weights: dict[str, Float[Tensor, "N K"]] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
     tokens: dict[Stream, TokenTable] = field(default_factory=dict)
-    _seen: dict[str, list[tuple[TokenContext, Routing]]] = field(
+    _seen: dict[str, list[tuple[int, TokenContext, Routing]]] = field(
         default_factory=lambda: defaultdict(list), repr=False
     )
+    _naming: Any = field(default_factory=threading.Lock, repr=False)
 
-    def add(
-        self,
-        module: str,
-        stream: Stream,
-        context: TokenContext | None,
-        routing: Routing,
-        unread: str = "",
-    ) -> None:
-        """Take in one call of one site; `routing` speaks of the pool's indices.
-
-        Raises RoutingError without a context, and says what was `unread` if that is known.
-        """
+    def check(self, module: str, tokens: int, context: TokenContext | None, unread: str) -> None:
+        """Raise RoutingError without a context, and say what was `unread` if that is known."""
         if context is None:
             raise RoutingError(
-                f"{module}: sees {routing.experts.shape[0]} tokens that cannot be matched with the "
+                f"{module}: sees {tokens} tokens that cannot be matched with the "
                 f"model's input{unread and ': '}{unread}. So it cannot be recorded. Call the model "
                 "itself, not a part of it, and neither compiled nor captured in a CUDA graph."
             )
+
+    def add(
+        self, module: str, stream: Stream, context: TokenContext, routing: Routing, forward: int
+    ) -> None:
+        """Take in one call of one site, in a forward of this number; `routing` is of `names`."""
         self.streams[module] = stream
-        self._seen[module].append((context, routing))
+        self._seen[module].append((forward, context, routing))
+
+    def places(self, names: list[str]) -> list[int]:
+        """Where these experts are among `names`; one that joined the pool meanwhile comes last."""
+        with self._naming:
+            self.names += [name for name in names if name not in self.names]
+            index = {name: place for place, name in enumerate(self.names)}
+        return [index[name] for name in names]
 
     def close(self) -> None:
         """Put the calls together, leaving out padding."""
+        every = [routing for calls in self._seen.values() for _, _, routing in calls]
+        self.top_k = max([self.top_k, *(routing.experts.shape[1] for routing in every)])
         for module, calls in self._seen.items():
-            keep = [context.new_real().flatten() for context, _ in calls]
-            pairs = list(zip(keep, (routing for _, routing in calls), strict=True))
+            # Threads that share a trace took turns in another order at each module.
+            calls.sort(key=lambda call: call[0])
+            pairs = [(context.new_real().flatten(), routing) for _, context, routing in calls]
             self.experts[module] = torch.cat([self._wide(r.experts, -1)[k] for k, r in pairs]).cpu()
             self.weights[module] = torch.cat([self._wide(r.weights, 0)[k] for k, r in pairs]).cpu()
             stream = self.streams[module]
             if stream not in self.tokens:
-                self.tokens[stream] = _table([context for context, _ in calls])
+                self.tokens[stream] = _table([context for _, context, _ in calls])
         self._seen.clear()
 
     def shares(

@@ -14,6 +14,7 @@ from phatgoose.experts import Expert, load_expert
 from phatgoose.experts.base import is_hub_name
 from phatgoose.experts.sources import expert_sources
 from phatgoose.experts.verify import check_numbers
+from phatgoose.nn import PoolLock
 
 
 class Listener(Protocol):
@@ -29,12 +30,16 @@ class Listener(Protocol):
 class ExpertPool:
     """Experts of one base model, in order. Models routed by it follow `add` and `remove` at once.
 
+    A change waits for the forwards and the calls of `generate` under way, and those that come
+    after it wait for the change.
+
     Raises on a name taken twice (ConfigError), and on experts of different bases or with NaN or
     infinite values (IncompatibleExpertError).
     """
 
     def __init__(self, experts: Iterable[Expert] = ()) -> None:
-        self._experts: list[Expert] = []
+        self._experts: tuple[Expert, ...] = ()  # replaced whole: threads may be reading it
+        self.lock = PoolLock()  # forwards of every model that this pool routes, or one change
         self._listeners: WeakSet[Listener] = WeakSet()
         for expert in experts:
             self.add(expert)
@@ -69,19 +74,18 @@ class ExpertPool:
         return iter(self._experts)
 
     def __getitem__(self, name: str) -> Expert:
-        return self._experts[self.index(name)]
+        experts = self._experts
+        return experts[_place(name, experts)]
 
     def index(self, name: str) -> int:
         """Place of an expert among `names`. Raises ConfigError if there is none of that name."""
-        try:
-            return self.names.index(name)
-        except ValueError:
-            raise ConfigError(
-                f"{name}: no expert of this name in the pool. It has: {', '.join(self.names)}."
-            ) from None
+        return _place(name, self._experts)
 
     def add(self, expert: Expert | str | Path) -> Expert:
-        """Add an expert at the end, also to every model this pool routes; all of them or none."""
+        """Add an expert at the end, also to every model this pool routes; all of them or none.
+
+        Raises RoutingError inside a forward of such a model, which the change would wait for.
+        """
         if not isinstance(expert, Expert):
             expert = load_expert(expert)
         _check_sound(expert)
@@ -89,26 +93,32 @@ class ExpertPool:
         return expert
 
     def _join(self, expert: Expert) -> None:
-        self._check(expert)
-        try:
-            for listener in self._listeners:
-                listener.prepare_add(expert)
-        except BaseException:
-            for listener in self._listeners:
-                listener.cancel_add(expert)
-            raise
-        self._experts.append(expert)
-        for listener in self._listeners:
-            listener.add(expert)
+        with self.lock.changing(f"pool.add({expert.name})"):
+            self._check(expert)
+            listeners = list(self._listeners)
+            try:
+                for listener in listeners:
+                    listener.prepare_add(expert)
+            except BaseException:
+                for listener in listeners:
+                    listener.cancel_add(expert)
+                raise
+            self._experts = (*self._experts, expert)
+            for listener in listeners:
+                listener.add(expert)
 
     def remove(self, name: str) -> None:
-        """Take an expert out, also from every model this pool routes."""
-        index = self.index(name)
-        for listener in self._listeners:
-            listener.prepare_remove(name)
-        del self._experts[index]
-        for listener in self._listeners:
-            listener.remove(index)
+        """Take an expert out, also from every model this pool routes.
+
+        Raises RoutingError for the last one of a pool that routes, and inside a forward.
+        """
+        with self.lock.changing(f"pool.remove({name})"):
+            index, listeners = self.index(name), list(self._listeners)
+            for listener in listeners:
+                listener.prepare_remove(name)
+            self._experts = (*self._experts[:index], *self._experts[index + 1 :])
+            for listener in listeners:
+                listener.remove(index)
 
     def follow(self, listener: Listener) -> None:
         """Tell `listener` of every later change, for as long as it is alive."""
@@ -130,6 +140,16 @@ class ExpertPool:
                     f"{expert.name}: belongs to another base than {other.name}: {difference}. "
                     "A pool holds experts of one base; start a second pool."
                 )
+
+
+def _place(name: str, experts: tuple[Expert, ...]) -> int:
+    names = [expert.name for expert in experts]
+    try:
+        return names.index(name)
+    except ValueError:
+        raise ConfigError(
+            f"{name}: no expert of this name in the pool. It has: {', '.join(names)}."
+        ) from None
 
 
 @contextmanager

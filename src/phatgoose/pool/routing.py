@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,10 +16,13 @@ from phatgoose.experts.base import linear_sizes
 from phatgoose.experts.lora import LoraModule
 from phatgoose.experts.verify import check_modules
 from phatgoose.nn import (
+    NO_RULES,
     Bank,
     ContextKeeper,
+    Forwards,
     RoutingSettings,
     RoutingState,
+    Rules,
     Site,
     Trace,
     group_siblings,
@@ -88,8 +93,15 @@ def route(
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
     choose_backend(backend, next((p.device.type for p in model.parameters()), "cpu"))
-    if ATTRIBUTE in model.__dict__:
+    plain = _plain(model)
+    if ATTRIBUTE in plain.__dict__:
         raise RoutingError("route: this model routes already. Call phatgoose.unroute(model) first.")
+    for name, module in plain.named_modules():
+        if "_orig_mod" in module._modules:
+            raise RoutingError(
+                f"route: {name} is compiled on its own, which hides the names of the layers in it. "
+                "Route the model first, then compile its parts."
+            )
     if hasattr(model, "get_base_model") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise RoutingError(
             "route: the model has PEFT adapters in it. Give the plain base model "
@@ -99,33 +111,38 @@ def route(
         raise RoutingError("route: the pool is empty. Add an expert first.")
     settings.note_size(len(pool))
     room = (capacity or 0, max_rank or 0)
-    routed = RoutedModel(model, pool, router, settings, room)
-    model.__dict__[ATTRIBUTE] = routed
+    with pool.lock.changing("route"):
+        plain.__dict__[ATTRIBUTE] = RoutedModel(plain, pool, router, settings, room)
     return model
 
 
 def unroute(model: nn.Module) -> nn.Module:
     """Take the routing off a model: its outputs are bit for bit those of before `route`."""
-    _routed(model).close()
-    del model.__dict__[ATTRIBUTE]
+    routed = _routed(model)
+    with routed.pool.lock.changing("unroute"):
+        routed.close()
+        del _plain(model).__dict__[ATTRIBUTE]
     return model
 
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Trace]:
-    """Record the routing of every forward inside the block; the trace is complete after it."""
+    """Record the routing of every forward inside the block; the trace is complete after it.
+
+    Like `restrict` and `assign`, it is for the forwards of the thread, or asyncio task, that is in
+    the block. Another thread may change the pool meanwhile: names of experts that join come last
+    in the trace.
+    """
     routed = _routed(model)
-    if routed.state.trace is not None:
+    rules, settings = routed.state.forwards.rules(), routed.state.settings
+    if rules.trace is not None:
         raise RoutingError("record: this model is being recorded already.")
-    settings, names = routed.state.settings, routed.pool.names
+    names = routed.pool.names
     candidates = len(names) + (settings.null_score is not None)
     trace = Trace(names=names, top_k=min(settings.kept(len(names)), candidates))
-    routed.state.trace = trace
-    try:
+    with routed.ruled(replace(rules, trace=trace), "record"):
         yield trace
         trace.close()
-    finally:
-        routed.state.trace = None
 
 
 @contextlib.contextmanager
@@ -138,12 +155,10 @@ def restrict(model: nn.Module, experts: Iterable[str]) -> Iterator[None]:
     routed = _routed(model)
     if isinstance(experts, str):
         raise ConfigError(f"restrict wants a list of names, got {experts!r} alone.")
-    before = routed.state.allowed
-    routed.allow(frozenset(routed.pool[name].name for name in experts))
-    try:
+    allowed = frozenset(routed.pool[name].name for name in experts)
+    rules = replace(routed.state.forwards.rules(), allowed=allowed)
+    with routed.ruled(rules, "restrict"):
         yield
-    finally:
-        routed.allow(before)
 
 
 @contextlib.contextmanager
@@ -158,30 +173,33 @@ def assign(model: nn.Module, experts: Sequence[str | None]) -> Iterator[None]:
     RoutingError, in a forward, where the number of rows is no multiple of the number of names.
     """
     routed = _routed(model)
+    rules = routed.state.forwards.rules()
     if isinstance(experts, str) or not len(experts):
         raise ConfigError(f"assign wants a list with a name for every row, got {experts!r}.")
     for name in dict.fromkeys(name for name in experts if name is not None):
         routed.pool.index(name)
-        if routed.state.allowed is not None and name not in routed.state.allowed:
+        if rules.allowed is not None and name not in rules.allowed:
             raise ConfigError(
                 f"assign: {name} is not among the experts this block is restricted to."
             )
-    before = routed.state.assigned
-    index = {name: place for place, name in enumerate(routed.pool.names)}
-    routed.assign(tuple(-1 if name is None else index[name] for name in experts))
-    try:
+    with routed.ruled(replace(rules, assigned=tuple(experts)), "assign"):
         yield
-    finally:
-        routed.assign(before)
 
 
 def _routed(model: nn.Module) -> "RoutedModel":
     try:
-        return model.__dict__[ATTRIBUTE]
+        return _plain(model).__dict__[ATTRIBUTE]
     except KeyError:
         raise RoutingError(
             "this model does not route. Call phatgoose.route(model, pool) first."
         ) from None
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has wrapped it."""
+    while "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod")
+    return model
 
 
 class RoutedModel:
@@ -202,7 +220,10 @@ class RoutedModel:
         self._layers = dict(model.named_modules())
         self._identity = identify_base(model)
         self._ready: dict[str, dict[str, Tensor]] = {}  # signatures of experts about to be added
-        self.state = RoutingState(router, settings, ContextKeeper(model), [])
+        self._blocks: list[Rules] = []  # that some thread is in, in the order they began
+        self._mirrored: frozenset[str] | None = None  # what compiled models may use
+        self._mutex = threading.Lock()
+        self.state = RoutingState(router, settings, ContextKeeper(model, Forwards(pool.lock)), [])
         try:
             for expert in pool:
                 self._check(expert)
@@ -227,9 +248,9 @@ class RoutedModel:
 
     def prepare_add(self, expert: Expert) -> None:
         """Check an expert and make room for it: whatever can fail, before anything changes."""
-        self._check_not_recorded()
+        self._check_change(f"pool.add({expert.name})")
         self._check(expert)
-        with self._as_base():
+        with self.state.forwards.ruled(Rules(allowed=frozenset())):
             self.state.router.prepare(self.model, [expert])
         self._sign(expert)
         self._reserve([expert])
@@ -249,33 +270,65 @@ class RoutedModel:
             parts.setdefault(site.bank, {})[site.part] = (signatures[name], lora)
         for bank, mine in parts.items():
             bank.append(index, mine)
-
-    def allow(self, names: frozenset[str] | None) -> None:
-        """Let forwards use only these experts; None lets them use all."""
-        self.state.allowed = names
-        self.state.bare = names is not None and not names
-        members = enumerate(self.state.experts)
-        indices = None if names is None else frozenset(i for i, e in members if e.name in names)
-        for bank in self._banks():
-            bank.allow(indices)
+        self._changed()
 
     @contextlib.contextmanager
-    def _as_base(self) -> Iterator[None]:
-        """Let forwards inside the block be the bare base's."""
-        before, self.state.bare = self.state.bare, True
+    def ruled(self, rules: Rules, what: str) -> Iterator[None]:
+        """Have the forwards of this thread, or task, inside the block follow `rules`."""
+        forwards = self.state.forwards
+        with self.pool.lock.reading(), self._mutex:
+            self.state.check_own(what)
+            if self.state.compiled_by and self._blocks and self._blocks[-1] is not forwards.rules():
+                raise RoutingError(
+                    f"{what}: this model is compiled, or captured in a CUDA graph, and another "
+                    "task is inside a block of its own. Leave that block first."
+                )
+            self._blocks.append(rules)
+            self._mirror()
         try:
-            yield
+            with forwards.ruled(rules):
+                yield
         finally:
-            self.state.bare = before
+            with self.pool.lock.reading(), self._mutex:
+                self._blocks.remove(rules)
+                self._mirror()
 
-    def assign(self, experts: tuple[int, ...] | None) -> None:
-        """Have each row use one expert of the pool; None lets the router choose again."""
-        self.state.assigned = experts
+    def _mirror(self) -> None:
+        """Have compiled models and CUDA graphs follow the block that began last.
+
+        They do not ask which thread they run in, so only one may be in a block then.
+        """
+        rules = self._blocks[-1] if self._blocks else NO_RULES
+        traced = self.state.forwards.traced
+        traced.bare, traced.trace = rules.bare, rules.trace
+        with contextlib.suppress(RoutingError):  # names that are gone: its own forwards say so
+            traced.assigned = self.state.assigned_by(rules)
+        if rules.allowed != self._mirrored:
+            self._mirrored = rules.allowed
+            self._allow()
+
+    def _allow(self) -> None:
+        names = self._mirrored
+        members = None if names is None else self.state.indices(names)
         for bank in self._banks():
-            bank.routed = None
+            bank.allow(members)
+
+    def _changed(self) -> None:
+        """The pool's experts are other ones now."""
+        self.state.changed()
+        with self._mutex:
+            self._mirror()
+            self._allow()
+        self._wait_for_devices()
+
+    def _wait_for_devices(self) -> None:
+        """Threads may compute on streams of their own, which do not wait for one another."""
+        for device in {bank.a.device for bank in self._banks()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
     def prepare_remove(self, name: str) -> None:
-        self._check_not_recorded()
+        self._check_change(f"pool.remove({name})")
         if len(self.pool) == 1:
             raise RoutingError(
                 f"{name}: it is the last expert of a pool that routes a model. Add another first, "
@@ -288,7 +341,7 @@ class RoutedModel:
             bank.remove(index)
         del self.state.experts[index]
         self._tidy()
-        self.allow(self.state.allowed)
+        self._changed()
 
     def _tidy(self) -> None:
         """Leave no spare ranks, and no site without experts."""
@@ -299,13 +352,17 @@ class RoutedModel:
             self.sites.pop(name).close()
             _forget_compiled()
 
-    def _check_not_recorded(self) -> None:
-        for held, block in ((self.state.trace, "record"), (self.state.assigned, "assign")):
+    def _check_change(self, what: str) -> None:
+        """Raise RoutingError where this thread must not change the pool; else wait for devices."""
+        self.state.check_own(what)
+        rules = self.state.forwards.rules()
+        for held, block in ((rules.trace, "record"), (rules.assigned, "assign")):
             if held is not None:
                 raise RoutingError(
                     f"the pool cannot change inside a {block} block of a model it routes: indices "
                     "there would change their meaning. Leave the block first."
                 )
+        self._wait_for_devices()
 
     def _check(self, expert: Expert) -> None:
         difference = expert.base and expert.base.difference(self._identity)

@@ -63,9 +63,9 @@ class ContextEvidence(Modifier):
 
     defaults = {"top_k": 1, "scale": "unit"}
     usual_strength: ClassVar[float]  # beside PHATGOOSE's scores; docs/study.md
-    # Whether a token also knows what comes after it in the same forward. Then a sequence read in
-    # parts is not routed as if read at once: right for a prompt and what `generate` adds to it, but
-    # not for a prefix that other prompts share.
+    # Whether a token of the prompt also knows the rest of it. The prompt is what `generate` was
+    # given, or the first forward with a KV cache; what comes after knows what was read before it.
+    # So a prefix that other prompts share is a prompt of its own.
     ahead: ClassVar[bool] = False
 
     def __init__(
@@ -129,20 +129,47 @@ class ContextEvidence(Modifier):
 
     def prior(self, context: TokenContext, experts: list[Expert]) -> Float[Tensor, "T E"]:
         if context.ids is None:
-            raise ConfigError(f"{self.name}: was given embeddings, and needs the tokens' ids.")
-        names = tuple(expert.name for expert in experts)
-        if self._table[0] != names or self._table[1].device != context.ids.device:
-            stacked = torch.stack([self.worth[name] for name in names], dim=1)
-            self._table = (names, stacked.to(context.ids.device))
-        real = context.real.unsqueeze(-1)
-        # fp64, so that prefill and decode agree whatever order a device sums in.
-        sums = (self._table[1][context.ids] * real).double().cumsum(1)
-        means = (sums / real.long().cumsum(1).clamp_min(1))[:, -context.length :]
-        if self.ahead:
-            means = means[:, -1:].expand_as(means)
+            raise ConfigError(
+                f"{self.name}: needs the ids of all tokens so far, and {context.why}. Give the "
+                "model the whole text, or a KV cache as the model left it (or a copy or a crop of "
+                "it)."
+            )
+        means = self._means_so_far(context, self._stacked(experts, context.ids.device))
         prior = self.strength * means.float().flatten(0, 1)
         more = super().prior(context, experts)  # of another evidence inside
         return prior if more is None else prior + more
+
+    def _stacked(self, experts: list[Expert], device: torch.device) -> Float[Tensor, "V E"]:
+        """The worth of every token id for these experts."""
+        names, table = tuple(expert.name for expert in experts), self._table
+        if table[0] != names or table[1].device != device:
+            stacked = torch.stack([self.worth[name] for name in names], dim=1)
+            table = self._table = (names, stacked.to(device))
+        return table[1]
+
+    def _means_so_far(
+        self, context: TokenContext, worth: Float[Tensor, "V E"]
+    ) -> Float[Tensor, "B L E"]:
+        """For each token of this forward, the mean worth of the real tokens that it knows."""
+        ids, real, total = context.ids, context.real, context.real.shape[1]
+        assert ids is not None
+        if self.ahead and total < context.prompt_length:  # the prompt is read in chunks
+            if context.ahead is None:
+                raise ConfigError(
+                    f"{self.name}: needs the whole prompt, and the model is given a part of it. "
+                    "Give it whole, or use a router that reads as it goes (evidence, "
+                    "adapter_evidence)."
+                )
+            ids = torch.cat([ids, context.ahead[0]], dim=1)
+            real = torch.cat([real, context.ahead[1]], dim=1)
+        real = real.unsqueeze(-1)
+        # fp64, so that prefill and decode agree whatever order a device sums in.
+        sums = (worth[ids] * real).double().cumsum(1)
+        means = sums / real.long().cumsum(1).clamp_min(1)
+        if not self.ahead:
+            return means[:, -context.length :]
+        known = torch.arange(total - context.length, total, device=ids.device)
+        return means[:, known.clamp_min(context.prompt_length - 1)]
 
 
 class PromptsEvidence(ContextEvidence):
