@@ -248,6 +248,32 @@ def test_oracle_and_best_individual_are_the_best_singles(world: World, spy: Spy)
     assert set(few["results"]["letter"]) == {"oracle"}
 
 
+def test_singles_are_answered_in_one_batch_and_as_they_are_alone(world: World, spy: Spy) -> None:
+    held_out = world.tasks("heldout")
+    world.run("out", ["oracle"], tasks=held_out, part=64)
+    assert len(spy.calls[0]) == 3 * 8, "all singles on all examples at once"
+    spy.calls = []
+    alone = [f"single:{name}" for name in EXPERTS]
+    world.run("alone", alone, tasks=held_out, part=64)
+    assert [len(call) for call in spy.calls] == [8] * 3
+
+    def rows(folder: str) -> dict[str, str]:
+        found = (world.root / folder / "answers").glob("single*/*.jsonl")
+        return {f"{path.parent.name}/{path.name}": path.read_text() for path in found}
+
+    assert rows("out") == rows("alone")
+
+
+def test_singles_that_were_interrupted_go_on(world: World, spy: Spy) -> None:
+    held_out = world.tasks("heldout")  # eight examples, an expert's part
+    spy.allowed = 2
+    with pytest.raises(KeyboardInterrupt):
+        world.run("out", ["oracle"], tasks=held_out, part=8)
+    spy.allowed, spy.calls = None, []
+    world.run("out", ["oracle"], tasks=held_out, part=8)
+    assert len(spy.calls[0]) == 8, "one expert was left"
+
+
 def test_methods_of_several_pools_and_settings(world: World) -> None:
     some = ExpertPool([world.pool["copy"], world.pool["spare"]])
     ours = [

@@ -10,8 +10,9 @@ from typing import Any
 
 from phatgoose.evaluation.collection import Item
 from phatgoose.evaluation.evaluate import grade
-from phatgoose.evaluation.methods import Bench, Method
+from phatgoose.evaluation.methods import Bench, Method, OneExpert, together
 from phatgoose.files import write_bytes
+from phatgoose.pool import ExpertPool
 
 Row = dict[str, Any]  # task, line, prediction, target, score
 Known = Mapping[tuple[str, int], Row]  # by task and line
@@ -88,6 +89,33 @@ def answer_parts(
             yield rows
 
 
+def answer_singles(
+    bench: Bench, parts: Sequence[tuple[OneExpert, Part]], *, size: int, pool: ExpertPool
+) -> None:
+    """Write those parts of single experts that are not there, those of several in one batch.
+
+    Each row of a batch goes through its own part's expert, so few examples of many experts fill
+    batches as well as many of one.
+    """
+    missing = [(method, part) for method, part in parts if part.read() is None]
+    if not missing:
+        return
+    with together(bench, pool) as answer:
+        while missing:
+            taken: list[tuple[OneExpert, Part]] = []
+            while missing and (not taken or _count(taken) + len(missing[0][1].items) <= size):
+                taken.append(missing.pop(0))
+            items = [item for _, part in taken for item in part.items]
+            experts = [name for m, part in taken for name in m.choose(part.items, bench)]
+            rows = iter(map(_row, items, answer(items, experts)))
+            for _, part in taken:
+                part.write([next(rows) for _ in part.items])
+
+
+def _count(parts: Sequence[tuple[OneExpert, Part]]) -> int:
+    return sum(len(part.items) for _, part in parts)
+
+
 def _rows(
     items: Sequence[Item], answer: Callable[[Sequence[Item]], list[str]], known: Known
 ) -> list[Row]:
@@ -95,11 +123,14 @@ def _rows(
     left = [k for k in range(len(items)) if k not in rows]
     predictions = answer([items[k] for k in left]) if left else []
     for k, prediction in zip(left, predictions, strict=True):
-        item = items[k]
-        (scored,) = grade([prediction], [item.example], item.task.metric)
-        task, line = place_of(item)
-        rows[k] = {"task": task, "line": line, **asdict(scored)}
+        rows[k] = _row(items[k], prediction)
     return [rows[k] for k in range(len(items))]
+
+
+def _row(item: Item, prediction: str) -> Row:
+    (scored,) = grade([prediction], [item.example], item.task.metric)
+    task, line = place_of(item)
+    return {"task": task, "line": line, **asdict(scored)}
 
 
 def place_of(item: Item) -> tuple[str, int]:

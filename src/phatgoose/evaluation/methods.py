@@ -132,6 +132,18 @@ class Routed(Method):
             phatgoose.unroute(bench.model)
 
 
+@contextmanager
+def together(
+    bench: Bench, pool: ExpertPool
+) -> Iterator[Callable[[Sequence[Item], Sequence[str | None]], list[str]]]:
+    """The model set up to answer each example by an expert of its own at weight 1."""
+    phatgoose.route(bench.model, pool, ASSIGNED)
+    try:
+        yield bench.answer
+    finally:
+        phatgoose.unroute(bench.model)
+
+
 class OneExpert(Method):
     """Each example by one expert at weight 1: the plain adapter."""
 
@@ -141,11 +153,8 @@ class OneExpert(Method):
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Answering]:
-        phatgoose.route(bench.model, self.experts(bench), ASSIGNED)
-        try:
-            yield lambda items: bench.answer(items, self.choose(items, bench))
-        finally:
-            phatgoose.unroute(bench.model)
+        with together(bench, self.experts(bench)) as answer:
+            yield lambda items: answer(items, self.choose(items, bench))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,23 @@ from tqdm.auto import tqdm
 
 import phatgoose
 from phatgoose.errors import ConfigError, PhatgooseError, first_line
-from phatgoose.evaluation.answers import Known, Part, Row, answer_parts, parts_of
+from phatgoose.evaluation.answers import (
+    Known,
+    Part,
+    Row,
+    answer_parts,
+    answer_singles,
+    parts_of,
+)
 from phatgoose.evaluation.collection import EvalTask, Item
-from phatgoose.evaluation.methods import Afterwards, Bench, Method, PerTask, pool_hashes
+from phatgoose.evaluation.methods import (
+    Afterwards,
+    Bench,
+    Method,
+    OneExpert,
+    PerTask,
+    pool_hashes,
+)
 from phatgoose.evaluation.plots import draw
 from phatgoose.evaluation.report import table
 from phatgoose.evaluation.summary import summarise
@@ -223,6 +237,7 @@ class _Run:
             for method in methods:
                 if method not in afterwards:
                     self._record(method, self._answer(method, self._items(method), bar))
+            self._answer_singles(list(probes.values()), bar)
             found = {
                 key: self._answer(single, items, bar) for key, (single, items) in probes.items()
             }
@@ -293,6 +308,30 @@ class _Run:
             ) from error
         self.parts += parts
         return rows
+
+    def _answer_singles(self, probes: Sequence[tuple[Method, list[Item]]], bar: Any) -> None:
+        """Write what single experts answer, several in a batch; who reads it counts it."""
+        before = bar.n
+        self.bench.progress = bar.update
+        by_pool: dict[int, list[tuple[OneExpert, Part]]] = {}
+        for single, items in probes:
+            assert isinstance(single, OneExpert)
+            settings = {**self.common, **single.settings(self.bench)}
+            parts = parts_of(single, items, settings=settings, out=self.out, size=self.size)
+            pool = id(single.experts(self.bench))
+            by_pool.setdefault(pool, []).extend((single, part) for part in parts)
+        try:
+            for parts_of_pool in by_pool.values():
+                pool_of = parts_of_pool[0][0].experts(self.bench)
+                answer_singles(self.bench, parts_of_pool, size=self.size, pool=pool_of)
+        except PhatgooseError:
+            pass  # each single meets it again, and says so in its own cells
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"single experts: out of memory ({first_line(error)}). What is finished is kept: "
+                "give smaller --tokens and --rows and start again."
+            ) from error
+        bar.update(before - bar.n)
 
     def _record(self, method: Method, rows: list[Row] | str) -> None:
         if isinstance(rows, str):
