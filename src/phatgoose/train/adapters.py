@@ -142,11 +142,7 @@ def train_adapters_together(
         TrainingError: a task's loss is not finite; it is named, and none has been updated.
     """
     settings = settings or AdapterTraining()
-    if not tasks:
-        raise ConfigError("tasks: there are none to train. Give at least one.")
-    for name, encoded in tasks.items():
-        if not encoded:
-            raise ConfigError(f"{name}: there are no examples to train on. Give at least one.")
+    _check_tasks(tasks)
     check_model(model)
     groups = list(in_groups(list(tasks), together))
     autocast = torch.bfloat16 if settings.bf16 else None
@@ -177,6 +173,14 @@ def train_adapters_together(
         name: {site: LoraModule(m.a.float(), m.b.float(), m.scale) for site, m in found.items()}
         for name, found in modules.items()
     }
+
+
+def _check_tasks(tasks: Mapping[str, Sequence[Encoded]]) -> None:
+    if not tasks:
+        raise ConfigError("tasks: there are none to train. Give at least one.")
+    for name, encoded in tasks.items():
+        if not encoded:
+            raise ConfigError(f"{name}: there are no examples to train on. Give at least one.")
 
 
 def _with_lora(model: Any, settings: AdapterTraining) -> Any:

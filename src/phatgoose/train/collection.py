@@ -82,7 +82,7 @@ def train_experts(
             modules = train_adapters_together(
                 model, group, work, adapter, pad=pad, checkpoint=work, progress=progress
             )
-            found = _train_gates(
+            gates_of = _train_gates(
                 model,
                 tokenizer,
                 modules,
@@ -95,14 +95,19 @@ def train_experts(
             )
             if accelerator.is_main_process:
                 for name in names:
-                    if not (out / name).exists():  # saved before an interrupt
-                        found[name].save(work / name)
-                        card = _card(name, len(tasks[name]), adapter, found[name].record)
-                        write_bytes(work / name / "README.md", card.encode())
-                        publish(work / name, out / name)
-            made |= {name: found[name].record for name in names}
+                    if not (out / name).exists():  # published before an interrupt
+                        card = _card(name, len(tasks[name]), adapter, gates_of[name].record)
+                        _publish(work / name, out / name, gates_of[name], card)
+            made |= {name: gates_of[name].record for name in names}
             _finish(work, accelerator)
     return made
+
+
+def _publish(made: Path, folder: Path, gates: Gates, card: str) -> None:
+    """Add gates and card to an adapter's folder, and move it to where it is wanted."""
+    gates.save(made)
+    write_bytes(made / "README.md", card.encode())
+    publish(made, folder)
 
 
 def gate_experts(
