@@ -26,7 +26,7 @@ from phatgoose.analysis import (
     save_analyses,
 )
 from phatgoose.analysis.summary import layers
-from phatgoose.analysis.tally import PARTS, places
+from phatgoose.analysis.tally import SEGMENTS, places
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.evaluation import own_share
 from phatgoose.tasks import Example, encode
@@ -85,7 +85,7 @@ class Plain:
                     self.tokens[part, module] += 1
                 self.distinct[stream][len(used)] += 1
 
-    def share(self, modules: list[str], parts: tuple[str, ...] = PARTS) -> list[float]:
+    def share(self, modules: list[str], parts: tuple[str, ...] = SEGMENTS) -> list[float]:
         """Of each expert, and last of none; all NaN where there are no tokens."""
         keys = [(part, module) for part in parts for module in modules]
         count = sum(self.tokens[key] for key in keys)
@@ -123,7 +123,7 @@ def _check(analysis: TaskAnalysis, plain: Plain) -> None:
     assert modules == [m for members in plain.layers.values() for m in members]
     assert list(analysis.layers) == list(plain.layers)
     assert analysis.shares().tolist() == near(plain.share(modules))
-    for part in PARTS:
+    for part in SEGMENTS:
         assert analysis.shares(part).tolist() == near(plain.share(modules, (part,)))
         for row, members in zip(analysis.by_layer(part), plain.layers.values(), strict=True):
             assert row.tolist() == near(plain.share(members, (part,)))
@@ -158,7 +158,7 @@ def test_it_agrees_with_the_diagnosis_of_one_expert(
     own = own_share(model, byte_tokenizer, TASKS["b"], "b")
     inside = [i for i, p in enumerate(analysis.places) if p.stream in ("encoder", "decoder")]
     for part, expected in (("prompt", own.prompt), ("answer", own.answer)):
-        row = PARTS.index(part)
+        row = SEGMENTS.index(part)
         found = analysis.weights[row, inside, 1].sum() / analysis.tokens[row, inside].sum()
         assert float(found) == pytest.approx(expected, abs=1e-5)
     assert analysis.sentence.names == NAMES

@@ -47,7 +47,7 @@ def undo_derive(folder):
 
 def test_generate_answers_as_eval_does(run, world, pool, monkeypatch):
     monkeypatch.setattr("phatgoose.evaluation.run.draw", lambda *_: None)
-    monkeypatch.setattr("phatgoose.evaluation.collection.BOUND_STEP", NEW)
+    monkeypatch.setattr("phatgoose.evaluation.eval_tasks.BOUND_STEP", NEW)
     asked = world.root / "heldout" / "asked"
     asked.mkdir(parents=True)
     rows = [{"inputs": prompt, "targets": "x"} for prompt in PROMPTS]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phatgoose.evaluation.collection import EvalTask
+from phatgoose.evaluation.eval_tasks import EvalTask
 from phatgoose.evaluation.summary import summarise
 
 LINES = range(40)

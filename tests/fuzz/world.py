@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from phatgoose.cli.analysis import _read_oracles
 from phatgoose.errors import LONGEST
-from phatgoose.evaluation.collection import INDEX, _record
+from phatgoose.evaluation.eval_tasks import INDEX, _record
 from phatgoose.experts import Expert, adapter_hash, identify_base, load_expert, released
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter

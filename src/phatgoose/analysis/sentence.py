@@ -13,7 +13,7 @@ from phatgoose.analysis.summary import layers, shares, token_weights
 from phatgoose.analysis.tasks import SENTENCE, TaskAnalysis
 from phatgoose.analysis.tokens import token_table
 from phatgoose.analysis.view import GREY, LIGHT, STREAMS
-from phatgoose.nn.forward import Stream
+from phatgoose.nn import Stream
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
-from phatgoose.nn import TokenTable, Trace
-from phatgoose.nn.forward import Stream
+from phatgoose.nn import Stream, TokenTable, Trace
 
 
 def summarise(trace: Trace) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from phatgoose.analysis.summary import layer_of
-from phatgoose.nn import Trace
-from phatgoose.nn.forward import Stream
+from phatgoose.nn import Stream, Trace
 
-Part = Literal["prompt", "answer", "start"]
-PARTS: tuple[Part, ...] = ("prompt", "answer", "start")  # start: a decoder's first, by itself
+Segment = Literal["prompt", "answer", "start"]
+SEGMENTS: tuple[Segment, ...] = ("prompt", "answer", "start")  # start: a decoder's first, by itself
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Tally:
     `prompts` has the number of prompt tokens of each row of the traced batch. Tokens at those
     positions of an encoder or of a decoder-only model, and the encoder's states as the decoder's
     cross-attention sees them, are the prompt's; all others are the answer's, but for the decoder's
-    start token in an encoder-decoder, which is a part of its own.
+    start token in an encoder-decoder, which is a segment of its own.
     """
 
     def __init__(self, experts: Sequence[str]) -> None:
@@ -58,10 +57,10 @@ class Tally:
         # By module: parts of their token's weight, tokens, and of the sum and the maximum of each
         # token's weights: sums and sums of squares. By stream: tokens by number of experts used.
         self.weights: dict[str, Float[Tensor, "P E+1"]] = defaultdict(
-            lambda: torch.zeros(len(PARTS), count + 1, dtype=torch.float64)
+            lambda: torch.zeros(len(SEGMENTS), count + 1, dtype=torch.float64)
         )
         self.tokens: dict[str, Int[Tensor, " P"]] = defaultdict(
-            lambda: torch.zeros(len(PARTS), dtype=torch.long)
+            lambda: torch.zeros(len(SEGMENTS), dtype=torch.long)
         )
         self.scales: dict[str, Float[Tensor, "2 2"]] = defaultdict(
             lambda: torch.zeros(2, 2, dtype=torch.float64)
@@ -77,19 +76,19 @@ class Tally:
         count = len(self.experts)
         for stream, table in trace.tokens.items():
             if seq2seq and stream == "decoder":
-                part = torch.where(table.position == 0, 2, 1)
+                segment = torch.where(table.position == 0, 2, 1)
             else:
-                part = (table.position >= prompts[table.sequence]).long()
-            used = torch.zeros(len(part), count + 1, dtype=torch.bool)
+                segment = (table.position >= prompts[table.sequence]).long()
+            used = torch.zeros(len(segment), count + 1, dtype=torch.bool)
             for module in (m for m in trace.experts if trace.streams[m] == stream):
                 experts, weights = trace.experts[module], trace.weights[module].double()
                 slots = torch.where(experts < 0, count, experts)
                 shares = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
-                cells = part.unsqueeze(1) * (count + 1) + slots
+                cells = segment.unsqueeze(1) * (count + 1) + slots
                 self.weights[module] += torch.bincount(
-                    cells.flatten(), shares.flatten(), minlength=len(PARTS) * (count + 1)
-                ).view(len(PARTS), count + 1)
-                self.tokens[module] += torch.bincount(part, minlength=len(PARTS))
+                    cells.flatten(), shares.flatten(), minlength=len(SEGMENTS) * (count + 1)
+                ).view(len(SEGMENTS), count + 1)
+                self.tokens[module] += torch.bincount(segment, minlength=len(SEGMENTS))
                 added = weights * (experts >= 0)  # what goes to no expert adds nothing
                 scale = torch.stack([added.sum(-1), added.amax(-1)], dim=-1)
                 self.scales[module] += torch.stack([scale.sum(0), scale.square().sum(0)], dim=-1)

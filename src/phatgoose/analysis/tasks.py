@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from phatgoose.analysis.summary import entropy, shares
-from phatgoose.analysis.tally import PARTS, Part, Place, Tally, places
+from phatgoose.analysis.tally import SEGMENTS, Place, Segment, Tally, places
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.batches import (
     encode_within,
@@ -22,8 +22,7 @@ from phatgoose.evaluation.batches import (
     teacher_forced,
     token_batches,
 )
-from phatgoose.nn import Trace
-from phatgoose.nn.forward import Stream
+from phatgoose.nn import Stream, Trace
 from phatgoose.pool import record
 from phatgoose.tasks import Encoded, Example
 
@@ -33,7 +32,7 @@ SENTENCE = 80  # tokens that fit side by side in a picture
 
 @dataclass(frozen=True)
 class TaskAnalysis:
-    """Where a task's tokens went: P parts (of PARTS), M modules, E experts and, last, none.
+    """Where a task's tokens went: P segments (of SEGMENTS), M modules, E experts and, last, none.
 
     A share is a part of a token's weight at a module, 0 to 1, averaged over tokens and modules.
     """
@@ -58,15 +57,15 @@ class TaskAnalysis:
             found.setdefault(place.layer, []).append(index)
         return found
 
-    def shares(self, part: Part | None = None) -> Float[Tensor, " E+1"]:
-        """Share of each expert over everything; NaN where the part has no token."""
-        return self._mean(list(range(len(self.places))), part)
+    def shares(self, segment: Segment | None = None) -> Float[Tensor, " E+1"]:
+        """Share of each expert over everything; NaN where the segment has no token."""
+        return self._mean(list(range(len(self.places))), segment)
 
-    def by_module(self, part: Part | None = None) -> Float[Tensor, "M E+1"]:
-        return torch.stack([self._mean([index], part) for index in range(len(self.places))])
+    def by_module(self, segment: Segment | None = None) -> Float[Tensor, "M E+1"]:
+        return torch.stack([self._mean([index], segment) for index in range(len(self.places))])
 
-    def by_layer(self, part: Part | None = None) -> Float[Tensor, "L E+1"]:
-        return torch.stack([self._mean(modules, part) for modules in self.layers.values()])
+    def by_layer(self, segment: Segment | None = None) -> Float[Tensor, "L E+1"]:
+        return torch.stack([self._mean(modules, segment) for modules in self.layers.values()])
 
     def entropy_by_layer(self) -> Float[Tensor, " L"]:
         """Of each layer's shares, in bits: how evenly its tokens, together, use the pool."""
@@ -100,8 +99,9 @@ class TaskAnalysis:
         given = self.shares()[:-1]
         return 1 + int((given > given[self.experts.index(expert)]).sum())
 
-    def _mean(self, modules: list[int], part: Part | None) -> Float[Tensor, " E+1"]:
-        rows = slice(None) if part is None else slice(PARTS.index(part), PARTS.index(part) + 1)
+    def _mean(self, modules: list[int], segment: Segment | None) -> Float[Tensor, " E+1"]:
+        wanted = SEGMENTS if segment is None else (segment,)
+        rows = [SEGMENTS.index(name) for name in wanted]
         total = self.weights[rows][:, modules].sum((0, 1))
         return total / self.tokens[rows][:, modules].sum()
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from phatgoose.analysis.summary import sequence_numbers
 from phatgoose.errors import ConfigError
-from phatgoose.nn import Trace
-from phatgoose.nn.forward import Stream
+from phatgoose.nn import Stream, Trace
 from phatgoose.text import visible
 
 _VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}

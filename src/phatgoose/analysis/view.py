@@ -10,8 +10,7 @@ from torch import Tensor
 
 from phatgoose.analysis.summary import layer_weights, shares, token_weights
 from phatgoose.analysis.tokens import Token, label_sequences, token_table
-from phatgoose.nn import Trace
-from phatgoose.nn.forward import Stream
+from phatgoose.nn import Stream, Trace
 from phatgoose.text import visible
 
 SHOWN = 20  # experts with a column of their own; the rest are "others"

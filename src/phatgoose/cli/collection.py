@@ -13,10 +13,9 @@ from phatgoose.cli.arguments.collection import Derive, GateMany, TrainMany
 from phatgoose.cli.sources import by_name
 from phatgoose.cli.training import encode_examples
 from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
-from phatgoose.experts import GateRecord, load_expert
+from phatgoose.experts import GateRecord, expert_sources, load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import read_config
-from phatgoose.experts.sources import expert_sources
 from phatgoose.models import load_base
 from phatgoose.routers.base import measuring_routers
 from phatgoose.tasks import Encoded, Example, load_examples, task_folders

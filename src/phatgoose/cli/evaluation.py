@@ -14,7 +14,7 @@ from phatgoose.evaluation import (
     run_evaluation,
     table,
 )
-from phatgoose.experts.sources import expert_sources
+from phatgoose.experts import expert_sources
 from phatgoose.models import load_base
 from phatgoose.pool import ExpertPool
 

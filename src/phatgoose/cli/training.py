@@ -1,7 +1,6 @@
 """gate, train."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from peft import PeftModel
 from phatgoose import default
 from phatgoose.cli.arguments.training import Gate, Train
 from phatgoose.cli.options import GateOptions
-from phatgoose.errors import ConfigError, IncompatibleExpertError
-from phatgoose.experts import Expert
-from phatgoose.experts.lora import LoraModule, read_adapter
-from phatgoose.experts.verify import check_modules, check_numbers
+from phatgoose.errors import ConfigError
+from phatgoose.experts.lora import read_adapter
 from phatgoose.models import load_base
 from phatgoose.tasks import Encoded, Example, batches, encode, load_examples
 from phatgoose.train import train_adapter, train_gates
+from phatgoose.train.gates import check_adapter
 
 CHECKPOINT = "phatgoose_gates.checkpoint"
 
@@ -33,7 +31,7 @@ def gate(asked: Gate) -> None:
         raise ConfigError(f"{folder}: its config names no base model. Pass --base.")
     examples = load_examples(asked.data)
     model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
-    _check_adapter(folder, modules, model)
+    check_adapter(folder.name, modules, model)  # PEFT would load what fits, with a warning
     encoded = encode_examples(examples, model, tokenizer, asked.max_length)
     peft_model = PeftModel.from_pretrained(model, folder)
     _train_gates(asked, peft_model, tokenizer, encoded, folder, json_wanted=asked.json)
@@ -72,13 +70,6 @@ def encode_examples(
         )
         for example in examples
     ]
-
-
-def _check_adapter(folder: Path, modules: Mapping[str, LoraModule], model: Any) -> None:
-    """Refuse what PEFT would load in part, with a warning, or train into NaN."""
-    expert = Expert(folder.name, modules, base_name=None, folder=folder)
-    for problem in (*check_numbers(expert), *check_modules(expert, model)):
-        raise IncompatibleExpertError(problem)
 
 
 def _train_gates(

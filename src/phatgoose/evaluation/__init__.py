@@ -1,7 +1,7 @@
 """Answering examples with a model, routed or not, and scoring the answers."""
 
-from phatgoose.evaluation.collection import EvalTask, read_tasks
 from phatgoose.evaluation.diagnosis import OwnShare, own_share
+from phatgoose.evaluation.eval_tasks import EvalTask, read_tasks
 from phatgoose.evaluation.evaluate import Answer, evaluate, grade, predict
 from phatgoose.evaluation.generation import generate_answers, generate_text
 from phatgoose.evaluation.methods import (

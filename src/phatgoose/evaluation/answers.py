@@ -1,4 +1,4 @@
-"""Answers kept as files, a part of the stream each, so that a run goes on where it stopped."""
+"""Answers kept as files, a chunk of the stream each, so that a run goes on where it stopped."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from phatgoose.evaluation.collection import Item
+from phatgoose.evaluation.eval_tasks import Item
 from phatgoose.evaluation.evaluate import grade
 from phatgoose.evaluation.methods import Bench, Method, OneExpert, together
 from phatgoose.files import write_bytes
@@ -19,7 +19,7 @@ Known = Mapping[tuple[str, int], Row]  # by task and line
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """Some examples to answer by one method, kept as one file."""
 
     method: Method
@@ -43,77 +43,77 @@ class Part:
         write_bytes(self.path, text.encode())
 
 
-def parts_of(
+def chunks_of(
     method: Method,
     items: Sequence[Item],
     *,
     settings: Mapping[str, Any],
     out: Path,
     size: int,
-) -> list[Part]:
-    """Examples in parts of at most `size`.
+) -> list[Chunk]:
+    """Examples in chunks of at most `size`.
 
     A file's name has the hash of all its answers depend on: the settings (of the base too, and of
     how it computes) and the examples. So nothing stale is ever taken for finished.
     """
     folder = out / "answers" / file_name(method.name)
-    parts = []
+    chunks = []
     for number, start in enumerate(range(0, len(items), size)):
         some = items[start : start + size]
         asked = [
             (i.task.name, i.task.metric, i.task.lines[i.place], i.task.max_new_tokens) for i in some
         ]
         key = digest([settings, asked, [asdict(i.example) for i in some]])
-        parts.append(Part(method, some, folder / f"part-{number:03}-{key[:12]}.jsonl"))
-    return parts
+        chunks.append(Chunk(method, some, folder / f"part-{number:03}-{key[:12]}.jsonl"))
+    return chunks
 
 
-def answer_parts(
-    bench: Bench, method: Method, parts: Sequence[Part], *, known: Known | None = None
+def answer_chunks(
+    bench: Bench, method: Method, chunks: Sequence[Chunk], *, known: Known | None = None
 ) -> Iterator[list[Row]]:
-    """The rows of each part: read where the file is whole, else computed and written.
+    """The rows of each chunk: read where the file is whole, else computed and written.
 
     `known` are rows that need not be computed. The model is set up for the method only if there is
     something to compute.
     """
-    found = {part.path: part.read() for part in parts}
+    found = {chunk.path: chunk.read() for chunk in chunks}
     if all(found.values()):
-        yield from (rows for part in parts if (rows := found[part.path]))
+        yield from (rows for chunk in chunks if (rows := found[chunk.path]))
         return
     with method.ready(bench) as answer:
-        for part in parts:
-            rows = found[part.path]
+        for chunk in chunks:
+            rows = found[chunk.path]
             if rows is None:
-                rows = _rows(part.items, answer, known or {})
-                part.write(rows)
+                rows = _rows(chunk.items, answer, known or {})
+                chunk.write(rows)
             yield rows
 
 
 def answer_singles(
-    bench: Bench, parts: Sequence[tuple[OneExpert, Part]], *, size: int, pool: ExpertPool
+    bench: Bench, chunks: Sequence[tuple[OneExpert, Chunk]], *, size: int, pool: ExpertPool
 ) -> None:
-    """Write those parts of single experts that are not there, those of several in one batch.
+    """Write those chunks of single experts that are not there, those of several in one batch.
 
-    Each row of a batch goes through its own part's expert, so few examples of many experts fill
+    Each row of a batch goes through its own chunk's expert, so few examples of many experts fill
     batches as well as many of one.
     """
-    missing = [(method, part) for method, part in parts if part.read() is None]
+    missing = [(method, chunk) for method, chunk in chunks if chunk.read() is None]
     if not missing:
         return
     with together(bench, pool) as answer:
         while missing:
-            taken: list[tuple[OneExpert, Part]] = []
+            taken: list[tuple[OneExpert, Chunk]] = []
             while missing and (not taken or _count(taken) + len(missing[0][1].items) <= size):
                 taken.append(missing.pop(0))
-            items = [item for _, part in taken for item in part.items]
-            experts = [name for m, part in taken for name in m.choose(part.items, bench)]
+            items = [item for _, chunk in taken for item in chunk.items]
+            experts = [name for m, chunk in taken for name in m.choose(chunk.items, bench)]
             rows = iter(map(_row, items, answer(items, experts)))
-            for _, part in taken:
-                part.write([next(rows) for _ in part.items])
+            for _, chunk in taken:
+                chunk.write([next(rows) for _ in chunk.items])
 
 
-def _count(parts: Sequence[tuple[OneExpert, Part]]) -> int:
-    return sum(len(part.items) for _, part in parts)
+def _count(chunks: Sequence[tuple[OneExpert, Chunk]]) -> int:
+    return sum(len(chunk.items) for _, chunk in chunks)
 
 
 def _rows(

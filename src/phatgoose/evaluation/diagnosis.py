@@ -19,8 +19,7 @@ from phatgoose.evaluation.batches import (
     token_batches,
 )
 from phatgoose.evaluation.scoring import MAX_TOKENS
-from phatgoose.nn import Trace
-from phatgoose.nn.forward import Stream
+from phatgoose.nn import Stream, Trace
 from phatgoose.pool import record
 from phatgoose.tasks import Encoded, Example
 

@@ -16,7 +16,7 @@ import torch
 import phatgoose
 from phatgoose import default
 from phatgoose.errors import ConfigError
-from phatgoose.experts.sources import expert_sources
+from phatgoose.experts import expert_sources
 from phatgoose.models import best_device, load_base
 from phatgoose.pool import ExpertPool
 

@@ -9,7 +9,7 @@ from typing import Any
 import phatgoose
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.batches import Progress
-from phatgoose.evaluation.collection import Item, Role
+from phatgoose.evaluation.eval_tasks import Item, Role
 from phatgoose.evaluation.evaluate import predict
 from phatgoose.experts import Expert, adapter_hash
 from phatgoose.experts.kinds import GATES

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from phatgoose.errors import ConfigError
-from phatgoose.evaluation.collection import EvalTask, Item
+from phatgoose.evaluation.eval_tasks import EvalTask, Item
 from phatgoose.evaluation.generation import MAX_NEW_TOKENS
 from phatgoose.evaluation.methods import BOTH, Bench, Method
 from phatgoose.pool import ExpertPool

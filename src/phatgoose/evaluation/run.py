@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 import phatgoose
 from phatgoose.errors import ConfigError, PhatgooseError, first_line
 from phatgoose.evaluation.answers import (
+    Chunk,
     Known,
-    Part,
     Row,
-    answer_parts,
+    answer_chunks,
     answer_singles,
-    parts_of,
+    chunks_of,
 )
-from phatgoose.evaluation.collection import EvalTask, Item
+from phatgoose.evaluation.eval_tasks import EvalTask, Item
 from phatgoose.evaluation.methods import (
     Afterwards,
     Bench,
@@ -198,7 +198,7 @@ class Evaluation:
             "failed": failed,
             "left_out": dict(left_out or {}),
             **self.summary(),
-            "answers": [part.path.relative_to(self.out).as_posix() for part in run.parts],
+            "answers": [chunk.path.relative_to(self.out).as_posix() for chunk in run.chunks],
         }
         write_json(self.out / "results.json", results)
         write_bytes(self.out / "table.md", table(results).encode())
@@ -225,7 +225,7 @@ class _Run:
         self.rows: dict[str, list[Row]] = {}  # by method
         self.failed: dict[str, str] = {}
         self.described: dict[str, dict[str, Any]] = {}
-        self.parts: list[Part] = []
+        self.chunks: list[Chunk] = []
 
     def answer(self, methods: Sequence[Method]) -> None:
         """Answer all; those that need other methods' scores last."""
@@ -294,9 +294,9 @@ class _Run:
         done, rows = bar.n, []
         try:
             settings = {**self.common, **method.settings(self.bench)}
-            parts = parts_of(method, items, settings=settings, out=self.out, size=self.size)
-            for part_rows in answer_parts(self.bench, method, parts, known=known):
-                rows += part_rows
+            chunks = chunks_of(method, items, settings=settings, out=self.out, size=self.size)
+            for chunk_rows in answer_chunks(self.bench, method, chunks, known=known):
+                rows += chunk_rows
                 bar.update(done + len(rows) - bar.n)  # what was read, or known
         except PhatgooseError as error:
             bar.update(done + len(items) - bar.n)
@@ -306,24 +306,24 @@ class _Run:
                 f"{method.name}: out of memory ({first_line(error)}). What is finished is kept: "
                 "give smaller --tokens and --rows and start again."
             ) from error
-        self.parts += parts
+        self.chunks += chunks
         return rows
 
     def _answer_singles(self, probes: Sequence[tuple[Method, list[Item]]], bar: Any) -> None:
         """Write what single experts answer, several in a batch; who reads it counts it."""
         before = bar.n
         self.bench.progress = bar.update
-        by_pool: dict[int, list[tuple[OneExpert, Part]]] = {}
+        by_pool: dict[int, list[tuple[OneExpert, Chunk]]] = {}
         for single, items in probes:
             assert isinstance(single, OneExpert)
             settings = {**self.common, **single.settings(self.bench)}
-            parts = parts_of(single, items, settings=settings, out=self.out, size=self.size)
+            chunks = chunks_of(single, items, settings=settings, out=self.out, size=self.size)
             pool = id(single.experts(self.bench))
-            by_pool.setdefault(pool, []).extend((single, part) for part in parts)
+            by_pool.setdefault(pool, []).extend((single, chunk) for chunk in chunks)
         try:
-            for parts_of_pool in by_pool.values():
-                pool_of = parts_of_pool[0][0].experts(self.bench)
-                answer_singles(self.bench, parts_of_pool, size=self.size, pool=pool_of)
+            for of_pool in by_pool.values():
+                pool_of = of_pool[0][0].experts(self.bench)
+                answer_singles(self.bench, of_pool, size=self.size, pool=pool_of)
         except PhatgooseError:
             pass  # each single meets it again, and says so in its own cells
         except torch.OutOfMemoryError as error:

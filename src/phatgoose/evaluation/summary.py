@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from phatgoose.evaluation.collection import EvalTask
+from phatgoose.evaluation.eval_tasks import EvalTask
 from phatgoose.evaluation.statistics import RESAMPLES, interval, resampled_means
 
 REFERENCE = "phatgoose"  # what other methods are compared with

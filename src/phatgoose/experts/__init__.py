@@ -5,6 +5,7 @@ from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.lora import LoraModule, adapter_hash
 from phatgoose.experts.save import save_expert
 from phatgoose.experts.signatures import GateRecord, Gates, Signatures
+from phatgoose.experts.sources import expert_sources
 from phatgoose.experts.verify import verify_expert
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LoraModule",
     "Signatures",
     "adapter_hash",
+    "expert_sources",
     "identify_base",
     "linear_modules",
     "load_expert",

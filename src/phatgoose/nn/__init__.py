@@ -2,7 +2,7 @@
 
 from phatgoose.nn.bank import Bank
 from phatgoose.nn.context import ContextKeeper
-from phatgoose.nn.forward import NO_RULES, Forwards, Rules
+from phatgoose.nn.forward import NO_RULES, Forwards, Rules, Stream
 from phatgoose.nn.lock import PoolLock
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.siblings import group_siblings
@@ -20,6 +20,7 @@ __all__ = [
     "RoutingState",
     "Rules",
     "Site",
+    "Stream",
     "TokenTable",
     "Trace",
     "group_siblings",

@@ -10,9 +10,8 @@ from weakref import WeakSet
 import torch
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError
-from phatgoose.experts import Expert, load_expert
+from phatgoose.experts import Expert, expert_sources, load_expert
 from phatgoose.experts.base import is_hub_name
-from phatgoose.experts.sources import expert_sources
 from phatgoose.experts.verify import check_numbers
 from phatgoose.nn import PoolLock
 

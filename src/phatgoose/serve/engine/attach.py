@@ -11,8 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError, RoutingError, first_line
-from phatgoose.experts import Expert
-from phatgoose.experts.sources import expert_sources
+from phatgoose.experts import Expert, expert_sources
 from phatgoose.nn import Bank
 from phatgoose.pool import ExpertPool
 from phatgoose.serve.engine import layers
