@@ -10,6 +10,7 @@
 #   make docs     the documentation as a site, out/site; a broken link fails
 #   make soak     an hour of load and faults on a served pool, in .venv-vllm too
 #   make fuzz     200,000 bad files for every reader, on all cores: out/fuzz.json (FUZZ_ARGS=--help)
+#   make crash    every writer killed at every step of its way to the disk
 #   make clean    remove .venv, .venv-vllm and caches
 #
 # Another interpreter: make clean test PYTHON=python3.12
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test fuzz test-vllm soak check docs study bench format clean
+.PHONY: demo test crash fuzz test-vllm soak check docs study bench format clean
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -34,6 +35,10 @@ test: $(READY)
 	@$(BIN)/phatgoose base fetch || echo 'The tests of the real base are skipped.'
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 $(PYTEST_ARGS)
+
+crash: $(READY)
+	CRASH_STRIDE=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	$(BIN)/pytest tests/crash --numprocesses=logical --maxprocesses=8
 
 fuzz: $(READY)
 	mkdir -p out
