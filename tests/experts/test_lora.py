@@ -397,15 +397,17 @@ def test_scale_times_b_that_overflows_is_refused(save_adapter, edit_json):
         load_expert(folder)
 
 
-def test_two_tensors_for_one_half(save_adapter, edit_tensors):
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_key_that_peft_would_leave_out_is_refused(beside, save_adapter, edit_tensors):
     folder = save_adapter()
 
     def again(tensors):
         key = min(tensors)
-        return {**tensors, key.removeprefix("base_model.model."): tensors[key] + 1}
+        bare = tensors[key] + 1 if beside else tensors.pop(key)
+        return {**tensors, key.removeprefix("base_model.model."): bare}
 
     edit_tensors(folder / WEIGHTS_FILE, again)
-    with pytest.raises(ExpertFormatError, match="has two tensors for lora_A"):
+    with pytest.raises(ExpertFormatError, match="does not begin with"):
         load_expert(folder)
 
 

@@ -215,10 +215,10 @@ def split_modules(
     for key, tensor in tensors.items():
         module, _, half = key.removeprefix(PREFIX).partition(".lora_")
         if half in ("A.weight", "B.weight"):
-            if half[0] in halves.get(module, {}):
+            if not key.startswith(PREFIX):
                 raise ExpertFormatError(
-                    f"{who}: has two tensors for lora_{half[0]} of {module}, {key} is one. Save "
-                    "the adapter again."
+                    f"{who}: {key} does not begin with {PREFIX}, so PEFT would leave it out. Save "
+                    "the adapter with peft_model.save_pretrained(folder)."
                 )
             halves.setdefault(module, {})[half[0]] = tensor
         else:
