@@ -40,7 +40,7 @@ CONFIG_FIELDS = (
     "use_dora modules_to_save base_model_name_or_path init_lora_weights bias layers_to_transform"
 ).split()
 RAN = Path("/tmp/phatgoose-fuzz-ran")  # made only if a pickle ran
-COMPARED = 0.03  # of the accepted adapters are read by PEFT too
+COMPARED = 0.1  # of the accepted adapters are read by PEFT too
 ROWS: list[Any] = [
     {"inputs": "Is it?", "targets": "yes", "choices": ["yes", "no"]},
     {"prompt": "a", "completion": "b"},
