@@ -20,6 +20,14 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes minutes of many threads, unless it is asked for."""
+    if "stress" not in config.option.markexpr:
+        stress = [item for item in items if item.get_closest_marker("stress")]
+        config.hook.pytest_deselected(items=stress)
+        items[:] = [item for item in items if item not in stress]
+
+
 @pytest.fixture(scope="session")
 def saved_experts(tmp_path_factory):
     """saved_experts(family, count): folders made once, for all tests that only read them."""
