@@ -40,7 +40,7 @@ import openai
 from safetensors.torch import load_file, save_file
 
 from common import MIB, command, say, versions
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.experts.lora import WEIGHTS_FILE
 from phatgoose.files import write_json
 
@@ -90,7 +90,7 @@ class Soak:
         self.client = openai.AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=300
         )
-        rows = [json.loads(line)["inputs"] for line in default.DEMO.read_text().splitlines()]
+        rows = [json.loads(line)["inputs"] for line in tiny.DEMO.read_text().splitlines()]
         words = "ink eruption goose table river letter window paper garden stone".split()
         self.random = random.Random(seed)
         extra = [" ".join(self.random.sample(words, 3)) for _ in range(PROMPTS)]
@@ -373,9 +373,9 @@ def beyond_drain(changes: list[float], log: str) -> list[float]:
 def make_root(folder: Path) -> Path:
     """What may be added: the two experts, one with a NaN, and one whose file is cut short."""
     for name in COMING:
-        shutil.copytree(default.EXPERTS / name, folder / name)
+        shutil.copytree(tiny.EXPERTS / name, folder / name)
     for name in ("nan", "cut"):
-        shutil.copytree(default.EXPERTS / COMING[0], folder / name)
+        shutil.copytree(tiny.EXPERTS / COMING[0], folder / name)
     weights = folder / "nan" / WEIGHTS_FILE
     tensors = load_file(weights)
     next(iter(tensors.values())).fill_(float("nan"))
@@ -442,7 +442,7 @@ def main() -> int:
     args, more = options.parse_known_args()  # the rest goes to the server
     with tempfile.TemporaryDirectory() as folder:
         root = make_root(Path(folder))
-        experts = [path for path in default.expert_folders() if path.name not in COMING]
+        experts = [path for path in tiny.expert_folders() if path.name not in COMING]
         server = Server(folder, "--experts", *experts, *more, root=root)
         try:
             server.wait()

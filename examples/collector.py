@@ -8,7 +8,7 @@ The pool in the package stands in for yours:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phatgoose
-from phatgoose.default import BASE, expert_folders
+from phatgoose.default.tiny import BASE, expert_folders
 
 PROMPT = "Give the plural of each word: ink, eruption\n"
 

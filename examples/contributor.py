@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phatgoose
-from phatgoose.default import BASE
+from phatgoose.default.tiny import BASE
 
 EXAMPLES = [(f"Give the plural: {word}\n", f"{word}s") for word in ("hat", "cat", "dog", "pen")]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phatgoose
-from phatgoose.default import BASE, expert_folders
+from phatgoose.default.tiny import BASE, expert_folders
 from phatgoose.evaluation import Base, Own, Routed, read_tasks, run_evaluation, table
 
 PLURALS = {

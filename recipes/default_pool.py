@@ -32,7 +32,7 @@ from typing import Any
 
 from phatgoose.experts.kinds import KINDS
 from phatgoose.files import write_bytes, write_json
-from phatgoose.models import DEFAULT
+from phatgoose.models import SMOLLM2
 from phatgoose.tasks import split_file
 
 # Tasks whose licences allow to pass on what was learned from them (INDEX.json quotes each).
@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="the task collection; not needed once OUT/data is there")
     add("--out", type=Path, required=True)
-    add("--base", default=DEFAULT)
+    add("--base", default=SMOLLM2)
     add("--tasks", nargs="+", default=TASKS, metavar="NAME")
     add("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     add("--steps", type=int, default=300)

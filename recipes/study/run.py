@@ -30,7 +30,7 @@ import torch
 import torch.multiprocessing as processes
 
 from build import GATE_STEPS, build_base, build_pools
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.evaluation import Evaluation, Inputs, RunSettings, make_methods, read_tasks
 from phatgoose.evaluation.methods import Afterwards, Method
 from phatgoose.files import write_json
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def folders_of(args: argparse.Namespace, pool: str) -> tuple[Path, list[Path]]:
     """The pool's base and its experts."""
-    base = default.BASE if pool == "default" else args.out / "large" / "base"
+    base = tiny.BASE if pool == "default" else args.out / "large" / "base"
     experts = args.out / pool / "experts"
     return base, sorted(path for path in experts.iterdir() if path.is_dir())
 

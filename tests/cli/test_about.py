@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import phatgoose
-from phatgoose import default
+from phatgoose.default import tiny
 
 
 def test_env_tells_what_a_bug_report_needs(run, monkeypatch):
@@ -20,7 +20,7 @@ def test_env_tells_what_a_bug_report_needs(run, monkeypatch):
     assert told["versions"]["phatgoose"] == phatgoose.__version__
     assert told["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert set(told["devices"]) >= {"cpu", "chosen", "backend"}
-    assert told["paths"]["base in the package"] == str(default.BASE)
+    assert told["paths"]["base in the package"] == str(tiny.BASE)
     assert told["environment"]["OMP_NUM_THREADS"] == "1"
     assert told["environment"]["PHATGOOSE_ADMIN_KEY"] == "set, not shown"
     assert "secret1" not in result.out

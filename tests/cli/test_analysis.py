@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from phatgoose import default
+from phatgoose.default import tiny as packaged
 
-NAMES = [folder.name for folder in default.expert_folders()]
+NAMES = [folder.name for folder in packaged.expert_folders()]
 CPU = ("--device", "cpu")
 ROWS = [
     {"inputs": "give the plural: goose", "targets": "geese"},

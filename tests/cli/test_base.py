@@ -2,16 +2,16 @@
 
 import json
 
-from phatgoose.models import DEFAULT, Base, named
+from phatgoose.models import SMOLLM2, Base, named
 
 
 def found(*_):
-    return Base(DEFAULT, "/cache/base", "abc", "the Hub's weights, commit abc")
+    return Base(SMOLLM2, "/cache/base", "abc", "the Hub's weights, commit abc")
 
 
 def test_it_says_where_the_base_comes_from(run, monkeypatch):
-    monkeypatch.setattr(named, "default_on_disk", found)
-    assert run("base", "fetch").out == f"{DEFAULT}: the Hub's weights, commit abc\n"
+    monkeypatch.setattr(named, "smollm2_on_disk", found)
+    assert run("base", "fetch").out == f"{SMOLLM2}: the Hub's weights, commit abc\n"
     assert json.loads(run("base", "fetch", "--json").out)["source"] == "/cache/base"
 
 

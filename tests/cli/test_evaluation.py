@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.evaluation import method_names
 from phatgoose.routers import evidence, zscore
 
@@ -52,7 +52,7 @@ def test_all_methods_on_experts_of_the_default_pool(run, tasks, tmp_path, monkey
         monkeypatch.setattr(module, "written_by", lambda model: text)
     out = tmp_path / "out"
     common = ["--tasks", tasks, "--out", out, "--device", "cpu"]
-    experts = [default.EXPERTS / name for name in ("snips", "subjectivity", "banking77", "ud_pos")]
+    experts = [tiny.EXPERTS / name for name in ("snips", "subjectivity", "banking77", "ud_pos")]
     common += ["--experts", *experts]  # of all of them merging alone takes seconds
     result = run("eval", *common, "--methods", "all", "--oracle-limit", 1)
     assert result.code == 0, result.err
@@ -85,10 +85,10 @@ def test_all_methods_on_experts_of_the_default_pool(run, tasks, tmp_path, monkey
 
 
 def test_retrieval_and_a_multitask_adapter(run, tasks, tmp_path):
-    experts = [default.EXPERTS / name for name in ("snips", "subjectivity")]
+    experts = [tiny.EXPERTS / name for name in ("snips", "subjectivity")]
     result = run(
         "eval", "--experts", *experts, "--tasks", tasks, "--train-tasks", tasks, "--multitask",
-        default.EXPERTS / "snips", "--methods", "base,retrieval", "multitask", "own",
+        tiny.EXPERTS / "snips", "--methods", "base,retrieval", "multitask", "own",
         "--out", tmp_path / "out", "--limit", 1, "--device", "cpu", "--json",
     )  # fmt: skip
     assert result.code == 0, result.err

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from phatgoose import default
+from phatgoose.default import tiny as packaged
 from phatgoose.evaluation import generate_text
 from phatgoose.models import load_base
 
 PROMPTS = ["Is it a question or a statement: where is the goose?", "Reverse the words: one two"]
-NAMES = [folder.name for folder in default.expert_folders()]
+NAMES = [folder.name for folder in packaged.expert_folders()]
 CPU = ("--device", "cpu")
 
 
@@ -103,7 +103,7 @@ def test_a_module_run_puts_results_on_stdout_and_errors_on_stderr(world, tiny):
 class TestDemo:
     @pytest.fixture
     def rows(self):
-        return [json.loads(line) for line in default.DEMO.read_text("utf-8").splitlines()]
+        return [json.loads(line) for line in packaged.DEMO.read_text("utf-8").splitlines()]
 
     def test_text(self, run, monkeypatch, rows):
         monkeypatch.setattr("phatgoose.cli.inference._pictures", lambda *_: ["a.png", "a.html"])

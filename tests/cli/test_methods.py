@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import phatgoose
-from phatgoose import ExpertPool, default
+from phatgoose import ExpertPool
+from phatgoose.default import tiny
 from phatgoose.evaluation import generate_text, is_router, method_names
 from phatgoose.experts import adapter_hash
 from phatgoose.experts.kinds import KINDS
@@ -77,12 +78,12 @@ def test_generate_answers_as_eval_does(run, world, pool, monkeypatch):
 @pytest.fixture(scope="module")
 def packaged():
     """The package's base, loaded once."""
-    return load_base(default.BASE, device="cpu")
+    return load_base(tiny.BASE, device="cpu")
 
 
 @pytest.mark.parametrize("name", [*filter(is_router, router_names()), "phatgoose+evidence"])
 def test_every_router_on_experts_of_the_package(run, packaged, monkeypatch, name):
-    folders = [default.EXPERTS / name for name in ("snips", "subjectivity", "proc_pluralise")]
+    folders = [tiny.EXPERTS / name for name in ("snips", "subjectivity", "proc_pluralise")]
     text = torch.randint(2, 8000, (4, 32), generator=torch.Generator().manual_seed(0))
     for module in (evidence, mixed, zscore):  # the base would write it, for seconds
         monkeypatch.setattr(module, "written_by", lambda model: text)

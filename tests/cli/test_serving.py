@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from phatgoose import default
 from phatgoose.cli import serving
 from phatgoose.cli.main import parse
 from phatgoose.cli.serving import SPARE, vllm_flags
+from phatgoose.default import CHAT_TEMPLATE, tiny
 from phatgoose.errors import ConfigError
 from phatgoose.serve.http import access
 
@@ -32,12 +32,12 @@ def flags(*words):
 
 def test_alone_it_serves_the_pool_in_the_package():
     named, config, _ = flags()
-    assert named["--model"] == str(default.BASE)
-    assert named["--chat-template"] == str(default.CHAT_TEMPLATE)
+    assert named["--model"] == str(tiny.BASE)
+    assert named["--chat-template"] == str(CHAT_TEMPLATE)
     assert named["--served-model-name"] == "pool"
     assert named["--load-format"] == "phatgoose"
     assert named["--host"] == "127.0.0.1"
-    experts = [str(path) for path in default.expert_folders()]
+    experts = [str(path) for path in tiny.expert_folders()]
     assert config == {"phatgoose": {"routing": True, "experts": experts}}
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import phatgoose
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.routers import Router
 from phatgoose.tasks import Example
 from tests.docs.blocks import Block, Given, blocks
@@ -52,10 +52,10 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Router, "_known", dict(Router._known))
     for name in EXPERTS:
-        shutil.copytree(default.EXPERTS / name, tmp_path / "experts" / name)
+        shutil.copytree(tiny.EXPERTS / name, tmp_path / "experts" / name)
     for name in ("someone/their-expert", "another/expert", "new/experts/e2e_nlg"):
-        shutil.copytree(default.EXPERTS / "e2e_nlg", tmp_path / name)
-    shutil.copytree(default.BASE, tmp_path / "my-base")
+        shutil.copytree(tiny.EXPERTS / "e2e_nlg", tmp_path / name)
+    shutil.copytree(tiny.BASE, tmp_path / "my-base")
     rows = [{"inputs": f"Say {word}:", "targets": word} for word in ("goose", "duck", "swan")]
     for split in ("train", "test"):
         path = tmp_path / "my-tasks" / "snips" / f"{split}.jsonl"
@@ -90,14 +90,14 @@ def routed(given: Given) -> Any:
 
 
 def plain(_: Given) -> Any:
-    return AutoModelForCausalLM.from_pretrained(default.BASE, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(tiny.BASE, dtype=torch.float32).eval()
 
 
 MAKERS = {
     "phatgoose": lambda _: phatgoose,
-    "base": lambda _: str(default.BASE),
+    "base": lambda _: str(tiny.BASE),
     "model": routed,
-    "tokenizer": lambda _: AutoTokenizer.from_pretrained(default.BASE),
+    "tokenizer": lambda _: AutoTokenizer.from_pretrained(tiny.BASE),
     "inputs": lambda given: given["tokenizer"](PROMPT, return_tensors="pt"),
     "pool": lambda _: phatgoose.ExpertPool.load("experts"),
     "general": lambda _: phatgoose.ExpertPool.load("someone/their-expert"),

@@ -22,7 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import phatgoose
-from phatgoose import default, lm_eval_hook
+from phatgoose import lm_eval_hook
+from phatgoose.default import tiny
 from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.evaluation import evaluate, score_choices
 from phatgoose.evaluation.harness import PhatgooseLM
@@ -56,7 +57,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     rows = [{"inputs": i, "targets": t, "choices": c} for i, t, c in QUESTIONS]
     Path("choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    demo = default.DEMO.read_text(encoding="utf-8").splitlines()
+    demo = tiny.DEMO.read_text(encoding="utf-8").splitlines()
     Path("text.jsonl").write_text("\n".join(demo[:3]) + "\n", encoding="utf-8")
     return tmp_path
 
@@ -64,7 +65,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def arguments(router: str) -> list[str]:
     return [
         *("--model", "phatgoose", "--model_args"),
-        f"base={default.BASE},experts={default.EXPERTS},router={router},top_k=2",
+        f"base={tiny.BASE},experts={tiny.EXPERTS},router={router},top_k=2",
         *("--tasks", TASKS, "--batch_size", "4", "--device", "cpu"),
         *("--output_path", "out", "--log_samples"),
     ]
@@ -80,8 +81,8 @@ def test_routed_from_the_command_line(data: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
-    model, tokenizer = load_base(default.BASE, device="cpu")
-    phatgoose.route(model, phatgoose.ExpertPool.load(default.expert_folders()), top_k=2)
+    model, tokenizer = load_base(tiny.BASE, device="cpu")
+    phatgoose.route(model, phatgoose.ExpertPool.load(tiny.expert_folders()), top_k=2)
     assert_equal_to_ours(data, model, tokenizer)
     with phatgoose.restrict(model, []), pytest.raises(AssertionError):  # so the pool was there
         assert_equal_to_ours(data, model, tokenizer)
@@ -92,7 +93,7 @@ def test_base_from_the_command_line(data: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(TaskManager, "__init__", quick)  # without its own tasks: ten seconds less
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments("base")])
     cli_evaluate()
-    assert_equal_to_ours(data, *load_base(default.BASE, device="cpu"))
+    assert_equal_to_ours(data, *load_base(tiny.BASE, device="cpu"))
 
 
 def assert_equal_to_ours(data: Path, model: Any, tokenizer: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from safetensors.torch import load_file, save_file
 
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.errors import ExpertFormatError
 from phatgoose.experts import load_expert
 from phatgoose.experts.kinds import GATES, KINDS
@@ -53,7 +53,7 @@ def test_reads_as_it_was(expert, older_dir):
 
 
 def test_the_default_pool_has_the_newer_format():
-    for folder in default.expert_folders():
+    for folder in tiny.expert_folders():
         found = load_expert(folder)
         assert {GATES, "average_activation", "prompt_mean"} <= set(found.signatures)
         assert found.gates.steps == 100 and not (folder / RECORD_FILE).exists()

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phatgoose import ExpertPool, assign, record, restrict, route, unroute
-from phatgoose.default import BASE, DEMO, expert_folders
+from phatgoose.default.tiny import BASE, DEMO, expert_folders
 from phatgoose.experts import adapter_hash
 from phatgoose.models import load_base
 from phatgoose.pool import merge_experts

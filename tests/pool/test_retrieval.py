@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import phatgoose
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.errors import ConfigError
 from phatgoose.models import load_base
 from phatgoose.pool import retrieval
@@ -27,7 +27,7 @@ QUERIES = ["I eat apples for breakfast.\n", "The train to Oslo is late again.\n"
 
 @pytest.fixture(scope="module")
 def base() -> tuple[Any, Any]:
-    return load_base(default.BASE, device="cpu")
+    return load_base(tiny.BASE, device="cpu")
 
 
 def test_it_is_the_nearest_by_cosine_of_centred_mean_embeddings(base: tuple[Any, Any]) -> None:
@@ -44,7 +44,7 @@ def test_it_is_the_nearest_by_cosine_of_centred_mean_embeddings(base: tuple[Any,
     torch.testing.assert_close(index.embeddings, wanted)
     assert index.owners.tolist() == [0, 0, 0, 1, 1]
     # The same whatever else is asked, and while the model routes.
-    phatgoose.route(model, phatgoose.ExpertPool.load(default.expert_folders()[:2]))
+    phatgoose.route(model, phatgoose.ExpertPool.load(tiny.expert_folders()[:2]))
     assert [index.choose([q], model, tokenizer)[0] for q in QUERIES] == ["fruit", "travel"]
     phatgoose.unroute(model)
 

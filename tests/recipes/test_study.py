@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose import ExpertPool, default
+from phatgoose import ExpertPool
+from phatgoose.default import tiny
 from phatgoose.evaluation import Inputs, make_methods
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def test_a_job_that_fails_says_why(tmp_path):
 def test_every_method_and_variant_can_be_made():
     from settings import METHODS, sub_pools, variants
 
-    pool = ExpertPool.load(default.expert_folders())
+    pool = ExpertPool.load(tiny.expert_folders())
     known = [name for name in METHODS if name not in ("retrieval", "multitask")]
     methods, left_out = make_methods(known, Inputs(pool))
     assert [method.name for method in methods] == known and not left_out

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.models import load_base
 from tests.serve.models import VOCABULARY, save_base, save_pool
 
@@ -56,11 +56,11 @@ def assert_cache_was_used(found):
 @pytest.fixture(scope="module")
 def demo(reference):
     """Prompts for the pool in the package, one longer than a chunk, and the right answers."""
-    model, tokenizer = load_base(default.BASE, device="cpu")
-    rows = [json.loads(line)["inputs"] for line in default.DEMO.read_text().splitlines()]
+    model, tokenizer = load_base(tiny.BASE, device="cpu")
+    rows = [json.loads(line)["inputs"] for line in tiny.DEMO.read_text().splitlines()]
     prompts = [tokenizer(text).input_ids for text in [*rows, "\n".join(rows)]]
     assert max(map(len, prompts)) > 2 * BUDGET
-    pool = default.expert_folders()
+    pool = tiny.expert_folders()
     wanted = reference(model, pool, prompts, top_k=2)
     assert_differ(wanted, reference(model, [], prompts))
     return prompts, wanted
@@ -87,8 +87,8 @@ def mostly_thorough(names, usual):
 @pytest.mark.parametrize("way", mostly_thorough(WAYS, USUAL))
 def test_default_pool(way, demo, engine):
     prompts, wanted = demo
-    settings = {"experts": [str(default.EXPERTS)], "router": "phatgoose", "top_k": 2}
-    found = engine(default.BASE, settings, three_rounds(prompts), **WAYS[way])
+    settings = {"experts": [str(tiny.EXPERTS)], "router": "phatgoose", "top_k": 2}
+    found = engine(tiny.BASE, settings, three_rounds(prompts), **WAYS[way])
     assert_same(found, wanted)
     assert_cache_was_used(found)
 

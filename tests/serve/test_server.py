@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.experts.lora import WEIGHTS_FILE
 from phatgoose.models import load_base
 from phatgoose.serve.http.recent import EVERY
@@ -33,13 +33,13 @@ TOKENS = 16
 def root(tmp_path_factory):
     """What may be added: an expert, and the same with a NaN in it."""
     folder = tmp_path_factory.mktemp("root")
-    shutil.copytree(default.EXPERTS / NEW, folder / NEW)
-    shutil.copytree(default.EXPERTS / NEW, folder / "broken")
+    shutil.copytree(tiny.EXPERTS / NEW, folder / NEW)
+    shutil.copytree(tiny.EXPERTS / NEW, folder / "broken")
     tensors = load_file(folder / "broken" / WEIGHTS_FILE)
     next(iter(tensors.values())).fill_(float("nan"))
     save_file(tensors, folder / "broken" / WEIGHTS_FILE, {"format": "pt"})
     (folder / "cut").mkdir()
-    shutil.copytree(default.EXPERTS / NEW, folder / "cut", dirs_exist_ok=True)
+    shutil.copytree(tiny.EXPERTS / NEW, folder / "cut", dirs_exist_ok=True)
     weights = folder / "cut" / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:1000])
     return folder
@@ -48,7 +48,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, root):
     """All experts but one. The last test ends it."""
-    experts = [path for path in default.expert_folders() if path.name != NEW]
+    experts = [path for path in tiny.expert_folders() if path.name != NEW]
     found = Server(
         tmp_path_factory.mktemp("server"), "--enforce-eager", "--experts", *experts, root=root
     )
@@ -70,21 +70,21 @@ def client_of(server):
 
 @pytest.fixture(scope="module")
 def prompts():
-    rows = [json.loads(line)["inputs"] for line in default.DEMO.read_text().splitlines()]
+    rows = [json.loads(line)["inputs"] for line in tiny.DEMO.read_text().splitlines()]
     return [f"{text}\n" for text in rows[:3]] + ["Give the plural of each word: ink, eruption\n"]
 
 
 @pytest.fixture(scope="module")
 def expected(reference, prompts):
     """expected(names): the right answers of a pool of these experts, as texts."""
-    model, tokenizer = load_base(default.BASE, device="cpu")
+    model, tokenizer = load_base(tiny.BASE, device="cpu")
     ids = [tokenizer(text).input_ids for text in prompts]
     known = {}
 
     def answer(names, **settings):
         key = (tuple(names), *settings.items())
         if key not in known:
-            folders = [default.EXPERTS / name for name in names]
+            folders = [tiny.EXPERTS / name for name in names]
             settings = settings or {"top_k": min(2, len(names))}
             found = reference(model, folders, ids, tokens=TOKENS, **(settings if names else {}))
             assert all(one.get("gap", 1.0) >= NEAR_TIE for one in found)
@@ -100,7 +100,7 @@ def _text(tokenizer, tokens):
 
 
 def names_at_start():
-    return [path.name for path in default.expert_folders() if path.name != NEW]
+    return [path.name for path in tiny.expert_folders() if path.name != NEW]
 
 
 def complete(client, prompt, model="pool", **field):
@@ -371,7 +371,7 @@ def test_it_ends_well_when_told_to(starts):
 @pytest.mark.thorough
 def test_two_engines_beside_each_other(starts, root, prompts, expected):
     """Data parallelism: both serve, both change, and both are counted."""
-    experts = [path for path in default.expert_folders() if path.name != NEW]
+    experts = [path for path in tiny.expert_folders() if path.name != NEW]
     found = starts(
         *("--enforce-eager", "--data-parallel-size", 2, "--experts", *experts),
         root=root,
@@ -410,7 +410,7 @@ def test_two_engines_beside_each_other(starts, root, prompts, expected):
     ("words", "message"),
     [
         (["--experts", "/no/such/folder"], "/no/such/folder"),
-        (["--base", "/no/such/base", "--experts", str(default.EXPERTS)], "/no/such/base"),
+        (["--base", "/no/such/base", "--experts", str(tiny.EXPERTS)], "/no/such/base"),
     ],
 )
 def test_it_does_not_start_on_what_is_not_there(starts, words, message):

@@ -12,9 +12,10 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
 import phatgoose
-from phatgoose import default
 from phatgoose.cli.arguments.about import Env
+from phatgoose.default import smollm2, tiny
 from phatgoose.models import best_device
+from phatgoose.models.named import cache
 from phatgoose.ops import choose_backend
 
 PACKAGES = (
@@ -97,8 +98,10 @@ def _paths() -> dict[str, str]:
     return {
         "phatgoose": str(Path(phatgoose.__file__).parent),
         "python": sys.executable,
-        "base in the package": str(default.BASE),
-        "experts in the package": str(default.EXPERTS),
+        "base in the package": str(tiny.BASE),
+        "its experts": str(tiny.EXPERTS),
+        "SmolLM2's experts": str(smollm2.EXPERTS),
+        "fetched bases": str(cache()),
         "Hub cache": str(HF_HUB_CACHE),
     }
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from phatgoose import default
 from phatgoose.cli.arguments.collection import Derive, GateMany, TrainMany
 from phatgoose.cli.sources import by_name
 from phatgoose.cli.training import encode_examples
@@ -16,7 +15,7 @@ from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
 from phatgoose.experts import GateRecord, expert_sources, load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import read_config
-from phatgoose.models import load_base
+from phatgoose.models import DEFAULT, load_base
 from phatgoose.routers.base import measuring_routers
 from phatgoose.tasks import Encoded, Example, load_examples, task_folders
 from phatgoose.train import derive_signatures, gate_experts, train_experts
@@ -28,9 +27,7 @@ def train(asked: TrainMany) -> None:
     gates, adapter = asked.gate_training(), asked.adapter_training()
     folders = by_name(task_folders(asked.tasks, "train"))
     examples = {name: load_examples(folder) for name, folder in folders.items()}
-    model, tokenizer = load_base(
-        asked.base or default.BASE, device=asked.device, dtype=torch.float32
-    )
+    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=torch.float32)
     made = train_experts(
         model,
         tokenizer,

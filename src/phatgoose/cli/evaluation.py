@@ -4,7 +4,6 @@ import json
 
 import torch
 
-from phatgoose import default
 from phatgoose.cli.arguments.evaluation import Evaluate
 from phatgoose.cli.methods import less_general, method_inputs, training_examples
 from phatgoose.evaluation import (
@@ -15,7 +14,7 @@ from phatgoose.evaluation import (
     table,
 )
 from phatgoose.experts import expert_sources
-from phatgoose.models import load_base
+from phatgoose.models import DEFAULT, load_base
 from phatgoose.pool import ExpertPool
 
 CARD = "README.md"
@@ -32,11 +31,11 @@ def evaluate(asked: Evaluate) -> None:
         rows=asked.rows,
     )
     names = [name for given in asked.methods for name in given.split(",") if name]
-    whole = ExpertPool.load(expert_sources(asked.experts))
+    whole = ExpertPool.load(expert_sources(asked.experts, asked.base))
     pool = less_general(whole, asked.general)
     training = training_examples(asked.train_tasks, pool)
     dtype = getattr(torch, asked.dtype) if asked.dtype else None
-    model, tokenizer = load_base(asked.base or default.BASE, device=asked.device, dtype=dtype)
+    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=dtype)
     inputs = method_inputs(
         asked,
         pool,

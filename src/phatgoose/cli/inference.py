@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import phatgoose
-from phatgoose import analysis, default
+from phatgoose import analysis
 from phatgoose.cli.arguments.inference import Demo, Generate, Trace
 from phatgoose.cli.fields import flag
 from phatgoose.cli.methods import load_pool, method_inputs, training_examples
 from phatgoose.cli.options import RoutedOptions
+from phatgoose.default import smollm2, tiny
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import (
     Routed,
@@ -23,13 +24,13 @@ from phatgoose.evaluation import (
     make_method,
     method_names,
 )
-from phatgoose.models import load_base
+from phatgoose.models import DEFAULT, TINY, load_base
 from phatgoose.pool import ExpertPool
 from phatgoose.routers import derivations, make_router
 from phatgoose.tasks import SEPARATOR
 
 WITH_EVIDENCE = "phatgoose+prompt_evidence"
-LONGEST = 48  # tokens of an answer in the demo
+LONGEST = 64  # tokens of an answer in the demo
 
 
 def demo(asked: Demo) -> None:
@@ -37,7 +38,8 @@ def demo(asked: Demo) -> None:
 
     By the published router, and by the same with evidence of the prompt; see `routers.evidence`.
     """
-    rows = [json.loads(line) for line in default.DEMO.read_text(encoding="utf-8").splitlines()]
+    pool_of = tiny if (asked.base or DEFAULT) == TINY else smollm2
+    rows = [json.loads(line) for line in pool_of.DEMO.read_text(encoding="utf-8").splitlines()]
     model, tokenizer, pool = routed_model(asked)
     prompts = [row["inputs"] + SEPARATOR for row in rows]
     with phatgoose.restrict(model, []):
@@ -61,7 +63,7 @@ def demo(asked: Demo) -> None:
     if asked.json:
         print(json.dumps({"answers": answers, "files": pictures}, ensure_ascii=False))
         return
-    print(f"{len(pool)} experts of one small base model. No prompt names its expert.\n")
+    print(f"{len(pool)} experts of one base model. No prompt names its expert.\n")
     _print_demo(answers, ways)
     print(analysis.render_text(trace, tokenizer, tokens=False))
     print("\nPictures: " + ", ".join(pictures))
@@ -75,7 +77,7 @@ def _print_demo(answers: Sequence[Mapping[str, Any]], ways: Mapping[str, str]) -
             mark = " *" if key in ways and answer[key] == answer["targets"] else ""
             print(f"  {name:>10}: {_one_line(answer[key])}{mark}")
         shares = ", ".join(f"{name} {share:.0%}" for name, share in answer["experts"].items())
-        print(f"  {'experts':>10}: {shares}\n")
+        print(f"  {'experts':>10}: {shares} (its own: {answer['task']})\n")
     right = [
         f"{name} {sum(answer[key] == answer['targets'] for answer in answers)}"
         for key, name in ways.items()
@@ -93,7 +95,7 @@ def generate(asked: Generate) -> None:
     prompts = _prompts(asked.prompt, raw=asked.raw)
     pool = load_pool(asked)
     training = training_examples(asked.train_tasks, pool)
-    model, tokenizer = load_base(asked.base or default.BASE, device=asked.device)
+    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device)
     inputs = method_inputs(asked, pool, model, tokenizer, training=training)
     method, knobs = make_method(asked.router, inputs), asked.routing()
     if isinstance(method, Routed):
@@ -136,7 +138,7 @@ def routed_model(asked: RoutedOptions) -> tuple[Any, Any, ExpertPool]:
     """The base that routes among the experts as the options say, its tokenizer, and the pool."""
     _check_routes(asked.router)
     pool = load_pool(asked)
-    model, tokenizer = load_base(asked.base or default.BASE, device=asked.device)
+    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device)
     phatgoose.route(model, pool, asked.router, **asked.routing())
     _tell_derived(asked.router, pool)
     return model, tokenizer, pool

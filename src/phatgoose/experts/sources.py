@@ -4,17 +4,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from phatgoose import default
+from phatgoose.default import smollm2, tiny
 from phatgoose.experts.lora import CONFIG_FILE
+from phatgoose.models.named import DEFAULT, TINY
 
 
-def expert_sources(given: Sequence[str | Path] | None) -> list[str | Path]:
+def expert_sources(given: Sequence[str | Path] | None, base: str | None = None) -> list[str | Path]:
     """Expert folders and Hub ids; a folder of expert folders stands for all of them.
 
-    None stands for the experts in the package.
+    None stands for those in the package that are of this base; SmolLM2's, if there are none.
     """
     if given is None:
-        return [*default.expert_folders()]
+        return [*(tiny if (base or DEFAULT) == TINY else smollm2).expert_folders()]
     sources: list[str | Path] = []
     for source in given:
         inside: list[Path] = []

@@ -2,10 +2,11 @@
 
 from phatgoose.models.caches import cache_argument, cache_of
 from phatgoose.models.load import best_device, load_base
-from phatgoose.models.named import DEFAULT, TINY, Base, find_base
+from phatgoose.models.named import DEFAULT, SMOLLM2, TINY, Base, find_base
 
 __all__ = [
     "DEFAULT",
+    "SMOLLM2",
     "TINY",
     "Base",
     "best_device",

