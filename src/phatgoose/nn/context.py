@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,27 +16,16 @@ from phatgoose.nn import arguments as given
 from phatgoose.nn import past as pasts
 from phatgoose.nn.copying import refuse_copy
 from phatgoose.nn.forward import Forward, Forwards, Stream
+from phatgoose.nn.generation import (
+    Generation,
+    Step,
+    read_prompt,
+    rest_of,
+    setting,
+    without_finished,
+)
 from phatgoose.nn.past import Past
 from phatgoose.types import TokenContext
-
-
-@dataclass(eq=False)
-class Generation:
-    """One call of `generate`."""
-
-    length: int | None = None  # of the prompt
-    ids: Tensor | None = None  # the prompt's last tokens, as the caller gave them
-    mask: Tensor | None = None  # of the whole prompt
-    ends: Any = None  # ids that end a sequence
-
-
-@dataclass(frozen=True)
-class Step:
-    """What `generate` prepared its next forward from."""
-
-    ids: Tensor | None  # all tokens so far, or a chunk of the prompt
-    mask: Tensor | None
-    first: bool | None  # whether it is the first of its sequences; None: it does not tell
 
 
 class ContextKeeper:
@@ -166,7 +155,7 @@ class ContextKeeper:
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = given.named(self._generate_signature, args, kwargs)
-        with self.forwards.lock.reading(), self._generating(self._read_prompt(arguments)):
+        with self.forwards.lock.reading(), self._generating(read_prompt(self._model, arguments)):
             return original(*args, **kwargs)
 
     @contextmanager
@@ -182,29 +171,6 @@ class ContextKeeper:
         """The calls of `generate` that this thread is in, innermost last."""
         found: list[Generation] = self._mine.__dict__.setdefault("generations", [])
         return found
-
-    def _read_prompt(self, arguments: dict[str, Any]) -> Generation:
-        """What `generate` was given, whether it reads it at once, in chunks or with guesses."""
-        ids = arguments.get("inputs")
-        ids = arguments.get("input_ids") if ids is None else ids
-        pad, ends = (self._setting(name, arguments) for name in ("pad_token_id", "eos_token_id"))
-        unknown = self._encoder_prefix is not None or arguments.get("inputs_embeds") is not None
-        if unknown or not isinstance(ids, Tensor) or ids.dim() != 2:
-            return Generation(ends=ends)
-        mask = arguments.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:  # as `generate` makes it
-            guessed = pad is not None and pad not in (ends if isinstance(ends, list) else [ends])
-            mask = ids != pad if guessed else torch.ones_like(ids)
-        # Where the mask is longer, a cache has the rest.
-        return Generation(max(ids.shape[1], mask.shape[1]), ids, mask, ends)
-
-    def _setting(self, name: str, arguments: dict[str, Any]) -> Any:
-        """A setting of `generate`, from wherever it takes it."""
-        if name in arguments:
-            return arguments[name]
-        own = getattr(self._model, "generation_config", None)
-        given_value = getattr(arguments.get("generation_config"), name, None)
-        return getattr(own, name, None) if given_value is None else given_value
 
     def _prepare(
         self, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any
@@ -267,7 +233,7 @@ class ContextKeeper:
         """What the context is as a step of `generate`."""
         generations = self._generations()
         if not generations:  # called past the model's own attribute
-            ends = self._setting("eos_token_id", {})
+            ends = setting(self._model, "eos_token_id", {})
             generations = self._mine.__dict__.setdefault("lone", [Generation(ends=ends)])
         generation, total = generations[-1], context.real.shape[1]
         first, length = step.first if step.first is not None else not past, generation.length
@@ -275,8 +241,8 @@ class ContextKeeper:
             generation.length = length = total
         context = replace(context, prompt=length)
         if total < length:
-            return replace(context, ahead=_rest(generation, context))
-        return _without_finished(context, generation.ends)
+            return replace(context, ahead=rest_of(generation, context))
+        return without_finished(context, generation.ends)
 
     def _enter_cross(self, forward: Forward, arguments: dict[str, Any]) -> None:
         states = arguments.get("encoder_hidden_states")
@@ -341,33 +307,6 @@ def _context(
         if isinstance(mask, Tensor) and mask.shape == (rows, length):
             real[:, past:] = mask.bool()
     return TokenContext(length=length, ids=ids, real=real)
-
-
-def _without_finished(context: TokenContext, ends: Any) -> TokenContext:
-    """Count what `generate` appends to sequences that have ended as the padding it is.
-
-    It says so in no mask: only an end-of-sequence among the tokens it wrote before tells.
-    """
-    if ends is None or context.ids is None:
-        return context
-    prompt = context.prompt_length
-    written = context.ids[:, prompt:]
-    end = torch.isin(written, torch.as_tensor(ends, device=written.device))
-    real = context.real.clone()
-    real[:, prompt:] &= end.long().cumsum(-1) - end.long() == 0
-    return replace(context, real=real)
-
-
-def _rest(generation: Generation, context: TokenContext) -> tuple[Tensor, Tensor] | None:
-    """Ids and mask of the prompt's tokens that come after this chunk of it, for every row."""
-    ids, mask, length = generation.ids, generation.mask, generation.length
-    if ids is None or mask is None or length is None or context.batch % len(ids):
-        return None
-    read = context.real.shape[1] - length  # from the end
-    rows = context.batch // len(ids)  # beams
-    rest = (ids[:, read:], mask[:, read:].bool())
-    device = context.real.device
-    return tuple(each.repeat_interleave(rows, dim=0).to(device) for each in rest)  # type: ignore[return-value]
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
