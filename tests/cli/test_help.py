@@ -19,6 +19,7 @@ from phatgoose.cli.arguments import COMMANDS, NOUNS
 from phatgoose.cli.fields import Options, add_options, argument, flag, option
 from phatgoose.cli.main import EXIT_CODES, build_parser, parse
 from phatgoose.errors import ConfigError
+from phatgoose.evaluation import RunSettings
 from phatgoose.evaluation.generation import MAX_NEW_TOKENS
 from phatgoose.nn import RoutingSettings
 from phatgoose.ops.choose import Scale
@@ -223,6 +224,11 @@ def test_defaults_are_the_librarys():
     assert asked.encoder == BASE_ENCODER
     assert get_args(options.Scale) == get_args(Scale)
     assert set(options.KNOBS) <= {each.name for each in fields(RoutingSettings)}
+    (evaluate,) = (command.options for command in COMMANDS if command.words == "eval")
+    asked, run = evaluate(out="x", tasks=["y"]), RunSettings()
+    assert (asked.seed, asked.limit, asked.share_prompts, asked.tokens, asked.rows) == (
+        *(run.seed, run.limit, run.share_prompts, run.tokens, run.rows),
+    )
     (merge,) = (command.options for command in COMMANDS if command.words == "experts merge")
     signature = inspect.signature(merge_experts).parameters
     for each in fields(merge):

@@ -26,8 +26,9 @@ from phatgoose.evaluation.registry import (
     method_names,
 )
 from phatgoose.evaluation.report import table
-from phatgoose.evaluation.run import Evaluation, RunSettings, run_evaluation
+from phatgoose.evaluation.run import Evaluation, run_evaluation
 from phatgoose.evaluation.scoring import rank_choices, score_choices
+from phatgoose.evaluation.settings import RunSettings
 from phatgoose.evaluation.statistics import Interval, mean_interval, resampled_means
 
 __all__ = [
