@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -152,6 +153,22 @@ def test_a_claim_is_one_writers(tmp_path):
     assert in_child(lambda _: _claim(path), tmp_path, tmp_path / "log") == DONE
 
 
+def test_a_claim_may_wait(tmp_path):
+    path, order = tmp_path / "lock", []
+
+    def second():
+        with claimed(path, "the task", wait=True):
+            order.append("second")
+
+    thread = Thread(target=second)
+    with claimed(path, "the task"):
+        thread.start()
+        thread.join(0.1)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"] and not path.exists()
+
+
 def test_a_claim_ends_with_its_process(tmp_path):
     path = tmp_path / "lock"
     assert in_child(lambda _: _claim(path, die=True), tmp_path, tmp_path / "log") == DEAD
@@ -168,7 +185,7 @@ def test_a_claim_may_go_with_its_folder(tmp_path):
 
 
 def test_where_there_are_no_locks_a_claim_warns(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("phatgoose.locks.lock", lambda descriptor: None)
+    monkeypatch.setattr("phatgoose.locks.lock", lambda descriptor, **_: None)
     with claimed(tmp_path / "lock", "the task"):
         assert "the task" in caplog.text and "no locks" in caplog.text
 

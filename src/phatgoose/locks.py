@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
 
 
-def lock(descriptor: int) -> bool | None:
+def lock(descriptor: int, *, wait: bool = False) -> bool | None:
     """Lock an open file or folder until it is closed; False if another one has it, None unknown."""
     if os.name != "posix":
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         return False if error.errno in HELD else None
     return True
@@ -40,13 +40,14 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 @contextmanager
-def claimed(path: Path, what: str) -> Iterator[None]:
+def claimed(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock file at `path` while writing `what`; it is gone afterwards.
 
-    Raises ConfigError where another process, or another thread of this one, holds it.
+    Where another process, or another thread of this one, holds it, raises ConfigError, or with
+    `wait` waits for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _opened(path, what)
+    descriptor = _opened(path, what, wait)
     try:
         yield
     finally:
@@ -55,11 +56,11 @@ def claimed(path: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _opened(path: Path, what: str) -> int:
+def _opened(path: Path, what: str, wait: bool) -> int:
     """The lock file, open and locked."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        got = lock(descriptor)
+        got = lock(descriptor, wait=wait)
         if got is False:
             os.close(descriptor)
             raise ConfigError(

@@ -1,5 +1,6 @@
 """Two processes that write the same: one wins whole, and the other is told."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -7,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from phatgoose import load_expert, save_expert, train_gates
 from phatgoose.errors import ConfigError
+from phatgoose.evaluation.report import table
 from phatgoose.experts import adapter_hash
 from phatgoose.experts.signatures import vectors_hash
 from phatgoose.locks import claimed
@@ -34,6 +37,7 @@ def race(*acts: Callable[[], Any]) -> list[int]:
             try:
                 while time.monotonic() < start:
                     pass
+                torch.set_num_threads(1)  # a forked child has no threads to share work with
                 act()
                 code = WON
             except ConfigError:
@@ -103,11 +107,20 @@ def test_a_second_collection_into_the_same_folder_is_told(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [WORK]
 
 
-def test_a_second_evaluation_into_the_same_folder_is_told(tmp_path):
+def test_evaluations_share_a_folder(tmp_path):
+    """Methods side by side, and one that both ask for; the results are one process's, whole."""
     world = World(save_world(tmp_path, make_tokenizer()))
-    lock = tmp_path / "out" / ".phatgoose.lock"
-    with claimed(lock, "x"), pytest.raises(ConfigError, match="out: another process"):
-        world.run("out", ("base",))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == []
-    world.run("out", ("base",))
-    assert not lock.exists()
+    tasks = world.tasks("heldout")
+    methods = (("base",), ("phatgoose",), ("base", "phatgoose"))
+    ends = race(*(lambda m=m: world.run("out", m, tasks=tasks) for m in methods))
+    assert ends == [WON] * 3
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert tuple(results["methods"]) in methods
+    assert (out / "table.md").read_text() == table(results)
+    alone = world.run("alone", methods[2], tasks=tasks)
+    assert world.run("out", methods[2], tasks=tasks) == alone
+    answers = [sorted((d / "answers").rglob("part-*")) for d in (out, tmp_path / "alone")]
+    assert [p.name for p in answers[0]] == [p.name for p in answers[1]]
+    assert [p.read_bytes() for p in answers[0]] == [p.read_bytes() for p in answers[1]]
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]

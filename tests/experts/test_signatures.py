@@ -231,8 +231,9 @@ def test_missing_modules_are_refused(missing, expert_dir):
 
 def test_a_mean_prompt_is_a_vector_too(complete_dir):
     """Though the adapter need not have its module."""
-    found = load_expert(complete_dir).signatures["prompt_mean"]
-    replace(found, vectors={"x": torch.ones(2, 3)}).write(complete_dir)
+    path, tensors = complete_dir / KINDS["prompt_mean"].file, {"x": torch.ones(2, 3)}
+    record = {**record_of(path), "vectors": vectors_hash(tensors)}
+    save_file(tensors, path, {HEADER: json.dumps(record)})
     with pytest.raises(IncompatibleExpertError, match=r"wanted \[in_features\]"):
         load_expert(complete_dir)
 

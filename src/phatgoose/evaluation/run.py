@@ -50,15 +50,13 @@ def run_evaluation(
         left_out: methods that were asked for and are not possible, and why; noted in the results.
 
     Raises ConfigError for two methods of one name, no tasks, or where not one method could answer;
-    the reasons are in the message; or where another process evaluates into `out`. Out of memory is
-    a ConfigError too, and what is finished stays.
+    the reasons are in the message. Out of memory is a ConfigError too, and what is finished stays.
     """
     evaluation = Evaluation(
         model, tokenizer, pool, methods=methods, tasks=tasks, out=out, settings=settings
     )
-    with claimed(Path(out) / ".phatgoose.lock", str(out)):
-        evaluation.answer()
-        return evaluation.finish(left_out)
+    evaluation.answer()
+    return evaluation.finish(left_out)
 
 
 class Evaluation:
@@ -159,10 +157,12 @@ class Evaluation:
             **self.summary(),
             "answers": [chunk.path.relative_to(self.out).as_posix() for chunk in run.chunks],
         }
-        write_json(self.out / "results.json", results)
-        write_bytes(self.out / "table.md", table(results).encode())
-        if pictures:
-            draw(results, self.out)
+        # Processes may share a folder; of those that end at once, the last writes all of these.
+        with claimed(self.out / ".results.lock", str(self.out), wait=True):
+            write_json(self.out / "results.json", results)
+            write_bytes(self.out / "table.md", table(results).encode())
+            if pictures:
+                draw(results, self.out)
         return results
 
 
