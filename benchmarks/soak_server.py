@@ -310,7 +310,8 @@ class Soak:
         while not self.stop:
             found = {"minutes": round((time.monotonic() - began) / 60, 2)}
             for pid, name in self.server.processes().items():
-                found[f"{name.split()[0].rpartition('/')[2]} {pid}"] = _resident(pid)
+                word = (name.split() or ["gone"])[0]  # one that is ending has no name
+                found[f"{word.rpartition('/')[2]} {pid}"] = _resident(pid)
             self.tally.memory.append(found)
             await asyncio.sleep(every)
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from phatgoose.default import tiny
 from phatgoose.experts.lora import WEIGHTS_FILE
 from phatgoose.models import load_base
 from phatgoose.serve.http.recent import EVERY
+from phatgoose.serve.http.routes import CHOOSES, RULES, Rule
 from tests.serve.browser import browsing, opened
 from tests.serve.server import ADMIN_KEY, API_KEY, Server, runs
 from tests.serve.test_offline import NEAR_TIE
@@ -261,6 +263,86 @@ def test_keys(server):
     for key, status in ((None, 401), ("wrong", 401), (API_KEY, 200), (ADMIN_KEY, 200)):
         assert server.call("GET", "/v1/experts", key=key)[0] == status
     assert server.call("POST", "/v1/completions", body, API_KEY)[0] == 200
+
+
+def routes_of(server):
+    """The routes that the running server itself says it has, each as (method, path)."""
+    found = server.call("GET", "/openapi.json")[1]["paths"]
+    for path, methods in sorted(found.items()):
+        for method in sorted(methods):
+            yield method.upper(), path.replace("{response_id}", "resp_1")
+
+
+def test_every_route_with_every_kind_of_key_and_model(server):
+    """None answers by the model without a key, nor by the whole pool where another was asked."""
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    seen = Counter()
+    for method, path in routes_of(server):
+        for key in (None, "wrong", ADMIN_KEY):
+            status, answer = server.call(method, path, body, key)
+            seen[status] += 1
+            if status == 200:
+                assert f"{method} {path}" in RULES[Rule.OPEN], (method, path, key)
+                assert "choices" not in str(answer), (method, path)
+            else:
+                assert status in (401, 403, 404), (method, path, key, status)
+        for model in ("nobody", "pool/nobody", "", 3, ["pool"]):
+            status, answer = server.call(method, path, {**body, "model": model}, API_KEY)
+            assert "choices" not in str(answer), (method, path, model)
+            assert status < 500, (method, path, model, answer)
+        if path not in CHOOSES:
+            for model in ("base", "pool/snips"):
+                status, answer = server.call(method, path, {**body, "model": model}, API_KEY)
+                assert "choices" not in str(answer), (method, path, model)
+    assert seen[401] > 10 and seen[403] > 2
+
+
+ODD = [
+    {"prompt": "\ud800"},
+    {"prompt": ["x", "\udfff"]},
+    {"prompt": [2**70]},
+    {"prompt": [2**40]},
+    {"prompt": [-1]},
+    {"prompt": [[]]},
+    {"prompt": []},
+    {"prompt": ""},
+    {"prompt": None},
+    {"prompt": "x\0y"},
+    {"prompt": "x", "seed": 2**63},
+    {"prompt": "x", "seed": 2**64},
+    {"prompt": "x", "max_tokens": 10**30},
+    {"prompt": "x", "max_tokens": -(2**63)},
+    {"prompt": "x", "temperature": 1e308},
+    {"prompt": "x", "temperature": float("nan")},
+    {"prompt": "x", "temperature": float("inf")},
+    {"prompt": "x", "top_k": 2**63 - 1},
+    {"prompt": "x", "logit_bias": {"9" * 30: 1}},
+    {"prompt": "x", "logit_bias": {"x": 1}},
+    {"prompt": "x", "stop": ["\ud800"]},
+    {"prompt": "x", "stop": [""]},
+    {"prompt": "x", "stop_token_ids": [2**62]},
+    {"prompt": "x", "n": 2**62},
+    {"prompt": "x", "logprobs": 2**62},
+    {"prompt": "x", "vllm_xargs": {"a": {"b": [1]}}},
+    {"prompt": "x", "vllm_xargs": {"kv_transfer_params": 1}},
+    {"prompt": "x", "phatgoose": "[" * 100_000},
+    {"prompt": "x", "phatgoose": {"allow": ["\ud800"]}},
+    {"prompt": "x", "cache_salt": "x" * 1000},
+    {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": 3}}},
+    {"prompt": "x", "stream": True, "stream_options": {"include_usage": 3}},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_no_body_ends_in_a_500(client, server, prompts, odd):
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+        body = {"max_tokens": 1, **odd}
+        if "chat" in path:
+            prompt = body.pop("prompt")
+            body["messages"] = [{"role": "user", "content": prompt}]
+        status, answer = server.call("POST", path, body, API_KEY)
+        assert status in (200, 400, 404, 422), (path, status, answer)
+    assert server.call("GET", "/health")[0] == 200
 
 
 def test_health_and_metrics(client, server, prompts):

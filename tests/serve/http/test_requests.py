@@ -151,6 +151,8 @@ BAD = [
     ({"model": "base", "phatgoose": {"deny": ["b"]}}, "says which experts"),
     ({"vllm_xargs": {"phatgoose": "{}"}}, "beside vllm_xargs"),
     ({"vllm_xargs": 3}, "vllm_xargs is an object"),
+    ({"vllm_xargs": {"kv_transfer_params": 1}}, "no extra argument"),
+    ({"vllm_xargs": {"mine": 1, "ec_transfer_params": "x"}}, "no extra argument"),
     ({"cache_salt": ""}, "cache_salt"),
     ({"cache_salt": 3}, "cache_salt"),
     ({"model": "pool/a", "use_beam_search": True}, "Beam search"),

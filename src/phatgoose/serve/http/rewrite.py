@@ -8,6 +8,9 @@ from phatgoose.serve.http.routes import CHOOSES
 from phatgoose.serve.http.workers import Contents
 from phatgoose.serve.pool.choice import Choice
 
+# What vLLM's scheduler reads among the extra arguments as objects of its own making.
+INTERNAL = {"kv_transfer_params", "ec_transfer_params"}
+
 
 def rewritten(
     body: dict[str, Any], choice: Choice, contents: Contents, *, served: str
@@ -33,6 +36,13 @@ def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str
         raise Refusal(400, "vllm_xargs is an object.", reason="bad_request", param="vllm_xargs")
     if extra and FIELD in extra:
         raise no(f"Say {FIELD} beside vllm_xargs, not in it.")
+    for name in INTERNAL & set(extra or ()):
+        raise Refusal(
+            400,
+            f"{name} is no extra argument. Say it beside vllm_xargs, if this server takes it.",
+            reason="bad_request",
+            param="vllm_xargs",
+        )
     given = body.get("cache_salt")
     if given is not None and not (isinstance(given, str) and given):
         raise Refusal(
