@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from phatgoose.errors import ConfigError
-from phatgoose.ops import backend_names
+from phatgoose.ops import Choosing, backend_names
 from phatgoose.ops.choose import Scale
 from phatgoose.routers import Router
 
@@ -47,6 +47,11 @@ class RoutingSettings:
     def kept(self, candidates: int) -> int:
         """How many experts a token keeps of so many candidates, at most."""
         return candidates if self.top_k == "all" else self.top_k
+
+    def choosing(self, slots: int) -> Choosing:
+        """As the operators want it, for a bank of so many slots."""
+        unit = self.scale == "unit"
+        return Choosing(self.kept(slots), self.temperature, unit, self.null_score)
 
     def note_size(self, experts: int) -> None:
         """Say that a pool of so many experts has fewer than top_k, if it has; once a process."""

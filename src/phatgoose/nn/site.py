@@ -13,7 +13,7 @@ from phatgoose.nn.bank import Bank
 from phatgoose.nn.copying import refuse_copy
 from phatgoose.nn.forward import CHANGED, Forward
 from phatgoose.nn.state import RoutingState
-from phatgoose.ops import Gates, choose_experts, operators
+from phatgoose.ops import Extras, Gates, choose_open, operators
 from phatgoose.ops.side_stream import beside, fork, may_run_beside
 from phatgoose.types import Routing, TokenContext
 
@@ -181,10 +181,7 @@ class Site:
                     flat,
                     *gates,
                     a,
-                    settings.kept(slots),
-                    settings.temperature,
-                    settings.scale == "unit",
-                    settings.null_score,
+                    *settings.choosing(slots),
                     prior,
                     bank.backend,
                 )
@@ -234,17 +231,10 @@ class Site:
         self, x: Float[Tensor, "T I"], part: int, opened: Bool[Tensor, " C"], prior: Tensor | None
     ) -> Routing:
         """Score by the router itself, then choose."""
-        bank, settings, slots = self.bank, self.state.settings, len(opened)
-        scores = self.state.router.score(x, bank.signatures[part, :slots])
-        if prior is not None:
-            scores = scores + prior
-        return choose_experts(
-            scores.masked_fill(~opened, -torch.inf),
-            settings.kept(slots),
-            temperature=settings.temperature,
-            scale=settings.scale,
-            null_score=settings.null_score,
-        )
+        slots = len(opened)
+        scores = self.state.router.score(x, self.bank.signatures[part, :slots])
+        choosing = self.state.settings.choosing(slots)
+        return choose_open(scores, opened, choosing, Extras(prior))
 
     def _learns(self, x: Tensor) -> bool:
         """Whether gradients are wanted of anything here."""

@@ -4,7 +4,7 @@ from phatgoose.ops.backends import BACKENDS, Backend, backend_names, choose_back
 from phatgoose.ops.backends.reference import routed_lora_reference
 from phatgoose.ops.choose import choose_experts
 from phatgoose.ops.operators import routed_lora
-from phatgoose.ops.scoring import EPS, Choosing, Extras, Gates, gate_scores, pieces_of
+from phatgoose.ops.scoring import EPS, Choosing, Extras, Gates, choose_open, gate_scores, pieces_of
 
 __all__ = [
     "BACKENDS",
@@ -16,6 +16,7 @@ __all__ = [
     "backend_names",
     "choose_backend",
     "choose_experts",
+    "choose_open",
     "gate_scores",
     "pieces_of",
     "routed_lora",

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,6 +51,19 @@ class Extras(NamedTuple):
     tally: Tensor | None = None  # fp32 [>= T, >= 1 + C]; see `add_to_tally`
 
 
+def choose_open(
+    scores: Float[Tensor, "T *S C"],
+    opened: Bool[Tensor, "*S C"],
+    choosing: Choosing,
+    extras: Extras,
+) -> Routing:
+    """Add the prior to scores, leave out slots that are not open, and choose."""
+    if extras.prior is not None:
+        between = [1] * (scores.dim() - 2)
+        scores = scores + extras.prior.view(scores.shape[0], *between, scores.shape[-1])
+    return choosing.choose(scores.masked_fill(~opened, -torch.inf))
+
+
 def gate_scores(x: Tensor, signatures: Tensor) -> Tensor:
     """s · standardised x / sqrt(I) of tokens [T, I] and signatures [E, I]: fp32 [T, E].
 
@@ -73,12 +86,10 @@ def choose_by_gate(x: Tensor, gates: Gates, choosing: Choosing, extras: Extras) 
 
     # Part by part: one part's scores at a time in memory, and of a width of their own, which
     # decides their last bits.
-    def scores(part: int) -> Tensor:
-        found = u @ signatures[part].T
-        found = found if extras.prior is None else found.add_(extras.prior)
-        return found.masked_fill_(~gates.open[part], -torch.inf)
-
-    routings = [choosing.choose(scores(part)) for part in range(parts)]
+    routings = [
+        choose_open(u @ signatures[part].T, gates.open[part], choosing, extras)
+        for part in range(parts)
+    ]
     experts = torch.stack([routing.experts for routing in routings], dim=1)
     weights = torch.stack([routing.weights for routing in routings], dim=1)
     if extras.tally is not None:

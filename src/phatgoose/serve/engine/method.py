@@ -14,7 +14,7 @@ from phatgoose.nn import Bank, RoutingSettings
 from phatgoose.serve.engine import operators  # noqa: F401  (defines them)
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules
-# Of the bank's buffers, those that all banks of a model share; see `Steering` and `Ledger`, and for
+# Of the bank's buffers, those that all banks of a model share; see `Batch` and `Usage`, and for
 # the last one `operators`.
 PRIOR, TALLY, TURN = "prior", "tally", "turn"
 
@@ -39,7 +39,7 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.settings = settings
         self.features = features  # of the layer's whole input
         self.router = router  # None: scores are gates'
-        self.shared = features > bank.a.shape[3]  # a rank sees a share of the input
+        self.shared = features > bank.a.shape[3]  # a rank sees a slice of the input
         for name in ("requires_device_loading", "uses_meta_device"):
             setattr(self, name, getattr(inner, name, getattr(QuantizeMethodBase, name, False)))
 
@@ -51,7 +51,6 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         bank: Bank = getattr(layer, BANK)
-        settings = self.settings
         flat = x.reshape(-1, x.shape[-1])
         gates, a = bank.view(range(bank.parts))
         whole = None
@@ -76,10 +75,7 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             getattr(bank, TALLY, None),
             self.features,
             self.router,
-            settings.kept(gates.open.shape[1]),
-            settings.temperature,
-            settings.scale == "unit",
-            settings.null_score,
+            *self.settings.choosing(gates.open.shape[1]),
             bank.backend,
         )
         return output

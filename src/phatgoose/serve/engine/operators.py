@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phatgoose.ops import BACKENDS, EPS, Choosing, Extras, Gates
+from phatgoose.ops import BACKENDS, EPS, Choosing, Extras, Gates, choose_open
 from phatgoose.ops.backends import Backend, Down
 from phatgoose.ops.scoring import add_to_tally
 from phatgoose.ops.side_stream import beside, fork, may_run_beside
@@ -82,9 +82,7 @@ def _choose_down(
         scores = scores_of(every, gates.sums, features)
     else:
         scores = scores_by(router, every, gates.signatures.view(*gates.open.shape, -1))
-    scores = scores if extras.prior is None else scores.add_(extras.prior.unsqueeze(1))
-    scores.masked_fill_(~gates.open, -torch.inf)
-    routing = choosing.choose(scores)
+    routing = choose_open(scores, gates.open, choosing, extras)
     if extras.tally is not None:
         add_to_tally(extras.tally, routing.experts, routing.weights)
     return routing.experts, backend.routed_down(x, a, routing.experts, routing.weights)
