@@ -79,7 +79,7 @@ def test_the_table_is_the_log_likelihood_ratio(prompted):
     plain = newton(x, x[background.flatten()].mean(0))
     for expert in pool:
         at = expert.signatures["prompt_mean"].vectors[FIRST].double()
-        assert_near(router.worth[expert.name], newton(x, at) - plain, 1e-4)
+        assert_near(router.worth([expert])[:, 0], newton(x, at) - plain, 1e-4)
 
 
 def test_many_distributions_in_parts_are_those_alone(monkeypatch):
@@ -124,7 +124,7 @@ def test_an_adapter_s_own_space_is_evidence_without_data(prompted):
         lengths = (white @ basis).norm(dim=1)
         seen = lengths[background.flatten()]
         wanted = (lengths - seen.mean()) / seen.std(correction=0)
-        assert_near(router.worth[expert.name], wanted, 1e-4)
+        assert_near(router.worth([expert])[:, 0], wanted, 1e-4)
 
 
 def test_an_adapter_that_reads_no_embeddings_is_refused(tmp_path):
@@ -168,7 +168,7 @@ def test_the_prior_is_the_mean_over_the_context_and_the_same_everywhere(prompted
     batch = make_batch(model, [5])
     with record(model) as trace:
         model(**batch)
-    worth = torch.stack([router.worth[name] for name in pool.names], dim=1)
+    worth = router.worth(pool.experts)
     seen = worth[batch["input_ids"][0]].cumsum(0) / torch.arange(1, 6).unsqueeze(1)
     assert trace.experts[FIRST][:, 0].tolist() == seen.argmax(1).tolist()
     assert (trace.weights[FIRST] == 1).all()
@@ -179,7 +179,7 @@ def test_a_prompt_may_be_known_ahead(name, prompted):
     model, pool = prompted
     router = make_router(name)
     route(model, pool, router)
-    worth = torch.stack([router.worth[name] for name in pool.names], dim=1).double()
+    worth = router.worth(pool.experts).double()
     batch = make_batch(model, [6, 9, 4], side="right")
     seen = []
     original = router.prior

@@ -3,14 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError, MissingGateError
 from phatgoose.experts import Expert
 from phatgoose.experts.kinds import KINDS
+from phatgoose.routers.running import prior_of
 from phatgoose.types import TokenContext
 
 Vectors = dict[str, Tensor]  # by the module's name
@@ -42,6 +43,12 @@ class Router(ABC):
     instead: ClassVar[str] = "adapter_evidence or arrow"  # routers for experts that lack it
     # The kind of signature that `measure` makes, if any.
     measures: ClassVar[str | None] = None
+    # Of a prior made of `worth`: how much it counts, and whether a token of the prompt knows the
+    # rest of it, so that prompts cannot share a prefix in a cache.
+    strength: float = 1.0
+    ahead: ClassVar[bool] = False
+    # Whether `prepare` wants ordinary text as token ids (`take_background`) and cannot do without.
+    wants_background: ClassVar[bool] = False
     # Its paper's own settings, by the names of RoutingSettings, where they are not PHATGOOSE's.
     defaults: ClassVar[Mapping[str, Any]] = {}
     _known: ClassVar[dict[str, type["Router"]]] = {}
@@ -53,7 +60,29 @@ class Router(ABC):
     @property
     def has_prior(self) -> bool:
         """Whether `prior` is to be asked, which takes knowing the tokens of every forward."""
-        return type(self).prior is not Router.prior
+        return self.weighs_ids or type(self).prior is not Router.prior
+
+    @property
+    def weighs_ids(self) -> bool:
+        """Whether the prior is `strength` times the running mean of `worth`, and nothing else.
+
+        An engine that batches many requests can keep such a prior, by a sum for each request.
+        """
+        return type(self).worth is not Router.worth and type(self).prior is Router.prior
+
+    @property
+    def scores(self) -> bool:
+        """Whether `score` tells experts apart; where it does not, it is 0 for all of them."""
+        return True
+
+    @property
+    def prepares_on(self) -> Literal["nothing", "first layer", "base"]:
+        """What of the base `prepare` runs."""
+        return "nothing" if type(self).prepare is Router.prepare else "base"
+
+    def take_background(self, ids: Int[Tensor, "B L"]) -> None:
+        """Ordinary text, for routers that want some; comes before `prepare`."""
+        return
 
     def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
         """Called with the bare model, and the experts about to join, before their signatures."""
@@ -99,15 +128,27 @@ class Router(ABC):
     ) -> Float[Tensor, "T E"]:
         """Score every token against every expert of the site, in fp32; -inf: no candidate."""
 
+    def worth(self, experts: Sequence[Expert]) -> Float[Tensor, "V E"]:
+        """What each token id is worth for each expert, fp32; the prior is made of its running mean.
+
+        The experts are prepared. Called again and again, so keep what is costly.
+        """
+        raise NotImplementedError(f"{self.name} weighs no token ids")
+
     def prior(self, context: TokenContext, experts: list[Expert]) -> Float[Tensor, "T E"] | None:
         """Scores from the context alone, added to those of every module; None means no prior.
+
+        Unless a router says otherwise, they are made of its `worth`, where it has one.
 
         T is the B * L tokens of this forward, row after row; E counts all experts of the pool.
         `context.ids` also holds the tokens already in the KV cache. Called once per
         forward; of an encoder-decoder once per stream: encoder, decoder, encoder states as seen by
         cross-attention.
         """
-        return None
+        if not self.weighs_ids:
+            return None
+        worth = self.worth(experts).to(context.real.device)
+        return prior_of(worth, context, strength=self.strength, ahead=self.ahead, who=self.name)
 
 
 class Modifier(Router):
@@ -125,6 +166,18 @@ class Modifier(Router):
     @property
     def has_prior(self) -> bool:
         return self.inner is not None and self.inner.has_prior
+
+    @property
+    def weighs_ids(self) -> bool:
+        return False
+
+    @property
+    def scores(self) -> bool:
+        return self.inner is not None and self.inner.scores
+
+    def take_background(self, ids: Int[Tensor, "B L"]) -> None:
+        if self.inner is not None:
+            self.inner.take_background(ids)
 
     def prior(self, context: TokenContext, experts: list[Expert]) -> Float[Tensor, "T E"] | None:
         return None if self.inner is None else self.inner.prior(context, experts)

@@ -15,7 +15,7 @@ Ours, not the paper's. For decoder-only models.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,7 @@ from phatgoose.experts.kinds import KINDS
 from phatgoose.routers.base import Measuring, Modifier, Router, Vectors
 from phatgoose.routers.entropy import most_even
 from phatgoose.routers.inputs import first_readers, token_inputs, written_by
+from phatgoose.routers.running import prior_of
 from phatgoose.routers.spectral import right_singular
 from phatgoose.types import TokenContext
 
@@ -81,13 +82,26 @@ class ContextEvidence(Modifier):
         self.strength = self.usual_strength if strength is None else strength
         self.readers: list[str] = []  # the base's linear modules that read the first input
         self.background: Background | None = None
-        self.worth: dict[str, Float[Tensor, " V"]] = {}  # of every token id, by expert
+        self._worth: dict[str, Float[Tensor, " V"]] = {}  # of every token id, by expert
         self._ids = background
         self._table: tuple[tuple[str, ...], Tensor] = ((), torch.empty(0))
 
     @property
     def has_prior(self) -> bool:
         return True
+
+    @property
+    def weighs_ids(self) -> bool:
+        return self.inner is None or not self.inner.has_prior
+
+    @property
+    def prepares_on(self) -> Literal["nothing", "first layer", "base"]:
+        nothing = self.inner is None or self.inner.prepares_on == "nothing"
+        return "first layer" if nothing else "base"
+
+    def take_background(self, ids: Int[Tensor, "B L"]) -> None:
+        super().take_background(ids)
+        self._ids = ids
 
     @abstractmethod
     def require(self, expert: Expert) -> None:
@@ -114,7 +128,7 @@ class ContextEvidence(Modifier):
             ids = written_by(model) if self._ids is None else self._ids
             self.background = Background.measure(inputs, ids)
         worth = self.weigh(experts, inputs).float()
-        self.worth.update((expert.name, row) for expert, row in zip(experts, worth, strict=True))
+        self._worth.update((expert.name, row) for expert, row in zip(experts, worth, strict=True))
         self._table = ((), torch.empty(0))  # a name may stand for another expert now
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " W"]:
@@ -127,49 +141,21 @@ class ContextEvidence(Modifier):
             return x.new_zeros(len(x), len(signatures), dtype=torch.float32)
         return self.inner.score(x, signatures)
 
+    def worth(self, experts: Sequence[Expert]) -> Float[Tensor, "V E"]:
+        return torch.stack([self._worth[expert.name] for expert in experts], dim=1)
+
     def prior(self, context: TokenContext, experts: list[Expert]) -> Float[Tensor, "T E"]:
-        if context.ids is None:
-            raise ConfigError(
-                f"{self.name}: needs the ids of all tokens so far, and {context.why}. Give the "
-                "model the whole text, or a KV cache as the model left it (or a copy or a crop of "
-                "it)."
-            )
-        means = self._means_so_far(context, self._stacked(experts, context.ids.device))
-        prior = self.strength * means.float().flatten(0, 1)
+        worth = self._stacked(experts, context.real.device)
+        prior = prior_of(worth, context, strength=self.strength, ahead=self.ahead, who=self.name)
         more = super().prior(context, experts)  # of another evidence inside
         return prior if more is None else prior + more
 
     def _stacked(self, experts: list[Expert], device: torch.device) -> Float[Tensor, "V E"]:
-        """The worth of every token id for these experts."""
+        """The worth of every token id for these experts, there."""
         names, table = tuple(expert.name for expert in experts), self._table
         if table[0] != names or table[1].device != device:
-            stacked = torch.stack([self.worth[name] for name in names], dim=1)
-            table = self._table = (names, stacked.to(device))
+            table = self._table = (names, self.worth(experts).to(device))
         return table[1]
-
-    def _means_so_far(
-        self, context: TokenContext, worth: Float[Tensor, "V E"]
-    ) -> Float[Tensor, "B L E"]:
-        """For each token of this forward, the mean worth of the real tokens that it knows."""
-        ids, real, total = context.ids, context.real, context.real.shape[1]
-        assert ids is not None
-        if self.ahead and total < context.prompt_length:  # the prompt is read in chunks
-            if context.ahead is None:
-                raise ConfigError(
-                    f"{self.name}: needs the whole prompt, and the model is given a part of it. "
-                    "Give it whole, or use a router that reads as it goes (evidence, "
-                    "adapter_evidence)."
-                )
-            ids = torch.cat([ids, context.ahead[0]], dim=1)
-            real = torch.cat([real, context.ahead[1]], dim=1)
-        real = real.unsqueeze(-1)
-        # fp64, so that prefill and decode agree whatever order a device sums in.
-        sums = (worth[ids] * real).double().cumsum(1)
-        means = sums / real.long().cumsum(1).clamp_min(1)
-        if not self.ahead:
-            return means[:, -context.length :]
-        known = torch.arange(total - context.length, total, device=ids.device)
-        return means[:, known.clamp_min(context.prompt_length - 1)]
 
 
 class PromptsEvidence(ContextEvidence):
@@ -239,6 +225,7 @@ class AdapterEvidence(ContextEvidence):
     """
 
     usual_strength = 8.0
+    wants_background = True
 
     def require(self, expert: Expert) -> None:
         if not set(self.readers) & set(expert.modules):

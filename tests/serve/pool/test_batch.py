@@ -12,9 +12,9 @@ import torch
 
 from phatgoose.errors import RoutingError
 from phatgoose.serve.engine.runner import RoutedRunner
-from phatgoose.serve.pool import usage
-from phatgoose.serve.pool.batch import Steering
-from phatgoose.serve.pool.usage import Ledger, report
+from phatgoose.serve.pool import usage as module
+from phatgoose.serve.pool.batch import Batch
+from phatgoose.serve.pool.usage import Usage, report
 
 CPU = torch.device("cpu")
 
@@ -48,89 +48,89 @@ def step(new=(), again=(), finished=(), scheduled=()):
 
 
 @pytest.fixture
-def steering():
-    made = Steering(12, 3, CPU, routing=True)
+def batch():
+    made = Batch(12, 3, CPU, routing=True)
     made.rename(["a", "b", None])
     return made
 
 
-def is_open(steering):
-    return (steering.prior == 0.0).int().tolist()
+def is_open(batch):
+    return (batch.prior == 0.0).int().tolist()
 
 
-def test_rows_follow_the_batch(steering):
-    assert is_open(steering) == [[1, 1, 1]] * 12
-    steering.begin(step(new=[("x", '{"allow": ["b"]}'), ("y", None), ("z", '{"base": true}')]))
-    steering.place(["y", "x", "z"], [2, 3, 1])
-    assert is_open(steering) == [[1, 1, 1]] * 2 + [[0, 1, 0]] * 3 + [[0, 0, 0]] + [[1, 1, 1]] * 6
-    steering.begin(step(again=[("x", 3), ("y", 2)], finished=["z"]))
-    steering.place(["x", "y"], [1, 1])
-    assert is_open(steering) == [[0, 1, 0]] + [[1, 1, 1]] * 11
-    steering.begin(step(new=[("x", None)], finished=["x", "y"]))  # the same id again
-    steering.place(["x"], [1])
-    assert is_open(steering) == [[1, 1, 1]] * 12
+def test_rows_follow_the_batch(batch):
+    assert is_open(batch) == [[1, 1, 1]] * 12
+    batch.begin(step(new=[("x", '{"allow": ["b"]}'), ("y", None), ("z", '{"base": true}')]))
+    batch.place(["y", "x", "z"], [2, 3, 1])
+    assert is_open(batch) == [[1, 1, 1]] * 2 + [[0, 1, 0]] * 3 + [[0, 0, 0]] + [[1, 1, 1]] * 6
+    batch.begin(step(again=[("x", 3), ("y", 2)], finished=["z"]))
+    batch.place(["x", "y"], [1, 1])
+    assert is_open(batch) == [[0, 1, 0]] + [[1, 1, 1]] * 11
+    batch.begin(step(new=[("x", None)], finished=["x", "y"]))  # the same id again
+    batch.place(["x"], [1])
+    assert is_open(batch) == [[1, 1, 1]] * 12
 
 
-def test_rows_follow_the_pool(steering):
-    steering.begin(step(new=[("x", '{"deny": ["a"]}'), ("y", '{"allow": ["a"]}')]))
-    steering.rename([None, "b", "c"])
-    steering.place(["x", "y"], [1, 1])
-    assert is_open(steering)[:2] == [[0, 0, 0], [0, 0, 0]]  # what they name is gone: no other
-    steering.rename(["c", "b", "a"])
-    steering.place(["x", "y"], [1, 1])
-    assert is_open(steering)[:2] == [[1, 1, 0], [0, 0, 1]]
+def test_rows_follow_the_pool(batch):
+    batch.begin(step(new=[("x", '{"deny": ["a"]}'), ("y", '{"allow": ["a"]}')]))
+    batch.rename([None, "b", "c"])
+    batch.place(["x", "y"], [1, 1])
+    assert is_open(batch)[:2] == [[0, 0, 0], [0, 0, 0]]  # what they name is gone: no other
+    batch.rename(["c", "b", "a"])
+    batch.place(["x", "y"], [1, 1])
+    assert is_open(batch)[:2] == [[1, 1, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize(
     "wanted", ["{", '{"allow": ["nobody"]}', '{"routing": "all"}', '{"deny": ["a", "b"]}', 3]
 )
-def test_a_bad_request_is_answered_by_nothing(wanted, steering):
+def test_a_bad_request_is_answered_by_nothing(wanted, batch):
     asked = step(new=[("x", wanted)])
     given = asked.scheduled_new_reqs[0].sampling_params
-    steering.begin(asked)
+    batch.begin(asked)
     params = asked.scheduled_new_reqs[0].sampling_params
     assert (params.allowed_token_ids, params.min_tokens) == ([7], 0)
     assert given.min_tokens == 3  # the scheduler's own is left as it was
 
 
 def test_routing_that_is_not_recorded():
-    steering = Steering(4, 1, CPU, routing=False)
-    steering.rename(["a"])
+    batch = Batch(4, 1, CPU, routing=False)
+    batch.rename(["a"])
     asked = step(new=[("x", '{"routing": "shares"}')])
-    steering.begin(asked)
+    batch.begin(asked)
     assert asked.scheduled_new_reqs[0].sampling_params.allowed_token_ids == [7]
 
 
-def test_a_runner_that_does_not_tell_the_batch(steering):
+def test_a_runner_that_does_not_tell_the_batch(batch):
     asked = step(new=[("x", '{"base": true}')], scheduled=[("x", 2)])
-    steering.begin(asked)
+    batch.begin(asked)
     with pytest.raises(RoutingError, match="nor the settings"):
-        steering.end(asked)
+        batch.end(asked)
     other = step(again=[("y", 1)], scheduled=[("y", 1)])
-    steering.begin(other)
-    steering.end(other)
+    batch.begin(other)
+    batch.end(other)
 
 
-def test_shares(steering):
-    ledger = steering.ledger
+def test_shares(batch):
+    usage = batch.usage
     asked = step(new=[("x", '{"routing": "tokens"}'), ("y", None)])
-    steering.begin(asked)
-    steering.place(["y", "x"], [1, 2])
-    ledger.tally[:3] = torch.tensor([[0.0, 4.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0], [0.0] * 4])
-    steering.end(asked)
+    batch.begin(asked)
+    batch.place(["y", "x"], [1, 2])
+    usage.tally[:3] = torch.tensor([[0.0, 4.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0], [0.0] * 4])
+    batch.end(asked)
     asked = step(again=[("x", 4)])  # two tokens came from the prefix cache
-    steering.begin(asked)
-    steering.place(["x"], [1])
-    assert not ledger.tally[0].any()
-    ledger.tally[0] = torch.tensor([2.0, 6.0, 0.0, 0.0])
-    steering.end(asked)
-    found = report(ledger.take("x"))
+    batch.begin(asked)
+    batch.place(["x"], [1])
+    assert not usage.tally[0].any()
+    usage.tally[0] = torch.tensor([2.0, 6.0, 0.0, 0.0])
+    batch.end(asked)
+    found = report(usage.take("x"))
     assert found["shares"] == pytest.approx({"": 1.25 / 3, "a": 1.0 / 3, "b": 0.75 / 3})
     assert found["tokens"] == [["b", "", None, None, "a"]]
-    assert not ledger.take("x")
+    assert not usage.take("x")
 
-    steering.rename(["c", "b", None])
-    totals = ledger.totals(steering.names)
+    batch.rename(["c", "b", None])
+    totals = usage.totals(batch.names)
     assert totals["tokens"] == pytest.approx({"b": 0.75, "c": 0.0})  # the counter of a has ended
     assert totals["base"] == pytest.approx(1.25)
     assert totals["count"] == 4
@@ -140,67 +140,67 @@ def test_shares(steering):
 
 
 def test_requests_go_by_several_names():
-    ledger = Ledger(4, 1, CPU)
+    usage = Usage(4, 1, CPU)
     ids = [f"{n}_cmpl-1-{p}-0123abcd" for n in (10, 2) for p in (0, 1)]
     for name in [*ids, "cmpl-11-0-0123abcd", "other"]:
-        ledger.start(name, ["a"], with_tokens=False)
-    ledger.finish(ids[0])
-    assert [name for name, _ in ledger.take("cmpl-1")] == [ids[2], ids[0], ids[3], ids[1]]
-    assert [name for name, _ in ledger.take("cmpl-11")] == ["cmpl-11-0-0123abcd"]
-    assert not ledger.take("cmpl-1")
+        usage.start(name, ["a"], with_tokens=False)
+    usage.finish(ids[0])
+    assert [name for name, _ in usage.take("cmpl-1")] == [ids[2], ids[0], ids[3], ids[1]]
+    assert [name for name, _ in usage.take("cmpl-11")] == ["cmpl-11-0-0123abcd"]
+    assert not usage.take("cmpl-1")
 
 
-def served(ledger, request, steps, *, tokens=1):
+def served(usage, request, steps, *, tokens=1):
     """A request in so many forwards, beside another one with seven tokens."""
     for number in range(steps):
-        ledger.clear(tokens + 7)
-        ledger.tally[: tokens + 7, 1] = 1.0
-        ledger.add([request, "other"], [tokens, 7], {request: number * tokens, "other": 0})
+        usage.clear(tokens + 7)
+        usage.tally[: tokens + 7, 1] = 1.0
+        usage.add([request, "other"], [tokens, 7], {request: number * tokens, "other": 0})
 
 
 def test_what_nobody_asks_for_is_bounded_by_tokens(monkeypatch):
     """Clients that go away midway leave their tokens behind."""
-    monkeypatch.setattr(usage, "KEPT_TOKENS", 100)
-    ledger = Ledger(40, 1, CPU)
+    monkeypatch.setattr(module, "KEPT_TOKENS", 100)
+    usage = Usage(40, 1, CPU)
     for number in range(5):
-        ledger.start(f"r{number}", ["a"], with_tokens=True)
-        served(ledger, f"r{number}", 10, tokens=4)
-        ledger.finish(f"r{number}")
-    assert [bool(ledger.take(f"r{number}")) for number in range(5)] == [False] * 3 + [True] * 2
+        usage.start(f"r{number}", ["a"], with_tokens=True)
+        served(usage, f"r{number}", 10, tokens=4)
+        usage.finish(f"r{number}")
+    assert [bool(usage.take(f"r{number}")) for number in range(5)] == [False] * 3 + [True] * 2
     # One that is longer than all that is kept is there until the next one.
-    ledger.start("long", ["a"], with_tokens=True)
-    served(ledger, "long", 200)
-    ledger.finish("long")
-    assert report(ledger.take("long"))["tokens"] == [["a"] * 200]
+    usage.start("long", ["a"], with_tokens=True)
+    served(usage, "long", 200)
+    usage.finish("long")
+    assert report(usage.take("long"))["tokens"] == [["a"] * 200]
 
 
 def test_tokens_are_kept_as_a_few_tensors_of_their_own(monkeypatch):
     """A view of a batch's tensor would keep all of it; a tensor a token costs hundreds of bytes."""
-    monkeypatch.setattr(usage, "PIECES", 16)
-    ledger = Ledger(8, 1, CPU)
-    ledger.start("r", ["a"], with_tokens=True)
-    served(ledger, "r", 100)
-    ledger.clear(8)
-    ledger.add(["r"], [1], {"r": 105})  # five came from the prefix cache
-    ledger.finish("r")
-    [(_, record)] = ledger.take("r")
+    monkeypatch.setattr(module, "PIECES", 16)
+    usage = Usage(8, 1, CPU)
+    usage.start("r", ["a"], with_tokens=True)
+    served(usage, "r", 100)
+    usage.clear(8)
+    usage.add(["r"], [1], {"r": 105})  # five came from the prefix cache
+    usage.finish("r")
+    [(_, record)] = usage.take("r")
     assert [(first, len(columns)) for first, columns in record.best] == [(0, 100), (105, 1)]
     assert all(c.untyped_storage().nbytes() == 4 * len(c) for _, c in record.best)
     assert report([("r", record)])["tokens"] == [["a"] * 100 + [None] * 5 + [""]]
 
 
-def test_counters_of_experts_that_are_gone_end(steering):
-    ledger = steering.ledger
+def test_counters_of_experts_that_are_gone_end(batch):
+    usage = batch.usage
     for number in range(50):
-        steering.rename([f"expert {number}", "b", None])
-        steering.begin(step(new=[(f"r{number}", None)]))
-        steering.place([f"r{number}"], [1])
-        ledger.tally[0, 1] = 1.0
-        steering.end(step(new=[(f"r{number}", None)]))
-    assert ledger.totals(steering.names)["tokens"] == {"expert 49": 1.0, "b": 0.0}
-    steering.rename([None, "b", None])
-    steering.rename(["expert 49", "b", None])
-    assert ledger.totals(steering.names)["tokens"]["expert 49"] == 0.0  # it is another one
+        batch.rename([f"expert {number}", "b", None])
+        batch.begin(step(new=[(f"r{number}", None)]))
+        batch.place([f"r{number}"], [1])
+        usage.tally[0, 1] = 1.0
+        batch.end(step(new=[(f"r{number}", None)]))
+    assert usage.totals(batch.names)["tokens"] == {"expert 49": 1.0, "b": 0.0}
+    batch.rename([None, "b", None])
+    batch.rename(["expert 49", "b", None])
+    assert usage.totals(batch.names)["tokens"]["expert 49"] == 0.0  # it is another one
 
 
 class FirstRunner:
@@ -211,7 +211,7 @@ class FirstRunner:
         return self._model_forward(input_ids=torch.arange(3))
 
     def _model_forward(self, input_ids):
-        return len(input_ids), is_open(self.phatgoose_steering)
+        return len(input_ids), is_open(self.phatgoose_batch)
 
 
 class SecondRunner:
@@ -220,7 +220,7 @@ class SecondRunner:
     def execute_model(self, scheduler_output, intermediate_tensors=None, dummy_run=False):
         if not dummy_run:
             self.prepare_inputs(scheduler_output)
-        return 3, is_open(self.phatgoose_steering)
+        return 3, is_open(self.phatgoose_batch)
 
     def prepare_inputs(self, scheduler_output):
         ends = np.array([0, 2, 3, 3])  # padded to three requests
@@ -230,15 +230,15 @@ class SecondRunner:
 
 
 @pytest.mark.parametrize("kind", [FirstRunner, SecondRunner])
-def test_runners(kind, steering):
+def test_runners(kind, batch):
     runner = kind()
     runner.__class__ = type("Routed", (RoutedRunner, kind), {})
-    runner.phatgoose_steering = steering
+    runner.phatgoose_batch = batch
     asked = step(new=[("x", '{"base": true}'), ("y", None)], scheduled=[("x", 1), ("y", 2)])
     result, opened = runner.execute_model(asked)
     assert result == 3
     assert opened[:3] == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
-    assert steering.ledger.totals(steering.names)["count"] == 3
+    assert batch.usage.totals(batch.names)["count"] == 3
     if kind is SecondRunner:
         runner.execute_model(step(), dummy_run=True)
-        assert steering.ledger.totals(steering.names)["count"] == 3
+        assert batch.usage.totals(batch.names)["count"] == 3

@@ -39,7 +39,7 @@ def start(world, load):
         settings = {"experts": experts, "capacity": 3, "max_rank": 4, **more}
         model, _ = load(folder / "base", settings, worker_cls=WORKER)
         worker = LiveWorker()
-        worker.phatgoose_slots, worker.phatgoose_steering = getattr(model, HANDLE)
+        worker.phatgoose_slots, worker.phatgoose_batch = getattr(model, HANDLE)
         return worker
 
     return run

@@ -17,10 +17,10 @@ from phatgoose.pool import ExpertPool
 from phatgoose.serve.engine import layers
 from phatgoose.serve.engine.layers import Layers
 from phatgoose.serve.engine.method import BANK, PRIOR, TALLY, TURN, RoutedMethod
-from phatgoose.serve.pool.batch import Steering
-from phatgoose.serve.pool.evidence import Readings
-from phatgoose.serve.pool.settings import ServeSettings
-from phatgoose.serve.pool.slots import Piece, Slots, check_base, digest, write
+from phatgoose.serve.pool.batch import Batch
+from phatgoose.serve.pool.evidence import Evidence
+from phatgoose.serve.pool.settings import ServeSettings, served_router
+from phatgoose.serve.pool.slots import Adapted, Slots, check_base, digest, write
 from phatgoose.text import visible
 
 log = logging.getLogger(__name__)
@@ -53,13 +53,13 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
     pool, and RoutingError where vLLM has no layer that can be routed; nothing is changed then.
     """
     settings = slots.settings
-    by_expert = [slots.pieces(expert) for expert in pool]
-    by_layer: dict[str, list[Piece]] = {}
-    for pieces in by_expert:
-        for name, mine in pieces.items():
+    by_expert = [slots.adapted(expert) for expert in pool]
+    by_layer: dict[str, list[Adapted]] = {}
+    for adapted in by_expert:
+        for name, mine in adapted.items():
             by_layer.setdefault(name, []).extend(mine)
     parts = {name: mine[0][0].parts for name, mine in by_layer.items()}
-    parts |= {part.layer: part.parts for part in Layers(model).named(settings.targets)}
+    parts |= {place.layer: place.parts for place in Layers(model).named(settings.targets)}
     capacity = settings.capacity or len(pool)
     if len(pool) > capacity:
         raise ConfigError(f"phatgoose: capacity is {capacity}, the pool needs {len(pool)}.")
@@ -73,10 +73,10 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
         banks[name] = _bank(layer, count, settings, gated=slots.gated)
         rank = settings.max_rank or rank
         banks[name].reserve(capacity, rank, slots.width(layer.input_size, rank))
-    shares = [slots.shares(pieces) for pieces in by_expert]
+    slices = [slots.slices(adapted) for adapted in by_expert]
     for slot in range(capacity):
         for name, bank in banks.items():
-            write(bank, slot, shares[slot].get(name) if slot < len(pool) else None)
+            write(bank, slot, slices[slot].get(name) if slot < len(pool) else None)
     slots.fill(banks, [slots.resident(expert) for expert in pool], capacity)
     turn = torch.zeros(1, device=_where(banks))
     for name, bank in banks.items():
@@ -95,31 +95,28 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
     log.info("routing %d layers among %s", len(banks), names)
 
 
-def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Steering:
+def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Batch:
     """Give all banks a prior, and a tally if wanted, for forwards of up to so many tokens."""
     device = _where(slots.banks)
-    steering = Steering(tokens, len(slots.residents), device, routing=slots.settings.record_routing)
+    batch = Batch(tokens, len(slots.residents), device, routing=slots.settings.record_routing)
     for bank in slots.banks.values():
-        bank.register_buffer(PRIOR, steering.prior, persistent=False)
-        if steering.ledger is not None:
-            bank.register_buffer(TALLY, steering.ledger.tally, persistent=False)
-    steering.names = slots.names
-    slots.on_change = steering.rename
-    if slots.evidence is not None:
-        steering.readings = read_contexts(slots, pool, model_config, steering)
-    return steering
+        bank.register_buffer(PRIOR, batch.prior, persistent=False)
+        if batch.usage is not None:
+            bank.register_buffer(TALLY, batch.usage.tally, persistent=False)
+    batch.names = slots.names
+    slots.on_change = batch.rename
+    if slots.router.weighs_ids:
+        batch.evidence = read_contexts(slots, pool, model_config, batch)
+    return batch
 
 
-def read_contexts(
-    slots: Slots, pool: ExpertPool, model_config: Any, steering: Steering
-) -> Readings:
+def read_contexts(slots: Slots, pool: ExpertPool, model_config: Any, batch: Batch) -> Evidence:
     """Weigh all token ids for the experts, and for those to come as they come.
 
     Without a file of text, every token id once will do for it where evidence is of prompts: there
     it only tells what "no expert at all" is worth, and cancels out between experts.
     """
-    evidence, device = slots.evidence, steering.prior.device
-    assert evidence is not None
+    device = batch.prior.device
     text = None
     if slots.settings.background is not None:
         text = background_ids(model_config, slots.settings.background)
@@ -129,26 +126,28 @@ def read_contexts(
         first: Any = first_layer(model_config).to(device)
         count = first.get_input_embeddings().weight.shape[0]
         ids = torch.arange(count)[None] if text is None else text
-        like = type(evidence)(strength=evidence.strength, background=ids)
+        router = served_router(slots.settings.router)  # a new one: nothing of it stays
+        router.take_background(ids)
         with torch.inference_mode(False):
-            like.prepare(first, experts)
-        return like.worth
+            router.prepare(first, experts)
+            worth = router.worth(experts).unbind(1)
+        return {expert.name: column for expert, column in zip(experts, worth, strict=True)}
 
     worth = weigh(pool.experts) if len(pool) else {}
     tokens = len(next(iter(worth.values()))) if worth else model_config.get_vocab_size()
-    readings = Readings(
+    evidence = Evidence(
         tokens,
         len(slots.residents),
         device,
-        strength=evidence.strength,
-        ahead=evidence.ahead,
-        place=steering.there,
+        strength=slots.router.strength,
+        ahead=slots.router.ahead,
+        place=batch.there,
     )
     for slot, expert in enumerate(pool):
-        readings.put(slot, worth[expert.name])
+        evidence.put(slot, worth[expert.name])
     slots.weigh = lambda expert: weigh([expert])[expert.name]
-    slots.on_worth = readings.put
-    return readings
+    slots.on_worth = evidence.put
+    return evidence
 
 
 def read_background(path: str) -> str:

@@ -1,4 +1,4 @@
-"""vLLM's linear layers: which modules of the base each stands for, and which share a rank holds."""
+"""vLLM's linear layers: which modules of the base each stands for, and what a rank has of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts import LoraModule
-from phatgoose.serve.pool.slots import Part
+from phatgoose.serve.pool.slots import Place
 
 # Subclasses may lay out their weights in ways of their own, so a class has to be one of these.
 KNOWN = (
@@ -42,61 +42,61 @@ class Layers:
         self._mapper = _names_only(getattr(model, "hf_to_vllm_mapper", None))
         self._packed: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
         self._modules = dict(model.named_modules())
-        self._parts: dict[str, Part] = {}
+        self._places: dict[str, Place] = {}
         for name, layer in self._modules.items():
             if isinstance(layer, LinearBase):
-                self._parts |= self._parts_of(name, layer)
+                self._places |= self._parts_of(name, layer)
 
-    def find(self, module: str, who: str) -> Part | None:
+    def find(self, module: str, who: str) -> Place | None:
         """Where a module of the base is; None where it is on another pipeline stage.
 
         Raises RoutingError, in the name of `who`, where vLLM has no layer that can be routed.
         """
         name = module if self._mapper is None else self._mapper._map_name(module + ".weight")
         name = module if name is None else name.removesuffix(".weight")
-        if name not in self._parts:
+        if name not in self._places:
             if self._is_elsewhere(name):
                 return None
             raise RoutingError(f"{who}: adapts {module}, {self._why_not(name)}")
-        return self._checked(self._parts[name], module, who)
+        return self._checked(self._places[name], module, who)
 
-    def named(self, targets: Sequence[str]) -> list[Part]:
+    def named(self, targets: Sequence[str]) -> list[Place]:
         """All modules whose names end in one of `targets`, "q_proj" say.
 
         Raises ConfigError for a target that no module of the model has, else what `find` raises.
         """
         found = []
         for target in targets:
-            mine = [n for n in self._parts if n == target or n.endswith("." + target)]
+            mine = [n for n in self._places if n == target or n.endswith("." + target)]
             if not mine and not any(isinstance(m, PPMissingLayer) for m in self._modules.values()):
                 raise ConfigError(
                     f"phatgoose: targets has {target!r}, and vLLM's {type(self._model).__name__} "
                     "has no linear layer whose name ends so."
                 )
-            found += [self._checked(self._parts[name], name, "targets") for name in mine]
+            found += [self._checked(self._places[name], name, "targets") for name in mine]
         return found
 
-    def share_of(
-        self, part: Part, lora: LoraModule, signature: Tensor, *, gated: bool
+    def slice_of(
+        self, place: Place, lora: LoraModule, signature: Tensor, *, gated: bool
     ) -> tuple[LoraModule, Tensor]:
         """What this tensor-parallel rank needs of an expert's module; see the function."""
-        return share_of(self._modules[part.layer], part, lora, signature, gated=gated)
+        return slice_of(self._modules[place.layer], place, lora, signature, gated=gated)
 
-    def _checked(self, part: Part, module: str, who: str) -> Part:
-        name, layer = part.layer, self._modules[part.layer]
+    def _checked(self, place: Place, module: str, who: str) -> Place:
+        name, layer = place.layer, self._modules[place.layer]
         if type(layer) not in KNOWN or name.rpartition(".")[2] in NEVER_RUN:
             raise RoutingError(
                 f"{who}: adapts {module}, which vLLM computes in a {type(layer).__name__} that is "
                 "not run as an ordinary linear layer. Leave the module out of the adapter."
             )
-        if not part.shards:
+        if not place.shards:
             raise RoutingError(
                 f"{who}: adapts {module}, which vLLM's {type(self._model).__name__} may keep in "
                 "another order of rows than the base. Leave the module out of the adapter."
             )
-        return part
+        return place
 
-    def _parts_of(self, name: str, layer: Any) -> dict[str, Part]:
+    def _parts_of(self, name: str, layer: Any) -> dict[str, Place]:
         parent, dot, last = name.rpartition(".")
         names = self._packed.get(last, [last])
         shards = range(len(getattr(layer, "output_partition_sizes", [0])))
@@ -108,7 +108,7 @@ class Layers:
         else:
             mine = [() for _ in names]
         return {
-            parent + dot + leaf: Part(name, number, len(names), mine[number])
+            parent + dot + leaf: Place(name, number, len(names), mine[number])
             for number, leaf in enumerate(names)
         }
 
@@ -130,12 +130,12 @@ class Layers:
         )
 
 
-def share_of(
-    layer: Any, part: Part, lora: LoraModule, signature: Tensor, *, gated: bool
+def slice_of(
+    layer: Any, place: Place, lora: LoraModule, signature: Tensor, *, gated: bool
 ) -> tuple[LoraModule, Tensor]:
     """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [W].
 
-    Of a gate, W = I, it is a share of the features; other signatures are wanted whole.
+    Of a gate, W = I, it is a slice of the features; other signatures are wanted whole.
     """
     if is_row_parallel(layer):
         width = layer.input_size_per_partition
@@ -144,20 +144,20 @@ def share_of(
     whole = isinstance(layer, ReplicatedLinear | RowParallelLinear)
     rank, ranks = (0, 1) if whole else (layer.tp_rank, layer.tp_size)
     rows, start = [], 0
-    for shard in part.shards:
+    for shard in place.shards:
         size, replicas = layer.output_partition_sizes[shard], _replicas(layer, shard)
         first = start + rank // replicas * size
         rows.append(lora.b[first : first + size])
         start += size * ranks // replicas
     if start != lora.out_features:
         raise RoutingError(
-            f"{part.layer}: has {start} outputs in vLLM, the adapter {lora.out_features}."
+            f"{place.layer}: has {start} outputs in vLLM, the adapter {lora.out_features}."
         )
     return replace(lora, b=rows[0] if len(rows) == 1 else torch.cat(rows)), signature
 
 
 def is_row_parallel(layer: Any) -> bool:
-    """Whether each of several ranks sees a share of the layer's input."""
+    """Whether each of several ranks sees a slice of the layer's input."""
     return isinstance(layer, RowParallelLinear) and layer.tp_size > 1
 
 

@@ -4,22 +4,18 @@ import itertools
 import logging
 import traceback
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from phatgoose.errors import ConfigError, PhatgooseError, first_line
 from phatgoose.experts import load_expert
-from phatgoose.serve.pool.batch import Steering
+from phatgoose.serve.pool.batch import Batch
 from phatgoose.serve.pool.settings import ServeSettings, served_router
+from phatgoose.serve.pool.slots import Slots
 from phatgoose.serve.pool.usage import report
 from phatgoose.text import visible
-
-if TYPE_CHECKING:
-    from phatgoose.serve.pool.slots import (
-        Slots,  # wants vLLM, which the tests of this module do not
-    )
 
 log = logging.getLogger(__name__)
 
@@ -34,36 +30,36 @@ class RoutedRunner:
     puts the batch in order, `prepare_inputs`.
     """
 
-    phatgoose_steering: Steering | None = None
+    phatgoose_batch: Batch | None = None
 
     def execute_model(self, scheduler_output: Any, *arguments: Any, **more: Any) -> Any:
         run = super().execute_model  # type: ignore[misc]
-        steering = self.phatgoose_steering
-        if steering is None or more.get("dummy_run"):
+        batch = self.phatgoose_batch
+        if batch is None or more.get("dummy_run"):
             return run(scheduler_output, *arguments, **more)
         self._phatgoose_step = scheduler_output
-        steering.begin(scheduler_output)
+        batch.begin(scheduler_output)
         result = run(scheduler_output, *arguments, **more)
-        steering.end(scheduler_output)
+        batch.end(scheduler_output)
         return result
 
     def _model_forward(self, *arguments: Any, **more: Any) -> Any:
-        steering = self.phatgoose_steering
-        if steering is not None:
+        batch = self.phatgoose_batch
+        if batch is not None:
             scheduled = self._phatgoose_step.num_scheduled_tokens
             requests = list(self.input_batch.req_ids)  # type: ignore[attr-defined]
             ids = more.get("input_ids", arguments[0] if arguments else None)
-            steering.place(requests, [scheduled[request] for request in requests], ids)
+            batch.place(requests, [scheduled[request] for request in requests], ids)
         return super()._model_forward(*arguments, **more)  # type: ignore[misc]
 
     def prepare_inputs(self, *arguments: Any, **more: Any) -> Any:
-        batch = super().prepare_inputs(*arguments, **more)  # type: ignore[misc]
-        steering = self.phatgoose_steering
-        if steering is not None:
-            ends = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
+        inputs = super().prepare_inputs(*arguments, **more)  # type: ignore[misc]
+        batch = self.phatgoose_batch
+        if batch is not None:
+            ends = inputs.query_start_loc_np[: inputs.num_reqs + 1].tolist()
             counts = [end - start for start, end in itertools.pairwise(ends)]
-            steering.place(batch.req_ids[: batch.num_reqs], counts, batch.input_ids)
-        return batch
+            batch.place(inputs.req_ids[: inputs.num_reqs], counts, inputs.input_ids)
+        return inputs
 
 
 class LiveWorker:
@@ -73,8 +69,8 @@ class LiveWorker:
     nothing on this rank.
     """
 
-    phatgoose_slots: "Slots"
-    phatgoose_steering: Steering
+    phatgoose_slots: Slots
+    phatgoose_batch: Batch
 
     def load_model(self, *arguments: Any, **more: Any) -> None:
         super().load_model(*arguments, **more)  # type: ignore[misc]
@@ -85,14 +81,14 @@ class LiveWorker:
                 'phatgoose: the worker is ours, and the model is not. Load it with load_format="'
                 'phatgoose", or leave worker_cls out.'
             )
-        self.phatgoose_slots, self.phatgoose_steering = handle
+        self.phatgoose_slots, self.phatgoose_batch = handle
         kind = type(runner)
         runner.__class__ = type(f"Routed{kind.__name__}", (RoutedRunner, kind), {})
-        runner.phatgoose_steering = self.phatgoose_steering
+        runner.phatgoose_batch = self.phatgoose_batch
 
     def phatgoose_pool(self) -> dict[str, Any]:
         """The experts, and how many there may be; the same on every rank."""
-        recorded = self.phatgoose_steering.ledger is not None
+        recorded = self.phatgoose_batch.usage is not None
         return {**self.phatgoose_slots.describe(), "routing": recorded}
 
     def phatgoose_prepare(self, name: str, source: str) -> dict[str, str | None]:
@@ -120,19 +116,19 @@ class LiveWorker:
         return self._phatgoose_change(lambda: self.phatgoose_slots.remove(name))
 
     def phatgoose_routing(self, request_id: str) -> dict[str, Any]:
-        """Which experts served a request that asked for it; forgets it. See `Ledger.take`."""
-        ledger = self.phatgoose_steering.ledger
-        found = [] if ledger is None else ledger.take(request_id)
+        """Which experts served a request that asked for it; forgets it. See `Usage.take`."""
+        usage = self.phatgoose_batch.usage
+        found = [] if usage is None else usage.take(request_id)
         if not found:
             return {"error": f"{request_id}: no routing of such a request was recorded."}
         return report(found)
 
     def phatgoose_totals(self) -> dict[str, Any]:
         """Since the start: tokens by expert (in shares) and mean entropy of the shares, in nats."""
-        steering = self.phatgoose_steering
-        if steering.ledger is None:
+        batch = self.phatgoose_batch
+        if batch.usage is None:
             return {"error": 'phatgoose: not recorded. Set "routing": true.'}
-        return steering.ledger.totals(steering.names)
+        return batch.usage.totals(batch.names)
 
     def _phatgoose_change(self, change: Any) -> dict[str, str | None]:
         try:
@@ -143,8 +139,8 @@ class LiveWorker:
         return {"error": None}
 
 
-def hand_over(model: nn.Module, slots: "Slots", steering: Steering) -> None:
-    object.__setattr__(model, HANDLE, (slots, steering))
+def hand_over(model: nn.Module, slots: Slots, batch: Batch) -> None:
+    object.__setattr__(model, HANDLE, (slots, batch))
 
 
 def is_ours(worker_cls: Any) -> bool:
@@ -164,7 +160,8 @@ def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
             "phatgoose: experts is empty, and only worker_cls="
             '"phatgoose.serve.worker.Worker" can add some.'
         )
-    _, evidence = served_router(settings.router)
+    router = served_router(settings.router)
+    evidence = router.weighs_ids
     if evidence and not chooses:
         raise ConfigError(
             f"phatgoose: the router {settings.router!r} wants "
@@ -173,7 +170,7 @@ def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
     if not chooses:
         return
     parallel, cache = config.parallel_config, config.cache_config
-    if evidence and evidence.ahead and cache.enable_prefix_caching:
+    if evidence and router.ahead and cache.enable_prefix_caching:
         raise ConfigError(
             f"phatgoose: with the router {settings.router!r} what a token does depends on the rest "
             "of its prompt, so prompts cannot share a prefix. Turn prefix caching off "

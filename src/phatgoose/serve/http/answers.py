@@ -17,7 +17,7 @@ Routing = Callable[[], Awaitable[dict[str, Any]]]
 DONE = b"data: [DONE]"  # the last event of a stream
 
 
-class Answer:
+class Relay:
     """An ASGI `send` that passes one answer on.
 
     vLLM calls every answer's model by the pool's name; `asked` is put in its place. With `routing`,

@@ -15,7 +15,7 @@ from phatgoose.errors import first_line
 from phatgoose.serve.http import signals
 from phatgoose.serve.http.access import Access
 from phatgoose.serve.http.admin import Experts
-from phatgoose.serve.http.answers import Answer, Routing, send_json
+from phatgoose.serve.http.answers import Relay, Routing, send_json
 from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
 from phatgoose.serve.http.choice import BASE, choose
 from phatgoose.serve.http.metrics import Metrics
@@ -143,7 +143,7 @@ class PoolMiddleware:
             new = json.dumps(rewritten(body, choice, contents, served=self._served)).encode()
             to_client: Send = outbox
             if routing is not None or asked != self._served:
-                to_client = Answer(outbox, served=self._served, asked=asked, routing=routing)
+                to_client = Relay(outbox, served=self._served, asked=asked, routing=routing)
             await self.app(resized(scope, len(new)), replay(new, receive), to_client)
 
     def _asking(

@@ -10,25 +10,25 @@ from torch import Tensor
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.serve.names import REQUEST
 from phatgoose.serve.pool.choice import Choice
-from phatgoose.serve.pool.evidence import Readings
-from phatgoose.serve.pool.usage import Ledger
+from phatgoose.serve.pool.evidence import Evidence
+from phatgoose.serve.pool.usage import Usage
 from phatgoose.text import visible
 
 log = logging.getLogger(__name__)
 
 
-class Steering:
+class Batch:
     """The prior of a running model: a row for each token of a forward, -inf closes a slot.
 
     One fp32 buffer [N, C], which every layer reads, also within a CUDA graph. It is all zeros, and
-    left alone, while no request wants anything; a router with evidence has `readings`, whose priors
+    left alone, while no request wants anything; a router with evidence has `evidence`, whose priors
     are written for every forward.
     """
 
     def __init__(self, tokens: int, capacity: int, device: torch.device, *, routing: bool) -> None:
         self.prior = torch.zeros(tokens, capacity, device=device)
-        self.ledger = Ledger(tokens, capacity, device) if routing else None
-        self.readings: Readings | None = None
+        self.usage = Usage(tokens, capacity, device) if routing else None
+        self.evidence: Evidence | None = None
         self.names: list[str | None] = [None] * capacity  # by slot
         self._choices: dict[str, Choice] = {}  # of running requests that want something
         self._rows: dict[str, Tensor] = {}  # and their priors [C], on the host
@@ -39,9 +39,9 @@ class Steering:
 
     def rename(self, names: Sequence[str | None]) -> None:
         """The pool has changed: these are the experts now, by slot."""
-        if self.ledger is not None:
-            self.ledger.settle(self.names)
-            self.ledger.keep(names)
+        if self.usage is not None:
+            self.usage.settle(self.names)
+            self.usage.keep(names)
         self.names = list(names)
         for request, choice in self._choices.items():
             try:
@@ -57,23 +57,23 @@ class Steering:
         for request in step.finished_req_ids:
             self._choices.pop(request, None)
             self._rows.pop(request, None)
-            if self.ledger is not None:
-                self.ledger.finish(request)
-            if self.readings is not None:
-                self.readings.finish(request)
+            if self.usage is not None:
+                self.usage.finish(request)
+            if self.evidence is not None:
+                self.evidence.finish(request)
         for new in step.scheduled_new_reqs:
             self._choices.pop(new.req_id, None)
             self._rows.pop(new.req_id, None)
             wanted = (getattr(new.sampling_params, "extra_args", None) or {}).get(REQUEST)
-            if self.readings is not None:
-                self.readings.start(new.req_id, new.prompt_token_ids)
+            if self.evidence is not None:
+                self.evidence.start(new.req_id, new.prompt_token_ids)
             if wanted is not None:
                 self._start(new, wanted)
         again = step.scheduled_cached_reqs
-        if self.ledger is not None or self.readings is not None:
+        if self.usage is not None or self.evidence is not None:
             self._first = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
             self._first |= dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
-        if self.readings is not None:
+        if self.evidence is not None:
             # V1 says so of requests that go on, V2 has them come as new ones.
             coming = {new.req_id: new for new in step.scheduled_new_reqs}
             found = {name: getattr(new, "prefill_token_ids", None) for name, new in coming.items()}
@@ -86,13 +86,13 @@ class Steering:
         ids [T] of the tokens. Raises RoutingError where evidence is to be had of no ids."""
         self._placed = requests, counts
         tokens = sum(counts)
-        if self.ledger is not None:
-            self.ledger.clear(tokens)
+        if self.usage is not None:
+            self.usage.clear(tokens)
         parts = []
-        if self.readings is not None:
+        if self.evidence is not None:
             if ids is None:
                 raise RoutingError("phatgoose: a forward of embeddings, evidence needs token ids.")
-            read = self.readings.read(
+            read = self.evidence.read(
                 requests, counts, ids[:tokens].long(), first=self._first, known=self._known
             )
             parts.append(read)
@@ -112,10 +112,10 @@ class Steering:
     def end(self, step: Any) -> None:
         """After the forward."""
         if self._placed is not None:
-            if self.ledger is not None:
-                self.ledger.add(*self._placed, self._first)
+            if self.usage is not None:
+                self.usage.add(*self._placed, self._first)
         elif step.num_scheduled_tokens and (
-            self.readings is not None
+            self.evidence is not None
             or any(request in self._rows for request in step.num_scheduled_tokens)
         ):
             raise RoutingError(
@@ -133,7 +133,7 @@ class Steering:
         try:
             choice = Choice.read(wanted)
             row = self._row(choice)
-            if choice.routing and self.ledger is None:
+            if choice.routing and self.usage is None:
                 raise ConfigError(
                     "phatgoose: a request wants its routing, which is not recorded. Set "
                     '"routing": true in additional_config["phatgoose"].'
@@ -146,8 +146,8 @@ class Steering:
             new.sampling_params = _silent(new.sampling_params)
             return
         self._choices[new.req_id], self._rows[new.req_id] = choice, row
-        if self.ledger is not None and choice.routing:
-            self.ledger.start(new.req_id, self.names, with_tokens=choice.routing == "tokens")
+        if self.usage is not None and choice.routing:
+            self.usage.start(new.req_id, self.names, with_tokens=choice.routing == "tokens")
 
     def _row(self, choice: Choice) -> Tensor:
         routed = choice.routed([name for name in self.names if name is not None])

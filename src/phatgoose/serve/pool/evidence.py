@@ -11,7 +11,7 @@ from phatgoose.errors import RoutingError
 ROWS = 64  # requests at first
 
 
-class Readings:
+class Evidence:
     """For each running request the worth of the tokens it has read so far, summed by slot, in fp64.
 
     So a token's prior costs a look-up and an addition, whatever came before it. What the prefix

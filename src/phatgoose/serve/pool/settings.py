@@ -7,7 +7,6 @@ from typing import Any
 from phatgoose.errors import ConfigError
 from phatgoose.nn import RoutingSettings
 from phatgoose.routers import Router, make_router, router_kinds
-from phatgoose.routers.evidence import AdapterEvidence, ContextEvidence
 
 ROUTING = tuple(field.name for field in fields(RoutingSettings))
 
@@ -22,7 +21,7 @@ class ServeSettings:
     capacity: int | None = None  # experts a layer has room for; None: as many as it has
     max_rank: int | None = None  # None: the longest of the layer's experts
     targets: tuple[str, ...] = ()  # kinds of layers, "q_proj" say, with room for experts to come
-    record_routing: bool = False  # "routing" in the configuration: keep shares; see `Ledger`
+    record_routing: bool = False  # "routing" in the configuration: keep shares; see `Usage`
     background: str | None = None  # a file of ordinary text, which adapters' evidence is beside
     base_load_format: str = "auto"  # how vLLM is to load the base
 
@@ -61,11 +60,11 @@ class ServeSettings:
             value = config.get(key)
             if value is not None and not (type(value) is int and value >= 1):
                 raise ConfigError(f"phatgoose: {key} must be at least 1, got {value!r}.")
-        router, evidence = served_router(config.get("router", cls.router))
+        router = served_router(config.get("router", cls.router))
         background = config.get("background")
         if background is not None and not isinstance(background, str):
             raise ConfigError(f"phatgoose: background must be a file's name, got {background!r}.")
-        if isinstance(evidence, AdapterEvidence) and background is None:
+        if router.wants_background and background is None:
             raise ConfigError(
                 f"phatgoose: the router {config['router']!r} tells what an adapter is for by how "
                 "it differs from ordinary text. Give it a file of some thousand words as the base "
@@ -74,7 +73,7 @@ class ServeSettings:
         given = {key: config[key] for key in ROUTING if config.get(key) is not None}
         mine = {key: config[key] for key in own if config.get(key) is not None}
         mine["targets"] = tuple(mine.get("targets", ()))
-        if evidence and given.get("null_score") is not None:
+        if router.weighs_ids and given.get("null_score") is not None:
             raise ConfigError(
                 "phatgoose: with evidence there is no null_score, which would need text that the "
                 "base writes. Leave it out, or use phatgoose.route with transformers."
@@ -86,30 +85,28 @@ class ServeSettings:
         )
 
 
-def served_router(name: Any) -> tuple[Router, ContextEvidence | None]:
-    """The router of this name, if layers can run it; and its part that looks at the context.
+def served_router(name: Any) -> Router:
+    """The router of this name, if an engine can run it. Raises ConfigError for others.
 
     vLLM puts tokens of many requests into one forward, so what a layer does is up to single tokens,
-    and what the context says is counted before (`Readings`). Raises ConfigError for other routers.
+    and what the context says is counted before (`pool.evidence`): by the worth of token ids, which
+    takes the base's first layer.
     """
     if not isinstance(name, str):
         raise ConfigError(f"phatgoose: router must be a name, got {name!r}.")
     router = make_router(name)
-    evidence = router if isinstance(router, ContextEvidence) else None
-    gate = evidence.inner if evidence else router
-    if gate is not None and (gate.has_prior or type(gate).prepare is not Router.prepare):
+    if router.prepares_on == "base" or (router.has_prior and not router.weighs_ids):
         raise ConfigError(
             f"phatgoose: the router {name!r} wants to run the base first, which vLLM does not let "
             f"it. Choose from {', '.join(_servable())}, alone or with evidence of one kind "
             "(+evidence, say), or use phatgoose.route with transformers."
         )
-    return router, evidence
+    return router
 
 
 def gated(router: Router) -> bool:
     """Whether kernels score by the router's signatures: gates, or zeros where evidence is alone."""
-    alone = isinstance(router, ContextEvidence) and router.inner is None
-    return alone or router.standardises
+    return router.standardises or not router.scores
 
 
 def _servable() -> list[str]:

@@ -19,7 +19,7 @@ from phatgoose.serve.pool.settings import ServeSettings, gated, served_router
 
 
 @dataclass(frozen=True)
-class Part:
+class Place:
     """A module of the base: a layer of vLLM's, or one of those packed into it."""
 
     layer: str  # its name in vLLM's model
@@ -32,17 +32,17 @@ class Part:
 class Places(Protocol):
     """Where the modules of the base are in the model of this rank; the engine knows."""
 
-    def find(self, module: str, who: str) -> Part | None:
+    def find(self, module: str, who: str) -> Place | None:
         """None where the module is on another pipeline stage. Raises RoutingError, in the name of
         `who`, where it cannot be routed."""
 
-    def share_of(
-        self, part: Part, lora: LoraModule, signature: Tensor, *, gated: bool
+    def slice_of(
+        self, place: Place, lora: LoraModule, signature: Tensor, *, gated: bool
     ) -> tuple[LoraModule, Tensor]:
         """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [W]."""
 
 
-Piece = tuple[Part, LoraModule, Tensor]
+Adapted = tuple[Place, LoraModule, Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Resident:
 
 
 @dataclass(frozen=True)
-class Share:
-    """This rank's part of an expert at one layer: by part, and each whole signature's sum."""
+class Slice:
+    """This rank's slice of an expert at one layer: by part, and each whole signature's sum."""
 
     parts: Mapping[int, tuple[Tensor, LoraModule]]
     sums: Mapping[int, Tensor]
@@ -68,7 +68,7 @@ class Share:
 class Prepared:
     resident: Resident
     slot: int
-    shares: Mapping[str, Share]
+    slices: Mapping[str, Slice]
     worth: Tensor | None  # of every token id [V], where evidence is wanted
 
 
@@ -89,8 +89,8 @@ class Slots:
         self.prepared: Prepared | None = None
         self.on_change: Callable[[Sequence[str | None]], None] = lambda names: None
         self._places, self._base, self._base_name = places, base, base_name
-        self._router, self.evidence = served_router(settings.router)
-        self.gated = gated(self._router)
+        self.router = served_router(settings.router)
+        self.gated = gated(self.router)
         self.background: str | None = None  # a hash of the text that evidence is relative to
         self.weigh: Callable[[Expert], Tensor] | None = None  # worth of every token id [V]
         self.on_worth: Callable[[int, Tensor | None], None] = lambda slot, worth: None
@@ -100,19 +100,19 @@ class Slots:
         """By slot."""
         return [resident.name if resident else None for resident in self.residents]
 
-    def pieces(self, expert: Expert) -> dict[str, list[Piece]]:
+    def adapted(self, expert: Expert) -> dict[str, list[Adapted]]:
         """By layer of this rank, the modules the expert adapts there.
 
         Raises MissingGateError, or RoutingError; see `Places.find`.
         """
-        found: dict[str, list[Piece]] = {}
+        found: dict[str, list[Adapted]] = {}
         for module, lora in expert.modules.items():
-            signature = self._router.signature(expert, module)
+            signature = self.router.signature(expert, module)
             if self.gated:
                 signature = F.pad(signature, (0, lora.in_features - len(signature)))
-            part = self._places.find(module, expert.name)
-            if part is not None:
-                found.setdefault(part.layer, []).append((part, lora, signature))
+            place = self._places.find(module, expert.name)
+            if place is not None:
+                found.setdefault(place.layer, []).append((place, lora, signature))
         return found
 
     def width(self, features: int, rank: int) -> int:
@@ -120,19 +120,21 @@ class Slots:
         if self.gated:
             return 0  # what a rank keeps of its gate is as wide as its input
         nothing = LoraModule(torch.zeros(rank, features), torch.zeros(rank, rank), 1.0)
-        return len(self._router.signature(Expert("nothing", {"layer": nothing}), "layer"))
+        return len(self.router.signature(Expert("nothing", {"layer": nothing}), "layer"))
 
-    def shares(self, pieces: Mapping[str, list[Piece]]) -> dict[str, Share]:
-        """What this rank needs of the pieces."""
+    def slices(self, adapted: Mapping[str, list[Adapted]]) -> dict[str, Slice]:
+        """What this rank needs of the modules that an expert adapts."""
         made = {}
-        for name, mine in pieces.items():
+        for name, mine in adapted.items():
             parts, sums = {}, {}
-            for part, lora, signature in mine:
-                share, local = self._places.share_of(part, lora, signature, gated=self.gated)
-                parts[part.number] = (local, share)
-                # Of the whole signature: a rank that holds a share of it needs the sum to score.
-                sums[part.number] = signature.sum()
-            made[name] = Share(parts, sums)
+            for place, lora, signature in mine:
+                lora_slice, signature_slice = self._places.slice_of(
+                    place, lora, signature, gated=self.gated
+                )
+                parts[place.number] = (signature_slice, lora_slice)
+                # Of the whole signature: a rank that holds a slice of it needs the sum to score.
+                sums[place.number] = signature.sum()
+            made[name] = Slice(parts, sums)
         return made
 
     def resident(self, expert: Expert) -> Resident:
@@ -142,10 +144,10 @@ class Slots:
         else:
             adapter = adapter_hash(expert.modules)
         hashed = hashlib.sha256(adapter.encode())
-        if self.evidence is not None and "prompt_mean" in expert.signatures:
-            hashed.update(vectors_hash(expert.signatures["prompt_mean"].vectors).encode())
+        if self.router.weighs_ids and self.router.needs in expert.signatures:
+            hashed.update(vectors_hash(self.router.kept(expert)).encode())
         for name in sorted(expert.modules):
-            signature = self._router.signature(expert, name).detach().to("cpu", torch.float32)
+            signature = self.router.signature(expert, name).detach().to("cpu", torch.float32)
             hashed.update(name.encode() + signature.contiguous().numpy().tobytes())
         return Resident(
             name=expert.name,
@@ -163,8 +165,8 @@ class Slots:
     def prepare(self, expert: Expert) -> Resident:
         """Check an expert and hold it ready, in place of one held before.
 
-        Raises ConfigError where there is no room for it, IncompatibleExpertError, and what `pieces`
-        raises.
+        Raises ConfigError where there is no room for it, IncompatibleExpertError, and what
+        `adapted` raises.
         """
         self.prepared = None
         if expert.name in self.names:
@@ -177,13 +179,13 @@ class Slots:
         for problem in check_numbers(expert):
             raise IncompatibleExpertError(problem)
         check_base(expert, self._base, self._base_name)
-        pieces = self.pieces(expert)
-        for name, mine in pieces.items():
+        adapted = self.adapted(expert)
+        for name, mine in adapted.items():
             self._check_room(expert, name, mine)
         worth = self.weigh(expert) if self.weigh else None
         resident = self.resident(expert)
         slot = self.residents.index(None)
-        self.prepared = Prepared(resident, slot, self.shares(pieces), worth)
+        self.prepared = Prepared(resident, slot, self.slices(adapted), worth)
         return resident
 
     def commit(self) -> None:
@@ -192,7 +194,7 @@ class Slots:
             raise ConfigError("phatgoose: no expert is prepared, so there is none to commit.")
         ready, self.prepared = self.prepared, None
         for name, bank in self.banks.items():
-            write(bank, ready.slot, ready.shares.get(name))
+            write(bank, ready.slot, ready.slices.get(name))
         self.on_worth(ready.slot, ready.worth)
         self._changed(ready.slot, ready.resident)
 
@@ -231,7 +233,7 @@ class Slots:
         settings = self.settings
         return digest([experts, settings.router, asdict(settings.routing), self.background])
 
-    def _check_room(self, expert: Expert, name: str, mine: list[Piece]) -> None:
+    def _check_room(self, expert: Expert, name: str, mine: list[Adapted]) -> None:
         bank = self.banks.get(name)
         if bank is None:
             raise RoutingError(
@@ -251,14 +253,14 @@ class Slots:
         self.on_change(self.names)
 
 
-def write(bank: Bank, slot: int, share: Share | None) -> None:
-    """Put a share of an expert, or nothing, into a slot, the next one after the last included."""
-    parts = share.parts if share else {}
+def write(bank: Bank, slot: int, found: Slice | None) -> None:
+    """Put a slice of an expert, or nothing, into a slot, the next one after the last included."""
+    parts = found.parts if found else {}
     if slot == len(bank):
         bank.append(slot, parts)
     else:
         bank.replace(slot, parts)
-    for number, total in (share.sums if share else {}).items():
+    for number, total in (found.sums if found else {}).items():
         bank.sums[number, slot] = total
 
 

@@ -48,7 +48,7 @@ class Record:
         self._pieces = 0
 
 
-class Ledger:
+class Usage:
     """Shares of the experts: of requests that ask for theirs, and of all together.
 
     Every layer adds the weights of each token's experts to that token's row of `tally`; a token's
