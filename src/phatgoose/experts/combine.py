@@ -6,13 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phatgoose.experts.lora import LoraModule
+from phatgoose.errors import IncompatibleExpertError
+from phatgoose.experts.delta import Delta
+from phatgoose.experts.low_rank import LoraModule
 
 
-def weighted_sum(
-    terms: Sequence[tuple[float, LoraModule]], *, rank: int | None = None
-) -> LoraModule:
+def weighted_sum(terms: Sequence[tuple[float, Delta]], *, rank: int | None = None) -> Delta:
     """Σ w_i · scale_i · B_i A_i over (w_i, LoRA_i) of one site, as one LoRA of scale 1, in fp32.
+
+    What a kind has beside the product is summed too. Raises IncompatibleExpertError for several
+    kinds that have something beside it.
 
     Without `rank` it is the factors side by side, weights and scales in B, of the sum of the ranks.
     With one, it is the best approximation of at most that rank (Eckart and Young, 1936), with the
@@ -25,7 +28,22 @@ def weighted_sum(
     )  # [O S]
     if rank is not None and rank < len(a):
         a, b = _truncated(a, b, rank)
-    return LoraModule(a.float(), b.float(), 1.0)
+    low = LoraModule(a.float(), b.float(), 1.0)
+    kinds = {type(delta): delta for _, delta in terms if delta.rest}
+    if len(kinds) > 1:
+        words = ", ".join(sorted(kind.kind for kind in kinds))
+        raise IncompatibleExpertError(
+            f"experts of several kinds ({words}) adapt one module, and no adapter can be all of "
+            "them. Merge experts of one kind, or of one and plain LoRA."
+        )
+    for kind in kinds:
+        rest: dict[str, Tensor] = {}
+        for weight, delta in terms:
+            for key, tensor in delta.rest.items():
+                part = weight * tensor.detach().to("cpu", torch.float64)
+                rest[key] = rest[key] + part if key in rest else part
+        return kind.merged(low, {key: tensor.float() for key, tensor in rest.items()})
+    return low
 
 
 def _truncated(

@@ -7,9 +7,10 @@ from types import EllipsisType, MappingProxyType
 
 from phatgoose.errors import ConfigError
 from phatgoose.experts.base import BaseIdentity
+from phatgoose.experts.delta import Delta
 from phatgoose.experts.hub import locate
 from phatgoose.experts.kinds import GATES
-from phatgoose.experts.lora import LoraModule, read_adapter
+from phatgoose.experts.lora import read_adapter
 from phatgoose.experts.signatures import Gates, Signatures, load_signatures
 from phatgoose.text import visible
 
@@ -19,7 +20,7 @@ class Expert:
     """A trained adapter of one base, by name."""
 
     name: str
-    modules: Mapping[str, LoraModule]  # by the module's name in the base
+    modules: Mapping[str, Delta]  # by the module's name in the base
     base_name: str | None  # what the adapter's own config says it was trained on
     folder: Path | None
     signatures: Mapping[str, Signatures]  # by kind; gates are one
@@ -27,7 +28,7 @@ class Expert:
     def __init__(
         self,
         name: str,
-        modules: Mapping[str, LoraModule],
+        modules: Mapping[str, Delta],
         gates: Gates | EllipsisType | None = ...,
         base_name: str | None = None,
         folder: Path | None = None,

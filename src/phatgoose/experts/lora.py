@@ -3,15 +3,16 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
+from phatgoose.experts.delta import LORA_A, LORA_B, Delta
+from phatgoose.experts.deltas import kind_of, split_key, supported_fields
+from phatgoose.experts.low_rank import LoraModule
 from phatgoose.experts.patterns import PatternError, Patterns
 from phatgoose.experts.targets import Targets
 from phatgoose.experts.tensors import LARGEST_VALUE, is_finite, largest, read_tensors
@@ -42,27 +43,6 @@ UNSUPPORTED = {
 }
 # Initialisations that also change the base's weights, so the adapter alone is not the difference.
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """One expert's LoRA at one site: it adds `scale * b @ a @ x`."""
-
-    a: Float[Tensor, "R I"]
-    b: Float[Tensor, "O R"]
-    scale: float  # alpha / rank, or alpha / sqrt(rank) for rsLoRA
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.a.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.b.shape[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -105,7 +85,7 @@ def refuse_unsupported(config: Mapping[str, Any], who: str) -> None:
     if peft_type.upper() != "LORA":
         raise UnsupportedAdapterError(f"{who}: peft_type is {peft_type}, only LORA is supported.")
     for field, feature in UNSUPPORTED.items():
-        if config.get(field):
+        if config.get(field) and field not in supported_fields():
             raise UnsupportedAdapterError(
                 f"{who}: {field} is set ({feature}), which is not supported. Train a plain LoRA on "
                 "linear layers."
@@ -170,8 +150,8 @@ class _Setting:
         return ExpertFormatError(f"{CONFIG_FILE}: {self._field}: {error}.")
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, LoraModule]]:
-    """Read a PEFT LoRA folder: its config, and one LoraModule for each adapted module's name.
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Delta]]:
+    """Read a PEFT LoRA folder: its config, and what it adds at each adapted module, by name.
 
     Raises:
         ExpertFormatError: a file is missing, truncated or does not match its config.
@@ -188,14 +168,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, LoraModule]]:
     return config, split_modules(config, tensors, str(path))
 
 
-def write_adapter(
-    folder: Path, config: Mapping[str, Any], modules: Mapping[str, LoraModule]
-) -> None:
+def write_adapter(folder: Path, config: Mapping[str, Any], modules: Mapping[str, Delta]) -> None:
     """Write a PEFT LoRA folder: what read_adapter reads, and PEFT."""
     tensors = {}
     for name, module in modules.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b
+        factors = {LORA_A: module.a, LORA_B: module.b} if module.rank else {}
+        for key, tensor in {**factors, **module.others}.items():
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
     write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(config.items())}
     write_json(folder / CONFIG_FILE, plain)
@@ -209,37 +188,38 @@ def lora_of(layer: Any, adapter: str) -> LoraModule:
 
 def split_modules(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], who: str
-) -> dict[str, LoraModule]:
+) -> dict[str, Delta]:
     """Pair lora_A and lora_B of each module; `who` names the source in errors."""
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        module, _, half = key.removeprefix(PREFIX).partition(".lora_")
-        if half in ("A.weight", "B.weight"):
-            if not key.startswith(PREFIX):
-                raise ExpertFormatError(
-                    f"{who}: {key} does not begin with {PREFIX}, so PEFT would leave it out. Save "
-                    "the adapter with peft_model.save_pretrained(folder)."
-                )
-            halves.setdefault(module, {})[half[0]] = tensor
-        else:
+        known = split_key(key.removeprefix(PREFIX))
+        if known is None:
             _refuse_key(key, tensor, who)
+            continue
+        module, half = known
+        if not key.startswith(PREFIX):
+            raise ExpertFormatError(
+                f"{who}: {key} does not begin with {PREFIX}, so PEFT would leave it out. Save "
+                "the adapter with peft_model.save_pretrained(folder)."
+            )
+        halves.setdefault(module, {})[half] = tensor
     if not halves:
         raise ExpertFormatError(f"{who}: holds no lora_A and lora_B matrices.")
     targets, ranks = Targets(config), _Setting(config, "rank_pattern", "r")
     alphas = _Setting(config, "alpha_pattern", "lora_alpha")
     modules = {}
-    for module, pair in sorted(halves.items()):
-        if set(pair) != {"A", "B"}:
-            missing = ({"A", "B"} - set(pair)).pop()
-            raise ExpertFormatError(
-                f"{who}: {module} has no lora_{missing}. Save the adapter again."
+    for module, found in sorted(halves.items()):
+        kind = kind_of(found)
+        if kind is None:
+            missing = " nor ".join(
+                half.removesuffix(".weight") for half in (LORA_A, LORA_B) if half not in found
             )
-        a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
             raise ExpertFormatError(
-                f"{who}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; wanted "
-                "[rank, in_features] and [out_features, rank] with one rank."
+                f"{who}: {module} has no {missing or 'other tensors that go with these'}. Save "
+                "the adapter again."
             )
+        if LORA_A in kind.keys:
+            _check_shapes(found[LORA_A], found[LORA_B], module, who)
         try:
             named = targets.name(module)
         except PatternError as error:
@@ -250,13 +230,25 @@ def split_modules(
                 "target, so PEFT would leave them out. Correct target_modules, or save the adapter "
                 "again."
             )
-        _check_rank(ranks.of(module), module, a.shape[0], who)
-        modules[module] = LoraModule(a, b, _scale(config, module, a.shape[0], alphas))
+        scale = 1.0
+        if LORA_A in kind.keys:
+            rank = len(found[LORA_A])
+            _check_rank(ranks.of(module), module, rank, who)
+            scale = _scale(config, module, rank, alphas)
+        modules[module] = kind.read(found, scale)
     check_values(modules, who)
     return modules
 
 
-def check_values(modules: Mapping[str, LoraModule], who: str) -> None:
+def _check_shapes(a: Tensor, b: Tensor, module: str, who: str) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+        raise ExpertFormatError(
+            f"{who}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; wanted "
+            "[rank, in_features] and [out_features, rank] with one rank."
+        )
+
+
+def check_values(modules: Mapping[str, Delta], who: str) -> None:
     """Raise ExpertFormatError unless what every module adds can be computed in float32."""
     for name, module in modules.items():
         problem = problem_of(name, module)
@@ -264,9 +256,11 @@ def check_values(modules: Mapping[str, LoraModule], who: str) -> None:
             raise ExpertFormatError(f"{who}: {problem}")
 
 
-def problem_of(name: str, module: LoraModule) -> str | None:
+def problem_of(name: str, module: Delta) -> str | None:
     """Why a module's values cannot be computed with, in a sentence, or None."""
-    for half, matrix in (("lora_A", module.a), ("lora_B", module.b)):
+    stored = {LORA_A: module.a, LORA_B: module.b, **module.others}
+    for key, matrix in stored.items():
+        half = key.removesuffix(".weight")
         if not is_finite(matrix):
             return (
                 f"{half} of {name} holds NaN or infinite values, or some beyond float32. Train the "
@@ -308,7 +302,7 @@ def _refuse_key(key: str, tensor: Tensor, who: str) -> None:
     )
 
 
-def adapter_hash(modules: Mapping[str, LoraModule]) -> str:
+def adapter_hash(modules: Mapping[str, Delta]) -> str:
     """SHA-256 of names, shapes, fp32 values and scales: what the adapter adds, however stored."""
     digest = hashlib.sha256()
     for name, module in sorted(modules.items()):
@@ -317,4 +311,7 @@ def adapter_hash(modules: Mapping[str, LoraModule]) -> str:
             digest.update(f" {list(matrix.shape)} ".encode())
             values = matrix.detach().to("cpu", torch.float32).contiguous()
             digest.update(values.flatten().numpy().data)  # of one dimension, it need not be copied
+        for key, tensor in sorted(module.others.items()):
+            values = tensor.detach().to("cpu", torch.float32).contiguous()
+            digest.update(f" {key} {list(tensor.shape)} ".encode() + values.numpy().tobytes())
     return digest.hexdigest()

@@ -26,7 +26,8 @@ from phatgoose.errors import (
 )
 from phatgoose.experts.base import BaseIdentity, identify_base, is_hub_name
 from phatgoose.experts.expert import Expert, load_expert
-from phatgoose.experts.lora import LoraModule, adapter_hash, problem_of
+from phatgoose.experts.lora import adapter_hash, problem_of
+from phatgoose.experts.low_rank import LoraModule
 from phatgoose.experts.released_file import GATE, A, B, Halves, read_pool
 from phatgoose.experts.save import save_expert
 from phatgoose.experts.signatures import GateRecord, Gates, vectors_hash

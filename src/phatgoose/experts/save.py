@@ -48,8 +48,9 @@ def peft_config(expert: Expert, task_type: str | None = None) -> Any:
     """The LoraConfig that PEFT itself would have for this adapter."""
     from peft import LoraConfig
 
-    ranks = {name: lora.rank for name, lora in expert.modules.items()}
-    alphas = {name: _alpha(lora.scale, lora.rank) for name, lora in expert.modules.items()}
+    low_rank = {name: lora for name, lora in expert.modules.items() if lora.rank}
+    ranks = {name: lora.rank for name, lora in low_rank.items()}
+    alphas = {name: _alpha(lora.scale, lora.rank) for name, lora in low_rank.items()}
     rank, alpha = _most_common(ranks), _most_common(alphas)
     return LoraConfig(
         task_type=task_type,
@@ -60,6 +61,7 @@ def peft_config(expert: Expert, task_type: str | None = None) -> Any:
         target_modules=sorted(expert.modules),
         base_model_name_or_path=expert.base_name,
         inference_mode=True,
+        **{field: value for d in expert.modules.values() for field, value in d.fields.items()},
     )
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertFormatError, IncompatibleExpertError
 from phatgoose.experts.base import BaseIdentity
+from phatgoose.experts.delta import Delta
 from phatgoose.experts.kinds import GATES, KINDS, Kind
-from phatgoose.experts.lora import LoraModule, adapter_hash, read_adapter
+from phatgoose.experts.lora import adapter_hash, read_adapter
 from phatgoose.experts.older import older_record
 from phatgoose.experts.tensors import is_finite, read_tensors
 from phatgoose.files import write_tensors
@@ -66,7 +67,7 @@ class Signatures:
             (folder / name).unlink(missing_ok=True)
         return folder
 
-    def check(self, modules: Mapping[str, LoraModule], adapter: str, folder: Path | str) -> None:
+    def check(self, modules: Mapping[str, Delta], adapter: str, folder: Path | str) -> None:
         """Raise IncompatibleExpertError unless they belong to these modules, of this hash."""
         kind = KINDS[self.kind]
         again = f"Make them again: {kind.remedy(folder)}"
@@ -151,7 +152,7 @@ def vectors_hash(vectors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_signatures(folder: Path, modules: Mapping[str, LoraModule]) -> dict[str, Signatures]:
+def load_signatures(folder: Path, modules: Mapping[str, Delta]) -> dict[str, Signatures]:
     """All kinds there are beside an adapter, checked against it and against each other.
 
     Raises ExpertFormatError where a file is damaged, IncompatibleExpertError where one belongs to

@@ -47,7 +47,7 @@ def check_numbers(expert: Expert) -> Iterator[str]:
 
 def _check_values(expert: Expert) -> Iterator[str]:
     yield from check_numbers(expert)
-    if not any(torch.any(module.b) for module in expert.modules.values()):
+    if not any(torch.any(v) for m in expert.modules.values() for v in (m.b, *m.rest.values())):
         yield f"{expert.name}: every lora_B is zero, so the adapter is untrained. Train it first."
     if expert.gates is None:
         yield f"{expert.name}: has no gates. Train them: phatgoose gate {expert.folder}"

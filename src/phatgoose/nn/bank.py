@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from phatgoose.experts import LoraModule
+from phatgoose.experts import Delta
+from phatgoose.nn.rest import Rests
 from phatgoose.ops import BACKENDS, Gates, choose_backend, pieces_of
 
 MASKS = 64  # of different restrictions, that a bank keeps
@@ -58,6 +59,7 @@ class Bank(nn.Module):
             buffer = torch.zeros(shape, device=device, dtype=kind)
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("pieces", None, persistent=False)
+        self.rests = Rests()
         self._allowed: frozenset[int] | None = None
         self._masks: dict[tuple[range, int, frozenset[int] | None], Tensor] = {}
         self._asked = backend
@@ -143,11 +145,10 @@ class Bank(nn.Module):
         for part in range(self.parts):
             b = self.b(part)
             setattr(self, f"b{part}", _grown(b, (capacity, b.shape[1], rank)))
+        self.rests.reserve(capacity)
         self._split()
 
-    def append(
-        self, member: int, parts: Mapping[int, tuple[Float[Tensor, " I"], LoraModule]]
-    ) -> None:
+    def append(self, member: int, parts: Mapping[int, tuple[Float[Tensor, " I"], Delta]]) -> None:
         """Put an expert, the pool's number `member`, into the next slot: signature and LoRA."""
         slot, rank = len(self.members), _rank(parts)
         width = max((len(signature) for signature, _ in parts.values()), default=0)
@@ -156,21 +157,21 @@ class Bank(nn.Module):
         self.ranks.append(rank)
         self._write(slot, parts)
 
-    def replace(
-        self, slot: int, parts: Mapping[int, tuple[Float[Tensor, " I"], LoraModule]]
-    ) -> None:
+    def replace(self, slot: int, parts: Mapping[int, tuple[Float[Tensor, " I"], Delta]]) -> None:
         """Put another expert, or none, into a slot; it must not need more room than there is."""
         self.ranks[slot] = _rank(parts)
         self._write(slot, parts)
 
-    def _write(self, slot: int, parts: Mapping[int, tuple[Tensor, LoraModule]]) -> None:
+    def _write(self, slot: int, parts: Mapping[int, tuple[Tensor, Delta]]) -> None:
         for part, (signature, lora) in parts.items():
             self.signatures[part, slot].zero_()[: len(signature)] = signature
             self.a[part, slot].zero_()[: lora.rank] = lora.a
             b = lora.b.to(self.a.device).float() * lora.scale
             self.b(part)[slot].zero_()[:, : lora.rank] = b
+            self.rests.write(part, slot, lora, self.a)
             self.present[part, slot] = True
         for part in set(range(self.parts)) - set(parts):
+            self.rests.write(part, slot, None, self.a)
             self.signatures[part, slot] = 0.0
             self.present[part, slot] = False
         self._refresh(slice(slot, slot + 1))
@@ -182,6 +183,7 @@ class Bank(nn.Module):
             stacked = [self.signatures, self.a, self.present]
             for buffer in (*stacked, *(self.b(p).unsqueeze(0) for p in range(self.parts))):
                 buffer[:, slot : last - 1] = buffer[:, slot + 1 : last].clone()
+            self.rests.remove(slot, last)
             self.present[:, last - 1] = False
             del self.members[slot], self.ranks[slot]
             self._refresh(slice(slot, last))
@@ -240,7 +242,7 @@ class Bank(nn.Module):
         return self
 
 
-def _rank(parts: Mapping[int, tuple[Tensor, LoraModule]]) -> int:
+def _rank(parts: Mapping[int, tuple[Tensor, Delta]]) -> int:
     return max((lora.rank for _, lora in parts.values()), default=0)
 
 

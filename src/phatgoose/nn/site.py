@@ -124,6 +124,9 @@ class Site:
 
     def _add(self, x: Tensor, output: Tensor, routed: Routed, place: int) -> Tensor:
         """Add what the chosen experts make of x to the layer's output."""
+        if self.bank.rests.kinds:
+            mine = routed.experts[:, place], routed.weights[:, place]
+            output = self.bank.rests.add(self.part, x, output, *mine)
         b = self.bank.b(self.part)
         if routed.down is None:
             flat = x.reshape(-1, x.shape[-1])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError
-from phatgoose.experts import Expert, LoraModule
+from phatgoose.experts import Delta, Expert
 from phatgoose.experts.combine import weighted_sum
 from phatgoose.pool.peft_merge import METHODS as PEFT_METHODS
 from phatgoose.pool.peft_merge import merge_with_peft
@@ -62,7 +62,7 @@ def merge_experts(
         raise ConfigError(f"merge: rank must be at least 1, got {rank}.")
     weights = _check_weights(weights, pool, method)
     sites = gather(pool.experts)
-    modules: dict[str, LoraModule]
+    modules: dict[str, Delta]
     if method == "average":
         if density is not None:
             raise ConfigError("merge: average keeps every entry. Leave density out.")
@@ -77,12 +77,12 @@ def merge_experts(
     return Expert(name, modules, base_name=common_base(pool))
 
 
-def gather(experts: Sequence[Expert]) -> dict[str, dict[int, LoraModule]]:
+def gather(experts: Sequence[Expert]) -> dict[str, dict[int, Delta]]:
     """The LoRAs of every module that any expert adapts, by the expert's place.
 
     Raises IncompatibleExpertError where two disagree about a module's size.
     """
-    sites: dict[str, dict[int, LoraModule]] = {}
+    sites: dict[str, dict[int, Delta]] = {}
     for index, expert in enumerate(experts):
         for name, lora in expert.modules.items():
             others = sites.setdefault(name, {})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from phatgoose.errors import ConfigError
-from phatgoose.experts import Expert, LoraModule
+from phatgoose.experts import Delta, Expert
 from phatgoose.experts.base import base_name
 from phatgoose.experts.lora import lora_of
 from phatgoose.experts.save import peft_config
@@ -32,7 +32,7 @@ def merge_with_peft(
     rank: int | None,
     density: float | None,
     seed: int,
-) -> dict[str, LoraModule]:
+) -> dict[str, Delta]:
     """What PEFT's `add_weighted_adapter` makes of the experts' LoRAs, in fp32.
 
     PEFT merges adapters inside a model, and reads nothing of it but the sizes of its layers. So
@@ -124,13 +124,14 @@ def _peft_model(experts: Sequence[Expert]) -> Any:
             model.add_adapter(name, config, low_cpu_mem_usage=True)
         layers = _layers(model)
         for site, lora in expert.modules.items():
+            lora.plain(f"merge: PEFT's methods, of which {expert.name} at {site} is given,")
             for half, matrix in ((layers[site].lora_A, lora.a), (layers[site].lora_B, lora.b)):
                 values = matrix.detach().to("cpu", torch.float32)
                 half[name].weight = nn.Parameter(values, requires_grad=False)
     return model
 
 
-def _stand_in(loras: Mapping[str, LoraModule]) -> nn.Module:
+def _stand_in(loras: Mapping[str, Delta]) -> nn.Module:
     """Linear layers of these names and sizes, all of whose weights are one zero."""
     root = nn.Module()
     for name, lora in loras.items():

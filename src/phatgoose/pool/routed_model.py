@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from phatgoose.errors import IncompatibleExpertError, RoutingError
 from phatgoose.experts import Expert, identify_base
 from phatgoose.experts.base import linear_sizes
-from phatgoose.experts.lora import LoraModule
+from phatgoose.experts.delta import Delta
 from phatgoose.experts.verify import check_modules
 from phatgoose.nn import (
     NO_RULES,
@@ -92,7 +92,7 @@ class RoutedModel:
         """Give the expert the next slot at each site it adapts."""
         index, signatures = len(self.state.experts), self._ready.pop(expert.name)
         self.state.experts.append(expert)
-        parts: dict[Bank, dict[int, tuple[Tensor, LoraModule]]] = {}
+        parts: dict[Bank, dict[int, tuple[Tensor, Delta]]] = {}
         for name, lora in expert.modules.items():
             site = self.sites[name]
             parts.setdefault(site.bank, {})[site.part] = (signatures[name], lora)

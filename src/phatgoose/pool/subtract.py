@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ConfigError
-from phatgoose.experts import Expert, LoraModule, adapter_hash
+from phatgoose.experts import Delta, Expert, LoraModule, adapter_hash
 from phatgoose.experts.combine import weighted_sum
 from phatgoose.experts.kinds import KINDS
 from phatgoose.pool.merge import gather
@@ -61,7 +61,7 @@ def subtract_general(
     return [_changed(expert, _products(expert, shares, rank)) for expert in experts]
 
 
-def _changed(expert: Expert, modules: dict[str, LoraModule]) -> Expert:
+def _changed(expert: Expert, modules: dict[str, Delta]) -> Expert:
     adapter = adapter_hash(modules)
     kept = {
         kind: replace(found, adapter=adapter)
@@ -72,8 +72,8 @@ def _changed(expert: Expert, modules: dict[str, LoraModule]) -> Expert:
 
 
 def _products(
-    expert: Expert, shares: dict[str, list[tuple[float, LoraModule]]], rank: int | None
-) -> dict[str, LoraModule]:
+    expert: Expert, shares: dict[str, list[tuple[float, Delta]]], rank: int | None
+) -> dict[str, Delta]:
     modules = {}
     for name in sorted({*expert.modules, *shares}):
         own = [(1.0, expert.modules[name])] if name in expert.modules else []
@@ -81,7 +81,7 @@ def _products(
     return modules
 
 
-def _factors(expert: Expert, generals: Sequence[Expert]) -> dict[str, LoraModule]:
+def _factors(expert: Expert, generals: Sequence[Expert]) -> dict[str, Delta]:
     for general in generals:
         for name in sorted({*expert.modules, *general.modules}):
             ranks = [e.modules[name].rank if name in e.modules else 0 for e in (expert, general)]
@@ -91,6 +91,9 @@ def _factors(expert: Expert, generals: Sequence[Expert]) -> dict[str, LoraModule
                     f"{general.name} {ranks[1]}. Factors are subtracted at equal modules and "
                     "ranks; leave factors out."
                 )
+    for one in (expert, *generals):
+        for name, delta in one.modules.items():
+            delta.plain(f"subtract_general by factors: {one.name} at {name}")
     return {
         name: LoraModule(
             lora.a.float() - _mean([general.modules[name].a for general in generals]),

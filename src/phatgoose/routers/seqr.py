@@ -23,7 +23,7 @@ class SeqrRouter(Router):
     defaults = {"top_k": 1, "scale": "unit"}
 
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " RI"]:
-        lora = expert.modules[module]
+        lora = expert.modules[module].plain(f"seqr: {expert.name} at {module}")
         inner = torch.linalg.qr(lora.b.double(), mode="r").R
         return (lora.scale * inner @ lora.a.double()).float().flatten()
 

@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phatgoose.experts.lora import LoraModule
+from phatgoose.experts import Delta
 
 
-def right_singular(lora: LoraModule) -> tuple[Float[Tensor, " R"], Float[Tensor, "R I"]]:
+def right_singular(lora: Delta) -> tuple[Float[Tensor, " R"], Float[Tensor, "R I"]]:
     """Singular values (falling) and right singular vectors (rows) of scale · B A, in fp64.
 
     Exact through the R x R core: with B = Q_b R_b and Aᵀ = Q_a R_a, the core scale · R_b R_aᵀ has
@@ -15,6 +15,7 @@ def right_singular(lora: LoraModule) -> tuple[Float[Tensor, " R"], Float[Tensor,
     never formed. The largest entry of every vector is positive, so that the result depends on the
     adapter alone. Directions on which the update is zero (up to rounding) are zero rows.
     """
+    lora = lora.plain("a router by singular vectors")
     q, inner = torch.linalg.qr(lora.a.double().T)
     outer = torch.linalg.qr(lora.b.double(), mode="r").R
     _, values, vectors = torch.linalg.svd(lora.scale * outer @ inner.T, full_matrices=False)
@@ -27,7 +28,7 @@ def right_singular(lora: LoraModule) -> tuple[Float[Tensor, " R"], Float[Tensor,
     return values, torch.nn.functional.pad(vectors, (0, 0, 0, rank - len(vectors)))
 
 
-def scaled_vectors(lora: LoraModule) -> Float[Tensor, " RI"]:
+def scaled_vectors(lora: Delta) -> Float[Tensor, " RI"]:
     """S Vᵀ of scale · B A = U S Vᵀ, in fp32 and flattened: what `norms` takes for ‖B A x‖."""
     values, vectors = right_singular(lora)
     return (values.unsqueeze(1) * vectors).float().flatten()

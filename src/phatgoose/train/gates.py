@@ -17,10 +17,10 @@ from phatgoose.errors import (
 )
 from phatgoose.experts import (
     BaseIdentity,
+    Delta,
     Expert,
     GateRecord,
     Gates,
-    LoraModule,
     adapter_hash,
     identify_base,
 )
@@ -40,9 +40,9 @@ from phatgoose.train.loop.stream import Batch, own_share, size
 from phatgoose.train.loop.targets import batch_losses
 from phatgoose.train.settings import GateTraining
 
-Adapter = str | Path | Expert | Mapping[str, LoraModule]
+Adapter = str | Path | Expert | Mapping[str, Delta]
 Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
-Modules = Mapping[str, LoraModule]
+Modules = Mapping[str, Delta]
 
 
 def train_gates(
@@ -240,6 +240,8 @@ def check_adapter(name: str, modules: Modules, model: Any) -> None:
     expert = Expert(name, modules)
     for problem in (*check_numbers(expert), *check_modules(expert, model)):
         raise IncompatibleExpertError(problem)
+    for site, module in modules.items():
+        module.plain(f"{name}: training its gate at {site}")
     if not any(torch.any(module.b) for module in modules.values()):
         raise UntrainedAdapterError(
             f"{name}: every lora_B is zero, so its gates would get no gradient. Train the adapter "

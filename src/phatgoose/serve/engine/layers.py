@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.experts import LoraModule
+from phatgoose.experts import Delta
 from phatgoose.serve.pool.slots import Place
 
 # Subclasses may lay out their weights in ways of their own, so a class has to be one of these.
@@ -77,8 +77,8 @@ class Layers:
         return found
 
     def slice_of(
-        self, place: Place, lora: LoraModule, signature: Tensor, *, gated: bool
-    ) -> tuple[LoraModule, Tensor]:
+        self, place: Place, lora: Delta, signature: Tensor, *, gated: bool
+    ) -> tuple[Delta, Tensor]:
         """What this tensor-parallel rank needs of an expert's module; see the function."""
         return slice_of(self._modules[place.layer], place, lora, signature, gated=gated)
 
@@ -131,8 +131,8 @@ class Layers:
 
 
 def slice_of(
-    layer: Any, place: Place, lora: LoraModule, signature: Tensor, *, gated: bool
-) -> tuple[LoraModule, Tensor]:
+    layer: Any, place: Place, lora: Delta, signature: Tensor, *, gated: bool
+) -> tuple[Delta, Tensor]:
     """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [W].
 
     Of a gate, W = I, it is a slice of the features; other signatures are wanted whole.

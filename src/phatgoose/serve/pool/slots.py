@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError
-from phatgoose.experts import Expert, LoraModule, adapter_hash, identify_base
+from phatgoose.experts import Delta, Expert, LoraModule, adapter_hash, identify_base
 from phatgoose.experts.signatures import vectors_hash
 from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.nn import Bank
@@ -37,12 +37,12 @@ class Places(Protocol):
         `who`, where it cannot be routed."""
 
     def slice_of(
-        self, place: Place, lora: LoraModule, signature: Tensor, *, gated: bool
-    ) -> tuple[LoraModule, Tensor]:
+        self, place: Place, lora: Delta, signature: Tensor, *, gated: bool
+    ) -> tuple[Delta, Tensor]:
         """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [W]."""
 
 
-Adapted = tuple[Place, LoraModule, Tensor]
+Adapted = tuple[Place, Delta, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Resident:
 class Slice:
     """This rank's slice of an expert at one layer: by part, and each whole signature's sum."""
 
-    parts: Mapping[int, tuple[Tensor, LoraModule]]
+    parts: Mapping[int, tuple[Tensor, Delta]]
     sums: Mapping[int, Tensor]
 
 
@@ -107,6 +107,7 @@ class Slots:
         """
         found: dict[str, list[Adapted]] = {}
         for module, lora in expert.modules.items():
+            lora = lora.plain(f"vLLM: {expert.name} at {module}")
             signature = self.router.signature(expert, module)
             if self.gated:
                 signature = F.pad(signature, (0, lora.in_features - len(signature)))

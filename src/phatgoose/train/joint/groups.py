@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ConfigError
-from phatgoose.experts import LoraModule, adapter_hash
+from phatgoose.experts import Delta, LoraModule, adapter_hash
 from phatgoose.train.joint.model import JointModel, joint_stream
 from phatgoose.train.joint.stacks import GatedStack, LoraStack, Stack, sites_of
 from phatgoose.train.loop.checkpoint import Progress
@@ -20,7 +20,7 @@ from phatgoose.train.loop.seeding import seeded
 from phatgoose.train.loop.stream import Batch
 from phatgoose.train.settings import AdapterTraining, GateTraining
 
-Modules = Mapping[str, LoraModule]
+Modules = Mapping[str, Delta]
 
 
 def in_groups(names: Sequence[str], together: int | None) -> Iterator[list[str]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phatgoose.experts import LoraModule
+from phatgoose.experts import Delta
 from phatgoose.train.joint.rows import Rows
 
 
@@ -33,7 +33,7 @@ class GatedStack(Stack):
 
     def __init__(
         self,
-        modules: Sequence[LoraModule | None],
+        modules: Sequence[Delta | None],
         gates: Float[nn.Parameter, "E I"],
         dtype: torch.dtype,  # of the way up; the way down is in fp32, as the gate is
     ) -> None:
@@ -43,6 +43,7 @@ class GatedStack(Stack):
         b = torch.zeros(len(modules), rank, first.out_features, dtype=dtype)
         for expert, module in enumerate(modules):
             if module is not None:
+                module = module.plain("training of gates together")
                 a[expert, :, : module.rank] = module.a.detach().T
                 b[expert, : module.rank] = module.b.detach().float().T * module.scale
         self.gates = gates
@@ -120,6 +121,6 @@ class _Down(torch.autograd.Function):
         return along_x, None, torch.bmm(slope_dots.unsqueeze(1), x.float()).squeeze(1)
 
 
-def sites_of(adapters: Mapping[str, Mapping[str, LoraModule]]) -> list[str]:
+def sites_of(adapters: Mapping[str, Mapping[str, Delta]]) -> list[str]:
     """Every site that some adapter has, in the order of first mention."""
     return list(dict.fromkeys(name for modules in adapters.values() for name in modules))
