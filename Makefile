@@ -7,6 +7,7 @@
 #   make bench    what routing costs on this machine: out/benchmarks/performance.md, in minutes
 #   make test-vllm   the plugin inside vLLM on a CPU, in .venv-vllm (Python 3.11 to 3.13); all its
 #                    tests with VLLM_ARGS=, in twice the time
+#   make shapes   some tests again, with the shapes and types of every call checked
 #   make docs     the documentation as a site, out/site; a broken link fails
 #   make soak     an hour of load and faults on a served pool, in .venv-vllm too
 #   make stress   changes of a pool beside 8 threads of 500 forwards, and of generate, in minutes
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test stress crash fuzz test-vllm soak check docs study bench format clean
+.PHONY: demo test stress crash fuzz test-vllm soak check docs shapes study bench format clean
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -66,6 +67,17 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# torch must not load our lm_eval hook, which would be checked before torch itself is there. What tells
+# forwards apart looks at the frames of its callers, so nothing may be put around it.
+SHAPED := phatgoose.ops,phatgoose.routers,phatgoose.experts,phatgoose.pool,phatgoose.train,phatgoose.types
+SHAPED := $(SHAPED),phatgoose.nn.bank,phatgoose.nn.trace,phatgoose.nn.settings
+SHAPES := tests/ops/test_choose.py tests/ops/test_backends.py tests/ops/test_lora.py tests/nn tests/routers \
+  tests/pool/test_identities.py tests/pool/test_routing.py tests/train/test_together.py
+shapes: $(READY)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	PYTHONPATH=. $(BIN)/pytest -p tests.shapes --jaxtyping-packages=$(SHAPED),tests.shapes.check \
+	--numprocesses=logical --maxprocesses=8 -m "not gpu and not slow and not wrong_types" $(SHAPES)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

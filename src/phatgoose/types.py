@@ -10,23 +10,24 @@ from torch import Tensor
 class Routing:
     """Which experts each token uses, and how strongly."""
 
-    experts: Int[Tensor, "T K"]  # slots in the bank; -1 where a token uses none
-    weights: Float[Tensor, "T K"]  # fp32; 0 where the slot is -1 and nothing was chosen
+    experts: Int[Tensor, "*T K"]  # slots in the bank; -1 where a token uses none
+    weights: Float[Tensor, "*T K"]  # fp32; 0 where the slot is -1 and nothing was chosen
 
 
 @dataclass(frozen=True)
 class TokenContext:
     """Where the tokens of one forward stand: their sequence, their position, what came before.
 
-    A site sees its tokens flattened to T = B * L, row after row; `ids` and `real` also hold the P
-    tokens already in the KV cache, so a router may use everything a causal model has read so far.
+    A site sees its tokens flattened to T = B * L, row after row. `ids` and `real` have C = P + L
+    columns: the P tokens already in the KV cache, then the L new ones, so a router may use
+    everything a causal model has read so far.
     """
 
     length: int  # L, tokens of each sequence in this forward
-    ids: Int[Tensor, "B P+L"] | None  # None where only embeddings were given
-    real: Bool[Tensor, "B P+L"]  # False at padding
+    ids: Int[Tensor, "B C"] | None  # None where only embeddings were given
+    real: Bool[Tensor, "B C"]  # False at padding
     # N, how many tokens of each sequence were given first, before any was added: to `generate`, or
-    # to the first forward with a KV cache. None: all P+L.
+    # to the first forward with a KV cache. None: all C.
     prompt: int | None = None
     # Ids and real of what of the prompt comes after this forward, where it is read in chunks.
     ahead: tuple[Int[Tensor, "B M"], Bool[Tensor, "B M"]] | None = None

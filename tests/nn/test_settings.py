@@ -24,7 +24,7 @@ def test_defaults_are_the_published_ones():
         {"temperature": -1.0},
         {"temperature": math.inf},
         {"temperature": math.nan},
-        {"scale": "sum"},
+        pytest.param({"scale": "sum"}, marks=pytest.mark.wrong_types),
         {"null_score": math.inf},
         {"null_score": math.nan},
     ],

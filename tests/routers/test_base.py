@@ -65,7 +65,7 @@ def test_a_subclass_without_a_name_is_not_registered(registry):
 
 
 def test_a_router_has_no_prior_unless_it_says_so():
-    context = TokenContext(length=2, ids=torch.ones(1, 2), real=torch.ones(1, 2, dtype=torch.bool))
+    context = TokenContext(length=2, ids=torch.ones(1, 2).long(), real=torch.ones(1, 2).bool())
     assert PhatgooseRouter().prior(context, list(ExpertPool())) is None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -16,6 +16,7 @@ from phatgoose.experts.verify import check_numbers
 from phatgoose.nn import PoolLock
 
 
+@runtime_checkable
 class Listener(Protocol):
     """A routed model that follows its pool."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from phatgoose.errors import ConfigError
@@ -55,7 +55,7 @@ class Rows:
         """The factors of each of them."""
         return factors if self.equal else factors.index_select(0, self.owners.to(factors.device))
 
-    def sums(self, x: Float[Tensor, " B"]) -> Float[Tensor, " E"]:
+    def sums(self, x: Shaped[Tensor, " B"]) -> Shaped[Tensor, " E"]:
         """The sum over each expert's rows; one expert's NaN is no other's."""
         zeros = x.new_zeros(len(self.counts))
         return zeros.index_add(0, self.owners.to(x.device), x)
