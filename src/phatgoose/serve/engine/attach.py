@@ -176,7 +176,8 @@ def background_ids(model_config: Any, path: str) -> Int[Tensor, "1 L"]:
 
 
 def first_layer(model_config: Any) -> nn.Module:
-    """The base up to its first layer, as transformers has it: what that reads is up to token ids.
+    """The transformers model cut to one layer. It is enough, because what the first module reads
+    depends on the token id alone.
 
     Raises RoutingError where its weights cannot be read.
     """

@@ -91,7 +91,8 @@ def _choose_down(
 def _fork(turn: Tensor, x: Tensor, whole: Tensor | None) -> None:
     """Before the layer's product, so that in a CUDA graph `add_routed_` need not wait for it.
 
-    Both are said to write `turn`, which all layers share, so that a compiler keeps them in turns.
+    Both declare a write to `turn`, one dummy tensor for all layers. This false dependency keeps the
+    compiler from reordering them.
     """
     if may_run_beside(x):
         fork(x.device)

@@ -125,7 +125,7 @@ class Batch:
             )
 
     def there(self, table: Tensor) -> Tensor:
-        """A copy where the model is, for which a GPU's work that was queued need not be done."""
+        """Copy to the model's device without waiting for the GPU's queued work."""
         table = table.pin_memory() if self.prior.is_cuda else table
         return table.to(self.prior.device, non_blocking=True)
 

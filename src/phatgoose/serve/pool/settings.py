@@ -22,7 +22,7 @@ class ServeSettings:
     max_rank: int | None = None  # None: the longest of the layer's experts
     targets: tuple[str, ...] = ()  # kinds of layers, "q_proj" say, with room for experts to come
     record_routing: bool = False  # "routing" in the configuration: keep shares; see `Usage`
-    background: str | None = None  # a file of ordinary text, which adapters' evidence is beside
+    background: str | None = None  # a file of ordinary text; adapters' evidence needs it
     base_load_format: str = "auto"  # how vLLM is to load the base
 
     @classmethod
