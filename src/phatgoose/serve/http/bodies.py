@@ -4,19 +4,23 @@ import asyncio
 import json
 import re
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope
 
 from phatgoose.serve.http.refusal import Refusal
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 LONGEST = 64 << 20  # bytes
 MOST = 2_000_000  # values, for they cost much more than their bytes
 DEEPEST = 100  # objects and lists within each other
 GRACE = 30.0  # seconds for a body, and on top one for so many bytes of it:
 SLOWEST = 64 << 10
-INLINE = 64 << 10  # bytes that are parsed at once; longer ones in a thread
+INLINE = 64 << 10  # bytes up to which a body is short: it is parsed and written at once
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character in JSON, or a whole one's
 
 
@@ -53,9 +57,19 @@ async def read_object(body: bytes) -> dict[str, Any]:
     What vLLM could not serve is refused too: halves of characters, numbers beyond 64 bits, and
     what nests deeper than `DEEPEST`.
     """
-    if len(body) <= INLINE:
-        return parse(body)
-    return await asyncio.to_thread(parse, body)
+    return await by_size(len(body), parse, body)
+
+
+async def by_size(size: int, act: Callable[P, R], *arguments: P.args, **more: P.kwargs) -> R:
+    """Do what takes the longer the longer a body is: in a thread, unless it is short."""
+    if size <= INLINE:
+        return act(*arguments, **more)
+    return await asyncio.to_thread(act, *arguments, **more)
+
+
+def written(body: dict[str, Any]) -> bytes:
+    """What `parse` reads."""
+    return json.dumps(body).encode()
 
 
 def parse(body: bytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from phatgoose.serve.http import signals
 from phatgoose.serve.http.access import Access
 from phatgoose.serve.http.admin import Experts
 from phatgoose.serve.http.answers import Relay, Routing, send_json
-from phatgoose.serve.http.bodies import read_body, read_object, replay, resized
+from phatgoose.serve.http.bodies import by_size, read_body, read_object, replay, resized, written
 from phatgoose.serve.http.choice import BASE, choose
 from phatgoose.serve.http.metrics import Metrics
 from phatgoose.serve.http.outbox import Outbox
@@ -134,13 +134,15 @@ class PoolMiddleware:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that the pool serves, told to the workers in vLLM's own fields."""
-        body = await read_object(await read_body(scope, receive))
+        raw = await read_body(scope, receive)
+        body = await read_object(raw)
         async with Outbox(send) as outbox, self.pool.request() as contents:
             choice = choose(body, served=self._served, names=contents.names)
             check(body, choice, contents, path=path_of(scope))
             asked = body.get("model") or self._served
             scope, routing = self._asking(scope, choice, contents)
-            new = json.dumps(rewritten(body, choice, contents, served=self._served)).encode()
+            wanted = rewritten(body, choice, contents, served=self._served)
+            new = await by_size(len(raw), written, wanted)
             to_client: Send = outbox
             if routing is not None or asked != self._served:
                 to_client = Relay(outbox, served=self._served, asked=asked, routing=routing)
@@ -165,9 +167,11 @@ class PoolMiddleware:
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request of a route that serves by the whole pool, and can do nothing else."""
-        body = await read_object(await read_body(scope, receive))
-        check_whole(body, served=self._served)
-        new = json.dumps(body).encode()  # what we have checked, however else it could be read
+        raw = await read_body(scope, receive)
+        body = await read_object(raw)
+        await by_size(len(raw), check_whole, body, served=self._served)
+        # What we have checked, however else it could be read.
+        new = await by_size(len(raw), written, body)
         async with Outbox(send) as outbox, self.pool.request():
             await self.app(resized(scope, len(new)), replay(new, receive), outbox)
 
@@ -175,7 +179,7 @@ class PoolMiddleware:
         """A request that runs no model: its body, if there is one, is looked at all the same."""
         raw = await read_body(scope, receive)
         if raw:
-            check_no_choice(await read_object(raw))
+            await by_size(len(raw), check_no_choice, await read_object(raw))
         await self.app(scope, replay(raw, receive), send)
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
