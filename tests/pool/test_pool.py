@@ -114,6 +114,17 @@ def test_an_unknown_name_lists_the_known_ones(call, experts):
         call(ExpertPool(experts), "who")
 
 
+def test_values_beyond_the_dtype_of_the_base_are_refused(experts):
+    model = make_model("llama")
+    lora = experts[0].modules[Q]
+    large = replace(lora, scale=1e6 * lora.scale)
+    expert = replace(experts[0], modules={**experts[0].modules, Q: large})
+    route(model, ExpertPool([expert]))
+    unroute(model)
+    with pytest.raises(IncompatibleExpertError, match=rf"e0: its LoRA of {Q} .* float16 holds"):
+        route(model.half(), ExpertPool([expert]))
+
+
 def test_a_name_twice(experts):
     with pytest.raises(ConfigError, match=r"^e1: two experts of this name"):
         ExpertPool([*experts, experts[1]])

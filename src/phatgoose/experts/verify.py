@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import IncompatibleExpertError, PhatgooseError
 from phatgoose.experts.base import identify_base, linear_modules
 from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import problem_of
-from phatgoose.experts.tensors import is_finite
+from phatgoose.experts.tensors import is_finite, largest
 
 # A gate whose largest entry is below this has not moved from zero in any way that could route.
 SMALLEST_GATE = 1e-4
@@ -75,6 +75,18 @@ def check_modules(expert: Expert, base: nn.Module) -> Iterator[str]:
                 f"{expert.name}: its LoRA of {name} maps {module.in_features} to "
                 f"{module.out_features} features, the base maps {wanted[0]} to {wanted[1]}. It was "
                 "trained on another base."
+            )
+
+
+def check_range(expert: Expert, dtype: torch.dtype) -> None:
+    """Raise IncompatibleExpertError unless `dtype` holds the matrices, the scale in B."""
+    for name, module in expert.modules.items():
+        value = max(largest(module.a), largest(module.b) * abs(module.scale))
+        if not value <= torch.finfo(dtype).max:
+            raise IncompatibleExpertError(
+                f"{expert.name}: its LoRA of {name} has values of up to {value:.3g}, the scale "
+                f"included, more than {str(dtype).removeprefix('torch.')} holds. Run the base in "
+                "bfloat16 or float32."
             )
 
 

@@ -12,7 +12,7 @@ from phatgoose.errors import IncompatibleExpertError, RoutingError
 from phatgoose.experts import Expert, identify_base
 from phatgoose.experts.base import linear_sizes
 from phatgoose.experts.delta import Delta
-from phatgoose.experts.verify import check_modules
+from phatgoose.experts.verify import check_modules, check_range
 from phatgoose.nn import (
     NO_RULES,
     Bank,
@@ -200,6 +200,8 @@ class RoutedModel:
             )
         for problem in check_modules(expert, self.model):
             raise IncompatibleExpertError(problem)
+        for dtype in {_dtype(self._layers[name], self.model) for name in expert.modules}:
+            check_range(expert, dtype)
 
     def _sign(self, expert: Expert) -> None:
         """Have the router make the expert's signatures, which may fail."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError, RoutingError, first_line
 from phatgoose.experts import Expert, expert_sources
+from phatgoose.experts.verify import check_range
 from phatgoose.nn import Bank
 from phatgoose.pool import ExpertPool
 from phatgoose.serve.engine import layers
@@ -43,6 +44,7 @@ def load_pool(
     base = skeleton(model_config)
     for expert in pool:
         check_base(expert, base, model_config.model)
+        check_range(expert, model_config.dtype)
     return pool, base
 
 

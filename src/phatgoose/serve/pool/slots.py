@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError
 from phatgoose.experts import Delta, Expert, LoraModule, adapter_hash, identify_base
 from phatgoose.experts.signatures import vectors_hash
-from phatgoose.experts.verify import check_modules, check_numbers
+from phatgoose.experts.verify import check_modules, check_numbers, check_range
 from phatgoose.nn import Bank
 from phatgoose.serve.pool.settings import ServeSettings, gated, served_router
 
@@ -180,6 +180,8 @@ class Slots:
         for problem in check_numbers(expert):
             raise IncompatibleExpertError(problem)
         check_base(expert, self._base, self._base_name)
+        for dtype in {bank.a.dtype for bank in self.banks.values()}:
+            check_range(expert, dtype)
         adapted = self.adapted(expert)
         for name, mine in adapted.items():
             self._check_room(expert, name, mine)
