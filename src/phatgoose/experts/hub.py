@@ -35,7 +35,7 @@ def is_repository(text: str) -> bool:
         validate_repo_id(text)
     except HFValidationError:
         return False
-    return True
+    return not text.endswith("\n")  # which huggingface_hub 1.3 lets pass
 
 
 def is_hub_id(text: str) -> bool:
