@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from phatgoose.types import Routing, TokenContext
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use, so that `import phatgoose` and `phatgoose --help` do not load torch.
 _WHERE = {
