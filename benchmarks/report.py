@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gains import TITLES, gains
 from targets import NAMES, Found, Row, targets
 
 HERE = Path(__file__).parent
@@ -20,19 +21,28 @@ MIB = 1 << 20
 INTRO = """\
 # Performance
 
-How fast routing is, and what memory it takes, beside a plain layer, one ordinary LoRA and other
-ways to route. `python benchmarks/report.py` writes this page from the files in
-`benchmarks/results`; under each table is the command that measured it.
-What was tried and did not help is in [log.md](log.md).
+This page says how fast routing is and what memory it takes. It compares a routed layer with a plain
+layer, with one ordinary LoRA and with other ways to route. `make bench` measures your machine.
 
-Times are medians. *Over plain* is the time divided by that of the same layer without experts,
-measured in the same process, in turns. A *floor* is what no implementation of the same sum can
-beat by much; its formula is under each table, its rates of products and of copies were measured in
-the same run. `reference`, `torch` and `triton` are our backends; plain `phatgoose` is what is
-chosen by default. PEFT's Arrow is the real one. r-three (the authors' code) and mttl are
-restatements of what those repositories compute for a layer
-(`benchmarks/peers.py`), without what surrounds it; their outputs, and ours, were
-compared with the routed sum in fp64 in the same run.
+`python benchmarks/report.py` writes this page from the files in `benchmarks/results`. Each table
+names the command and the commit that it was measured at. [The log](log.md) has what was tried and
+did not help.
+"""
+
+READING = """\
+## How to read the tables
+
+- Times are medians.
+- *Over plain* is the time divided by that of the same layer without experts. Both were measured in
+  the same process, in turns.
+- A *floor* is what no implementation of the same sum can beat by much. Its formula stands under
+  each table, and its rates of products and of copies were measured in the same run.
+- Plain `phatgoose` is what is chosen by default. `reference`, `torch` and `triton` are our
+  backends.
+- PEFT's Arrow is the real one. r-three (the authors' code) and mttl are restatements of what those
+  repositories compute for a layer, without what surrounds it (`benchmarks/peers.py`).
+- The outputs of r-three, of mttl and of ours were compared with the routed sum in fp64, in the same
+  run.
 """
 
 
@@ -150,27 +160,41 @@ def ordered(contenders: Iterable[str]) -> list[str]:
 # ---------------------------------------------------------------- sections
 
 
-def target_section(runs: list[Run]) -> Iterator[str]:
-    def rows(gpu: bool) -> Callable[[str], Found]:
-        def find(benchmark: str) -> Found:
-            return Found([row for run in of(runs, benchmark, gpu) for row in run.rows])
+def rows_of(runs: list[Run], gpu: bool) -> Callable[[str], Found]:
+    """A benchmark's rows by its name."""
 
-        return find
+    def find(benchmark: str) -> Found:
+        return Found([row for run in of(runs, benchmark, gpu) for row in run.rows])
 
-    yield "## Targets\n"
+    return find
+
+
+def gain_section(runs: list[Run]) -> Iterator[str]:
+    yield "## What you get\n"
     yield (
-        "On an H200 in bf16 unless said otherwise, at rank 16, two experts for each token. The "
-        "floor is in the unit of the target.\n"
+        "A pool has 128 experts of rank 16, and each token uses two. In a whole model, Arrow has 8 "
+        "experts. All runs are in bf16.\n"
+    )
+    yield table(TITLES, gains(rows_of(runs, True)))
+    devices = sorted({run.head["device"] for run in runs if run.gpu})
+    yield f"These were measured on: {', '.join(devices) or 'no GPU'}.\n"
+
+
+def target_section(runs: list[Run]) -> Iterator[str]:
+    yield "## What we aimed at\n"
+    yield (
+        "The targets are for an H200 in bf16 unless the line says otherwise, at rank 16, with two "
+        "experts for each token. A *floor* is what no implementation of the same sum can beat by "
+        "much, in the unit of the target.\n"
     )
     yield table(
         ("what", "target", "measured", "floor", "verdict"),
         (
             (t.what, t.wanted, t.measured, t.floor, t.verdict)
-            for t in targets(rows(True), rows(False))
+            for t in targets(rows_of(runs, True), rows_of(runs, False))
         ),
     )
-    devices = sorted({run.head["device"] for run in runs if run.gpu})
-    yield f"Measured on: {', '.join(devices) or 'no GPU'}.\n"
+    yield READING
 
 
 LAYER_KEYS = ("size", "mode", "tokens", "experts", "rank", "contender")
@@ -186,15 +210,18 @@ def layer_section(runs: list[Run], picture: str | None) -> Iterator[str]:
         for shape, mode in sorted({key[:2] for key in rows}, key=lambda k: (wide(k[0]), k[1])):
             how = "one CUDA graph" if mode == "graph" else "eager"
             yield f"### {shape}, {how}, {device}\n"
-            yield f"Time, and in brackets over plain; {name('phatgoose')} also over the floor.\n"
+            yield (
+                "Cells hold the time, and in brackets the time over plain. The last column is "
+                f"{name('phatgoose')}'s time over the floor.\n"
+            )
             yield table(
                 ("tokens", "experts", "rank", *map(name, contenders), "over floor"),
                 _layer_lines(rows, contenders, (shape, mode)),
             )
         yield f"### Memory, {device}\n"
         yield (
-            "What a forward holds at most beyond what the plain layer does, and in brackets what "
-            "the experts take all the time.\n"
+            "Cells say what a forward holds at most beyond what the plain layer does, and in "
+            "brackets what the experts take all the time.\n"
         )
         yield table(
             ("size", "tokens", "experts", *(name(c) for c in contenders if c != "plain")),
@@ -269,8 +296,8 @@ def model_section(runs: list[Run]) -> Iterator[str]:
 def gates_section(runs: list[Run]) -> Iterator[str]:
     yield "## Training gates\n"
     yield (
-        "A step on the same tokens: of the LoRA itself, of one expert's gates, and of the gates of "
-        "many experts in one pass.\n"
+        "Each line is a step on the same tokens. It trains the LoRA itself, one expert's gates, or "
+        "the gates of many experts in one pass.\n"
     )
     kinds = {"lora": "the LoRA", "gates": "train_gates", "together": "train_gates_together"}
     for device, mine in by_device(runs, "gates").items():
@@ -289,9 +316,9 @@ def gates_section(runs: list[Run]) -> Iterator[str]:
             lines,
         )
         for row in (row for run in mine for row in run.rows if "hundred_steps_s" in row):
-            text = f"100 gate steps: {row['hundred_steps_s']:.1f} s"
+            text = f"100 gate steps take {row['hundred_steps_s']:.1f} s"
             if "of_adapter_training" in row:
-                text += f", {row['of_adapter_training']:.0%} of training the LoRA"
+                text += f", which is {row['of_adapter_training']:.0%} of training the LoRA"
                 text += f" ({mine[0].head['of_adapter_training']})"
             yield text + ".\n"
         yield source(mine)
@@ -307,8 +334,8 @@ def memory_section(runs: list[Run]) -> Iterator[str]:
     for device, mine in by_device(runs, "memory").items():
         yield f"## Memory of a routed T5, {device}\n"
         yield (
-            "Peak of a forward above weights and inputs; `dense` computes every expert for every "
-            "token.\n"
+            "Cells say the peak of a forward above weights and inputs. `dense` computes every "
+            "expert for every token.\n"
         )
         rows = merged(mine, ("kind", "tokens", "experts", "top_k"))
         yield table(
@@ -411,6 +438,7 @@ def main(arguments: list[str] | None = None) -> None:
     drawn = draw(runs, picture)
     parts = [
         INTRO,
+        *gain_section(runs),
         *target_section(runs),
         *layer_section(runs, picture.name if drawn else None),
         *model_section(runs),

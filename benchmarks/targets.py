@@ -25,9 +25,14 @@ class Found:
 
     def note(self, **wanted: Any) -> str | None:
         """What is said instead of a time."""
+        row = self.first(**wanted)
+        return None if row is None else row.get("note")
+
+    def first(self, **wanted: Any) -> Row | None:
+        """A row with these values, with a time or a note."""
         for row in self.rows:
             if all(row.get(key) == value for key, value in wanted.items()):
-                return row.get("note")
+                return row
         return None
 
 

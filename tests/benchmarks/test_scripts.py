@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,18 @@ def test_report(run, script, tmp_path):
     assert out.with_suffix(".png").stat().st_size > 0
     assert "8B shape" in text
     assert "not measured" in text
+    assert text.index("## What you get") < text.index("## What we aimed at")
+
+
+def test_the_page_says_what_the_results_do(script, tmp_path):
+    out = tmp_path / "performance.md"
+    script("report").main(["--out", str(out)])
+    text = out.read_text()
+    assert text == (FOLDER.parent / "docs" / "performance.md").read_text()
+    prefill = re.search(r"^\| prefill 4,096 .* base \| ([\d.]+) \| ([\d.]+) \|", text, flags=re.M)
+    assert prefill
+    for contender, ratio in zip(("phatgoose", "one LoRA"), prefill.groups(), strict=True):
+        assert re.search(rf"^\| 8b, prefill .* {contender} .* {ratio} \|", text, flags=re.M)
 
 
 def test_report_of_nothing(script, tmp_path):
