@@ -265,3 +265,13 @@ class GateOptions(BatchOptions):
     def gate_batch(self) -> int:
         """Examples of each expert in a step of the gates."""
         return self.gate_batch_size or self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatingOptions(GateOptions, AdaptersBaseOption, DeviceOption, JsonOption):
+    """All that training gates takes, of one adapter or of many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(AdapterOptions, GateOptions, BaseOption, DeviceOption, JsonOption):
+    """All that training an adapter and its gates takes, of one expert or of many."""

@@ -11,6 +11,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import adapter_hash, write_adapter
 from phatgoose.files import new_folder, write_bytes
 
+Number = int | float
+
 
 def save_expert(
     expert: Expert, folder: str | Path, *, task_type: str | None = None, card: str | None = None
@@ -65,17 +67,17 @@ def peft_config(expert: Expert, task_type: str | None = None) -> Any:
     )
 
 
-def _alpha(scale: float, rank: int) -> float:
+def _alpha(scale: float, rank: int) -> Number:
     """The alpha whose alpha / rank is `scale`: a whole number where one is."""
     whole = round(scale * rank)
     return whole if whole / rank == scale else scale * rank
 
 
-def _most_common(values: Mapping[str, float]) -> float:
+def _most_common(values: Mapping[str, Number]) -> Number:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def _pattern(values: Mapping[str, float], default: float) -> dict[str, Any]:
+def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Any]:
     """The values that are not the default, by a pattern that matches one module alone.
 
     PEFT reads a pattern as a regular expression for the end of a module's name, unless it begins

@@ -1,7 +1,7 @@
 """Static merges: one adapter out of a whole pool."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError
 from phatgoose.experts import Delta, Expert
@@ -27,20 +27,19 @@ def merge_experts(
 
     Args:
         experts: a pool, or experts that would make one.
-        method: "average" adds Σ w_e · scale_e · B_e A_e at every module, where an expert that does
-            not adapt the module counts as zero. It is exact (PEFT's "cat") with the sum of the
-            ranks, or the best approximation of a given `rank` (PEFT's "svd").
+        method: "average" adds Σ w_e · scale_e · B_e A_e at every module. An expert that does not
+            adapt the module counts as zero. The sum is exact (PEFT's "cat"), or it is the best
+            approximation of a given `rank` (PEFT's "svd").
             Any other is PEFT's `add_weighted_adapter` of that name. "linear", "magnitude_prune",
             "ties" (arXiv:2306.01708), "dare_linear" and "dare_ties" (arXiv:2311.03099) combine the
-            factors A and B apart, each times sqrt(w_e · scale_e), so ranks must be equal, and the
-            product of the sums has cross terms. With "_svd" behind the last four names they combine
-            the products, as published for whole weights; that takes any ranks, and memory [O, I]
-            for every expert. PEFT's dare_ties takes means over what DARE kept and scaled up, so its
-            result grows as density falls.
+            factors A and B apart, each times sqrt(w_e · scale_e). So the ranks must be equal, and
+            the product of the sums has cross terms. With "_svd" behind the last four names they
+            combine the products, as published. They then take any ranks, and memory [O, I] for
+            every expert. The result of PEFT's dare_ties grows as density falls.
         rank: of the merged expert at a module, at most; for "average" (the sum of the ranks unless
             given) and for methods with "_svd" (the largest rank unless given).
-        weights: one for each expert. Unless given, such that E copies of an expert, none of its
-            entries dropped, make that expert again: 1 for TIES, which takes means itself, 1/E for
+        weights: one for each expert. The defaults make E copies of an expert that expert again,
+            if none of its entries is dropped: 1 for TIES, which takes means itself, 1/E for
             "average" and sums of products, 1/E² for sums of factors.
         density: the share of entries that all methods but "average" and "linear" keep; 0.2 unless
             given, as published for TIES.
@@ -62,19 +61,24 @@ def merge_experts(
         raise ConfigError(f"merge: rank must be at least 1, got {rank}.")
     weights = _check_weights(weights, pool, method)
     sites = gather(pool.experts)
-    modules: dict[str, Delta]
     if method == "average":
         if density is not None:
             raise ConfigError("merge: average keeps every entry. Leave density out.")
-        modules = {
-            site: weighted_sum([(weights[e], lora) for e, lora in loras.items()], rank=rank)
-            for site, loras in sites.items()
-        }
+        modules = _average(sites, weights, rank)
     else:
         modules = merge_with_peft(
             pool.experts, method, weights, rank=rank, density=density, seed=seed
         )
     return Expert(name, modules, base_name=common_base(pool))
+
+
+def _average(
+    sites: Mapping[str, Mapping[int, Delta]], weights: Sequence[float], rank: int | None
+) -> dict[str, Delta]:
+    return {
+        site: weighted_sum([(weights[e], lora) for e, lora in loras.items()], rank=rank)
+        for site, loras in sites.items()
+    }
 
 
 def gather(experts: Sequence[Expert]) -> dict[str, dict[int, Delta]]:

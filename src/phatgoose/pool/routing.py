@@ -40,17 +40,15 @@ def route(
     Args:
         model: the experts' base model; not a PeftModel.
         router: a router's name, or a Router.
-        top_k: experts per token and layer, or "all". A layer or a pool with fewer candidates
-            uses those; the log says so once where the pool has fewer.
+        top_k: experts per token and layer, or "all". Where there are fewer, it uses those.
         temperature: divides the kept scores before their softmax.
         scale: "softmax" weighs the kept experts as published; "unit" gives each weight 1, so
             top_k=1 uses the best one as strongly as its adapter was trained.
             These three are what the router's own paper has unless given: top_k=2, temperature=1
             and scale="softmax" for PHATGOOSE, see `Router.defaults` for others.
         null_score: the score of an extra candidate that adds nothing (None: no such candidate).
-        backend: what computes a routed layer: "triton" (kernels for NVIDIA GPUs), "torch" (any
-            device), "reference" (the definition, slow), or "auto", which picks one of the first
-            two by device.
+        backend: what computes a routed layer: "triton" (NVIDIA GPUs), "torch" (any device),
+            "reference" (the definition, slow), or "auto", one of the first two by device.
         capacity: how many experts a layer has room for; the pool's own number by default. Within
             it the pool can change without new memory, so that compiled models and CUDA graphs
             stay valid and use the pool as it is then.
@@ -71,10 +69,27 @@ def route(
         null_score=null_score,
         backend=backend,
     )
+    room = _room(capacity, max_rank)
+    choose_backend(backend, next((p.device.type for p in model.parameters()), "cpu"))
+    plain = _unrouted(model)
+    if not len(pool):
+        raise RoutingError("route: the pool is empty. Add an expert first.")
+    settings.note_size(len(pool))
+    with pool.lock.changing("route"):
+        plain.__dict__[ATTRIBUTE] = RoutedModel(plain, pool, router, settings, room)
+    return model
+
+
+def _room(capacity: int | None, max_rank: int | None) -> tuple[int, int]:
+    """The least capacity and rank of a bank, 0 where none was given."""
     for name, value in (("capacity", capacity), ("max_rank", max_rank)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
-    choose_backend(backend, next((p.device.type for p in model.parameters()), "cpu"))
+    return capacity or 0, max_rank or 0
+
+
+def _unrouted(model: nn.Module) -> nn.Module:
+    """The model itself; raises RoutingError unless its layers are plain, by their own names."""
     plain = _plain(model)
     if ATTRIBUTE in plain.__dict__:
         raise RoutingError("route: this model routes already. Call phatgoose.unroute(model) first.")
@@ -89,13 +104,7 @@ def route(
             "route: the model has PEFT adapters in it. Give the plain base model "
             "(peft_model.unload() returns it)."
         )
-    if not len(pool):
-        raise RoutingError("route: the pool is empty. Add an expert first.")
-    settings.note_size(len(pool))
-    room = (capacity or 0, max_rank or 0)
-    with pool.lock.changing("route"):
-        plain.__dict__[ATTRIBUTE] = RoutedModel(plain, pool, router, settings, room)
-    return model
+    return plain
 
 
 def unroute(model: nn.Module) -> nn.Module:

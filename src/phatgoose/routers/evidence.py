@@ -53,6 +53,12 @@ class Background:
         centred = inputs[used].double() - self.mean
         return (centred * self.share[used].unsqueeze(1)).T @ centred
 
+    def standard(self, values: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+        """The standard scores of a value for each token id, over this text."""
+        mean = self.share @ values
+        deviation = (self.share @ (values - mean) ** 2).sqrt()
+        return (values - mean) / deviation.clamp_min(1e-9)
+
 
 class ContextEvidence(Modifier):
     """A prior for every token; subclasses say what a token is worth for an expert.
@@ -109,7 +115,7 @@ class ContextEvidence(Modifier):
 
     @abstractmethod
     def weigh(
-        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"]
+        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"], background: Background
     ) -> Float[Tensor, "E V"]:
         """What each token id is worth for each expert, given what the first module reads for it."""
 
@@ -127,7 +133,7 @@ class ContextEvidence(Modifier):
         if self.background is None:
             ids = written_by(model) if self._ids is None else self._ids
             self.background = Background.measure(inputs, ids)
-        worth = self.weigh(experts, inputs).float()
+        worth = self.weigh(experts, inputs, self.background).float()
         self._worth.update((expert.name, row) for expert, row in zip(experts, worth, strict=True))
         self._table = ((), torch.empty(0))  # a name may stand for another expert now
 
@@ -206,12 +212,11 @@ class PromptsEvidence(ContextEvidence):
             )
 
     def weigh(
-        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"]
+        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"], background: Background
     ) -> Float[Tensor, "E V"]:
-        assert self.background is not None
         means = [self.kept(expert)[self.readers[0]].to(inputs.device) for expert in experts]
-        stacked = torch.stack([self.background.mean, *means])
-        found = most_even(inputs, stacked, self.background.covariance(inputs))
+        stacked = torch.stack([background.mean, *means])
+        found = most_even(inputs, stacked, background.covariance(inputs))
         return found[1:] - found[0]
 
 
@@ -235,28 +240,27 @@ class AdapterEvidence(ContextEvidence):
             )
 
     def weigh(
-        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"]
+        self, experts: Sequence[Expert], inputs: Float[Tensor, "V I"], background: Background
     ) -> Float[Tensor, "E V"]:
-        assert self.background is not None
-        covariance = self.background.covariance(inputs)
+        covariance = background.covariance(inputs)
         covariance.diagonal().add_(SHRINK * covariance.diagonal().mean())
         variances, axes = torch.linalg.eigh(covariance)
         whitening = (axes * variances**-0.5) @ axes.T
-        return torch.stack([self._weigh(expert, inputs, whitening) for expert in experts])
+        centred = inputs - background.mean.float()
+        return torch.stack(
+            [background.standard(self._lengths(each, centred, whitening)) for each in experts]
+        )
 
-    def _weigh(
-        self, expert: Expert, inputs: Float[Tensor, "V I"], whitening: Float[Tensor, "I I"]
+    def _lengths(
+        self, expert: Expert, centred: Float[Tensor, "V I"], whitening: Float[Tensor, "I I"]
     ) -> Float[Tensor, " V"]:
-        assert self.background is not None
+        """How long each input is within the adapter's input space, once whitened."""
         found = [expert.modules[name] for name in self.readers if name in expert.modules]
-        spaces = torch.cat([right_singular(lora)[1] for lora in found]).to(inputs.device)
+        spaces = torch.cat([right_singular(lora)[1] for lora in found]).to(centred.device)
         values, basis = torch.linalg.svd(spaces, full_matrices=False)[1:]
         basis = basis[values > 1e-9 * values.max()]
         projection = (basis @ whitening).float()
-        lengths = ((inputs - self.background.mean.float()) @ projection.T).norm(dim=1).double()
-        mean = self.background.share @ lengths
-        deviation = (self.background.share @ (lengths - mean) ** 2).sqrt()
-        return (lengths - mean) / deviation.clamp_min(1e-9)
+        return (centred @ projection.T).norm(dim=1).double()
 
 
 @final

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from phatgoose.cli.fields import Command, Options, argument, option
 from phatgoose.cli.options import (
-    AdapterOptions,
     AdaptersBaseOption,
-    BaseOption,
     DeviceOption,
-    GateOptions,
+    GatingOptions,
     JsonOption,
+    TrainingOptions,
 )
 from phatgoose.train.settings import AdapterTraining, SignatureMeasuring
 
@@ -32,7 +31,7 @@ class Together(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMany(Together, AdapterOptions, GateOptions, BaseOption, DeviceOption, JsonOption):
+class TrainMany(Together, TrainingOptions):
     """Train an expert for each task, many at once."""
 
     out: Path = option("folder to put the experts' folders in")
@@ -46,7 +45,7 @@ class TrainMany(Together, AdapterOptions, GateOptions, BaseOption, DeviceOption,
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateMany(Together, GateOptions, AdaptersBaseOption, DeviceOption, JsonOption):
+class GateMany(Together, GatingOptions):
     """Train gates for many adapters of one base at once."""
 
     adapters: Sequence[str] = argument(

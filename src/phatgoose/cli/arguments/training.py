@@ -4,14 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.cli.fields import Command, Options, argument, option
-from phatgoose.cli.options import (
-    AdapterOptions,
-    AdaptersBaseOption,
-    BaseOption,
-    DeviceOption,
-    GateOptions,
-    JsonOption,
-)
+from phatgoose.cli.options import GatingOptions, TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +18,14 @@ class DataOption(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate(DataOption, GateOptions, AdaptersBaseOption, DeviceOption, JsonOption):
+class Gate(DataOption, GatingOptions):
     """Train gates for an adapter that is already trained."""
 
     adapter: Path = argument("the adapter's folder (a PEFT LoRA); the gates are written into it")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(DataOption, AdapterOptions, GateOptions, BaseOption, DeviceOption, JsonOption):
+class Train(DataOption, TrainingOptions):
     """Train an adapter, then its gates."""
 
     out: Path = option("folder of the new expert")

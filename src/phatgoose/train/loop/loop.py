@@ -1,6 +1,7 @@
 """The loop that all phases share: AdamW with a norm to clip at for each expert."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -77,23 +78,28 @@ class Loop:
 
         Raises ConfigError where another process trains with this checkpoint.
         """
-        if checkpoint is None or not self.accelerator.is_main_process:
-            return self._train(stream, forward, identity, checkpoint, progress=progress)
-        with claimed(checkpoint.with_name(f".{checkpoint.name}.lock"), str(checkpoint)):
-            return self._train(stream, forward, identity, checkpoint, progress=progress)
+        saves = checkpoint if self.accelerator.is_main_process else None
+        with self._claimed(saves):
+            before = Progress.none(self.packed.experts)
+            if checkpoint is not None and checkpoint.exists():
+                before = load_checkpoint(checkpoint, identity, self.packed, self.optimizer)
+            done = before
+            for done in self._steps(stream, forward, before, progress=progress):
+                ended = done.step == self.settings.steps
+                due = ended or done.step % self.settings.checkpoint_every == 0
+                if saves is not None and due:
+                    save_checkpoint(saves, identity, self.packed, self.optimizer, done)
+        return done
 
-    def _train(
-        self,
-        stream: Iterator[T],
-        forward: Callable[[T], Pass],
-        identity: Mapping[str, str],
-        checkpoint: Path | None,
-        *,
-        progress: bool,
-    ) -> Progress:
-        done = Progress.none(self.packed.experts)
-        if checkpoint is not None and checkpoint.exists():
-            done = load_checkpoint(checkpoint, identity, self.packed, self.optimizer)
+    def _claimed(self, checkpoint: Path | None) -> AbstractContextManager[None]:
+        if checkpoint is None:
+            return nullcontext()
+        return claimed(checkpoint.with_name(f".{checkpoint.name}.lock"), str(checkpoint))
+
+    def _steps(
+        self, stream: Iterator[T], forward: Callable[[T], Pass], done: Progress, *, progress: bool
+    ) -> Iterator[Progress]:
+        """Take the steps that are left, and yield after each of them."""
         settings = self.settings
         if done.step < settings.steps:
             skip(stream, done.step * settings.micro)
@@ -110,11 +116,7 @@ class Loop:
                 losses = done.last_loss or []
                 bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
                 bar.update()
-                ended = done.step == settings.steps
-                due = ended or done.step % settings.checkpoint_every == 0
-                if checkpoint is not None and due and self.accelerator.is_main_process:
-                    save_checkpoint(checkpoint, identity, self.packed, self.optimizer, done)
-        return done
+                yield done
 
     def _step(self, batches: list[T], forward: Callable[[T], Pass], done: Progress) -> Progress:
         rate = self.settings.rate(done.step)
