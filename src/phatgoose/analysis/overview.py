@@ -6,22 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phatgoose.analysis.charts import (
-    BLUE,
-    FAINT,
-    GREEN,
-    INK,
-    MAP,
-    PURPLE,
-    TEXT,
-    centres,
-    cut,
-    frame,
-    heat,
-    layer_ticks,
-    plain,
-    spans,
-)
+from phatgoose.analysis import charts
 from phatgoose.analysis.picture import write_figure
 from phatgoose.analysis.tasks import TaskAnalysis
 
@@ -31,7 +16,7 @@ if TYPE_CHECKING:
 _NUMBERED = 24  # more columns are too narrow for numbers
 _COLUMNS = 80  # experts with a column of their own
 _NAMED = 6  # lines that can be told apart
-_LINES = (BLUE, "#E69F00", GREEN, PURPLE, "#56B4E9", INK)
+_LINES = (charts.BLUE, "#E69F00", charts.GREEN, charts.PURPLE, "#56B4E9", charts.INK)
 
 
 def draw_overview(analyses: Mapping[str, TaskAnalysis], path: str | Path) -> None:
@@ -57,20 +42,21 @@ def draw_overview(analyses: Mapping[str, TaskAnalysis], path: str | Path) -> Non
     largest = max(float(shares[:, columns].max()), 4 * 100 / (len(names) - 1))
     image = axis.pcolormesh(
         shares[:, columns].numpy(),
-        cmap=MAP,
+        cmap=charts.MAP,
         vmin=0,
         vmax=largest,
         ec="white",
         lw=0.3 if small else 0.6,
     )
-    heat(axis, "")
+    charts.heat(axis, "")
     figure.suptitle("Do tokens find their expert?", fontsize=13, fontweight="bold")
     axis.set_title(_verdict(rows), loc="left", fontsize=9.5, parse_math=False)
-    style = {**TEXT, "fontsize": 7.5 if small else 8.5}
-    axis.set_yticks(centres(rows), [cut(row.name) for row in rows], **style)
+    style = {**charts.TEXT, "fontsize": 7.5 if small else 8.5}
+    axis.set_yticks(charts.centres(rows), [charts.cut(row.name) for row in rows], **style)
     axis.set_xticks(
-        centres(columns), [cut(names[c]) for c in columns], rotation=90 if small else 45,
-        ha="right", va="center" if small else "top", rotation_mode="anchor", **style,
+        charts.centres(columns), [charts.cut(names[c]) for c in columns],
+        rotation=90 if small else 45, rotation_mode="anchor",
+        ha="right", va="center" if small else "top", **style,
     )  # fmt: skip
     axis.set_ylabel("task", fontsize=9)
     axis.set_xlabel(
@@ -79,7 +65,7 @@ def draw_overview(analyses: Mapping[str, TaskAnalysis], path: str | Path) -> Non
     axis.invert_yaxis()
     for y, row in enumerate(rows):
         if row.oracle is not None:
-            frame(axis, (columns.index(names.index(row.oracle)), y), 1, 1)
+            charts.frame(axis, (columns.index(names.index(row.oracle)), y), 1, 1)
     if not small:
         _numbers(axis, shares[:, columns].tolist(), largest)
     bar = figure.colorbar(image, ax=axis, pad=0.01, fraction=0.03, aspect=30)
@@ -107,18 +93,18 @@ def draw_entropy(analyses: Mapping[str, TaskAnalysis], path: str | Path) -> None
     axis = figure.add_subplot()
     for name in order:
         colour = _LINES[named.index(name)] if name in named else "#CCCCCC"
-        for number, (start, end) in enumerate(spans(layers)):
+        for number, (start, end) in enumerate(charts.spans(layers)):
             axis.plot(
                 range(start, end), lines[name][start:end].numpy(), color=colour, marker="o",
                 ms=3 if name in named else 0, lw=1.8 if name in named else 0.9,
                 zorder=3 if name in named else 2,
-                label=f"{cut(name)} ({float(lines[name].mean()):.2f})"
+                label=f"{charts.cut(name)} ({float(lines[name].mean()):.2f})"
                 if name in named and not number else None,
             )  # fmt: skip
     if len(named) < len(order):
         axis.plot([], [], color="#CCCCCC", label=f"{len(order) - len(named)} other tasks")
-    axis.axhline(most, color=FAINT, ls="--", lw=1.3, label=f"all alike ({most:.2f})")
-    plain(
+    axis.axhline(most, color=charts.FAINT, ls="--", lw=1.3, label=f"all alike ({most:.2f})")
+    charts.plain(
         axis,
         "How evenly each layer's tokens, together, use the pool",
         x="layer",
@@ -128,7 +114,7 @@ def draw_entropy(analyses: Mapping[str, TaskAnalysis], path: str | Path) -> None
     axis.set_ylim(
         max(0.0, least - 0.15 * (most - least) - 0.1), most + 0.06 * (most - least) + 0.05
     )
-    layer_ticks(axis, layers)
+    charts.layer_ticks(axis, layers)
     axis.legend(
         title="task (mean, bits)", fontsize=8, title_fontsize=8.5, frameon=False,
         loc="center left", bbox_to_anchor=(1.01, 0.5),
@@ -169,5 +155,5 @@ def _numbers(axis: "Axes", values: list[list[float]], largest: float) -> None:
             if value >= 0.5:
                 axis.text(
                     x + 0.5, y + 0.52, f"{value:.0f}", ha="center", va="center", fontsize=7.5,
-                    color="white" if value > 0.6 * largest else INK,
+                    color="white" if value > 0.6 * largest else charts.INK,
                 )  # fmt: skip

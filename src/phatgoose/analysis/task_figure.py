@@ -9,22 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phatgoose.analysis.charts import (
-    BLUE,
-    FAINT,
-    GREEN,
-    MAP,
-    ORACLE,
-    PURPLE,
-    TEXT,
-    centres,
-    cut,
-    frame,
-    heat,
-    layer_ticks,
-    plain,
-    spans,
-)
+from phatgoose.analysis import charts
 from phatgoose.analysis.picture import write_figure
 from phatgoose.analysis.tally import Place
 from phatgoose.analysis.tasks import TaskAnalysis
@@ -80,13 +65,13 @@ def draw_task(analysis: TaskAnalysis, path: str | Path) -> None:
 def _headline(analysis: TaskAnalysis) -> str:
     counts = analysis.tokens.max(1).values.tolist()
     facts = f"{analysis.examples} examples, {counts[0]:,} prompt and {counts[1]:,} answer tokens"
-    where = f"{cut(analysis.name, 40)}: which experts its tokens use ({facts})"
+    where = f"{charts.cut(analysis.name, 40)}: which experts its tokens use ({facts})"
     if analysis.oracle is None:
         return f"{where}\nno Oracle expert is known"
     share = float(analysis.shares()[analysis.experts.index(analysis.oracle)])
     return (
-        f"{where}\nOracle {cut(analysis.oracle, 40)}: {100 * share:.1f}% of the weight, rank "
-        f"{analysis.rank(analysis.oracle)} of {len(analysis.experts)}"
+        f"{where}\nOracle {charts.cut(analysis.oracle, 40)}: {100 * share:.1f}% of the weight, "
+        f"rank {analysis.rank(analysis.oracle)} of {len(analysis.experts)}"
     )
 
 
@@ -144,26 +129,33 @@ def _by_module(
     axes = axes[: len(panels)]
     for axis, panel in zip(axes, panels, strict=True):
         image = axis.pcolormesh(
-            100 * part[panel][:, rows].T.numpy(), cmap=MAP, vmin=0, vmax=largest, ec="white", lw=0.3
+            100 * part[panel][:, rows].T.numpy(),
+            cmap=charts.MAP,
+            vmin=0,
+            vmax=largest,
+            ec="white",
+            lw=0.3,
         )
-        heat(axis, "")
-        axis.set_title(cut(analysis.places[panel[0]].kind, 18), **TEXT)
+        charts.heat(axis, "")
+        axis.set_title(charts.cut(analysis.places[panel[0]].kind, 18), **charts.TEXT)
         layers = [analysis.places[index].layer.rpartition(" ")[2] for index in panel]
         step = -(-len(panel) // 8)
         if analysis.places[panel[0]].stack == 2:
             layers = [""]
-        axis.set_xticks(centres(layers)[::step], layers[::step], fontsize=7.5, parse_math=False)
+        axis.set_xticks(
+            charts.centres(layers)[::step], layers[::step], fontsize=7.5, parse_math=False
+        )
         axis.set_yticks([])  # shared ones would be laid out for each panel
         axis.invert_yaxis()
     size = 8.5 if len(rows) <= 24 else 7.5
     axes[0].set_yticks(
-        centres(rows), [cut(names[i]) for i in rows], fontsize=size, parse_math=False
+        charts.centres(rows), [charts.cut(names[i]) for i in rows], fontsize=size, parse_math=False
     )
     if analysis.oracle is not None:
         oracle = rows.index(analysis.experts.index(analysis.oracle))
         for axis, panel in zip(axes, panels, strict=True):
-            frame(axis, (0, oracle), len(panel), 1)
-        axes[0].get_yticklabels()[oracle].set(color=ORACLE, fontweight="bold")
+            charts.frame(axis, (0, oracle), len(panel), 1)
+        axes[0].get_yticklabels()[oracle].set(color=charts.ORACLE, fontweight="bold")
     stack = analysis.places[panels[0][0]].layer.rpartition(" ")[0]
     more = f"; {left_out} less used experts are not shown" if left_out else ""
     figure.supxlabel(f"{stack} layer{more}".strip(), fontsize=8.5)
@@ -174,22 +166,22 @@ def _by_module(
 
 
 def _agreement(axis: "Axes", analysis: TaskAnalysis, subject: str) -> None:
-    what = "the Oracle" if analysis.oracle else f"the most used expert, {cut(subject, 18)}"
+    what = "the Oracle" if analysis.oracle else f"the most used expert, {charts.cut(subject, 18)}"
     layers, index = list(analysis.layers), analysis.experts.index(subject)
-    for part, colour, mark in (("prompt", BLUE, "o"), ("answer", GREEN, "s")):
+    for part, colour, mark in (("prompt", charts.BLUE, "o"), ("answer", charts.GREEN, "s")):
         share = 100 * analysis.by_layer(part)[:, index]  # type: ignore[arg-type]
         _line(axis, layers, share, colour, mark, f"{part} tokens")
     chance = 100 / len(analysis.experts)
-    axis.axhline(chance, color=FAINT, ls=":", lw=1.2, label="chance")
-    plain(axis, f"Weight to {what}", x="layer", y="share, %")
+    axis.axhline(chance, color=charts.FAINT, ls=":", lw=1.2, label="chance")
+    charts.plain(axis, f"Weight to {what}", x="layer", y="share, %")
     axis.set_ylim(bottom=0)
-    layer_ticks(axis, layers, 12)
+    charts.layer_ticks(axis, layers, 12)
     axis.legend(fontsize=7.5, frameon=False)
 
 
 def _distinct(axis: "Axes", analysis: TaskAnalysis) -> None:
     """Histograms, one line for each stream of tokens."""
-    colours = {"decoder": BLUE, "encoder": GREEN, "cross": PURPLE}
+    colours = {"decoder": charts.BLUE, "encoder": charts.GREEN, "cross": charts.PURPLE}
     several = len(analysis.distinct) > 1
     for stream, counts in analysis.distinct.items():
         percent = (100 * counts / counts.sum()).numpy()
@@ -201,7 +193,7 @@ def _distinct(axis: "Axes", analysis: TaskAnalysis) -> None:
         )  # fmt: skip
     used = torch.stack(list(analysis.distinct.values())).sum(0).nonzero().flatten()
     axis.set_xlim(int(used.min()) - 1, int(used.max()) + 1)
-    plain(
+    charts.plain(
         axis,
         "Experts a token uses",
         x=f"of {len(analysis.experts)}, over all modules",
@@ -213,16 +205,21 @@ def _distinct(axis: "Axes", analysis: TaskAnalysis) -> None:
 def _scale(axis: "Axes", analysis: TaskAnalysis) -> None:
     layers = list(analysis.layers)
     mean, spread = analysis.scale_by_layer()
-    for column, name, colour, mark in ((0, "sum", BLUE, "o"), (1, "maximum", GREEN, "s")):
+    for column, name, colour, mark in (
+        (0, "sum", charts.BLUE, "o"),
+        (1, "maximum", charts.GREEN, "s"),
+    ):
         low, high = mean[:, column] - spread[:, column], mean[:, column] + spread[:, column]
         axis.fill_between(
             range(len(layers)), low.numpy(), high.numpy(), color=colour, alpha=0.18, lw=0
         )
         _line(axis, layers, mean[:, column], colour, mark, name)
-    axis.axhline(1, color=FAINT, ls=":", lw=1.2, label="one adapter, as trained")
-    plain(axis, "Effective scale of a module", x="layer (band: ± 1 s.d. of tokens)", y="weight")
+    axis.axhline(1, color=charts.FAINT, ls=":", lw=1.2, label="one adapter, as trained")
+    charts.plain(
+        axis, "Effective scale of a module", x="layer (band: ± 1 s.d. of tokens)", y="weight"
+    )
     axis.set_ylim(0, max(1.1, 1.05 * float((mean + spread).max())))
-    layer_ticks(axis, layers, 12)
+    charts.layer_ticks(axis, layers, 12)
     axis.legend(fontsize=7.5, frameon=False, loc="lower right")
 
 
@@ -230,7 +227,7 @@ def _line(
     axis: "Axes", layers: list[str], y: Float[Tensor, " L"], colour: str, mark: str, label: str
 ) -> None:
     """A line over layers, broken between stacks."""
-    for number, (start, end) in enumerate(spans(layers)):
+    for number, (start, end) in enumerate(charts.spans(layers)):
         axis.plot(
             range(start, end), y[start:end].numpy(), color=colour, marker=mark, ms=3.5, lw=1.6,
             label=label if not number else None,

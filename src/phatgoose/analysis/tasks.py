@@ -1,6 +1,6 @@
 """How a routed model treats the tokens of whole tasks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,8 @@ from tqdm.auto import tqdm
 from phatgoose.analysis.summary import entropy, shares
 from phatgoose.analysis.tally import SEGMENTS, Place, Segment, Tally, places
 from phatgoose.errors import ConfigError
-from phatgoose.evaluation.batches import (
-    encode_within,
-    evaluating,
-    forward,
-    is_seq2seq,
-    longest_input,
-    pad_id,
-    teacher_forced,
-    token_batches,
-)
+from phatgoose.evaluation.batches import evaluating, is_seq2seq
+from phatgoose.evaluation.reference import encode_references, reference_batches, trace_references
 from phatgoose.nn import Stream, Trace
 from phatgoose.pool import record
 from phatgoose.tasks import Encoded, Example
@@ -139,9 +131,9 @@ def analyse_tasks(
     with bar, evaluating(model):
         for task in tasks:
             tally = Tally(names)
-            for batch in _batches(rows[task], max_tokens_per_batch):
+            for batch in reference_batches(rows[task], max_tokens_per_batch):
                 prompts = torch.tensor([len(row.prompt) for row in batch])
-                trace = _trace(model, tokenizer, batch)
+                trace = trace_references(model, tokenizer, batch)
                 tally.add(trace, prompts, seq2seq=is_seq2seq(model))
                 bar.update(len(batch))
             shown = _one_to_show(rows[task])
@@ -156,7 +148,7 @@ def analyse_tasks(
                 tokens=torch.stack([tally.tokens[p.module] for p in where], dim=1),
                 scales=torch.stack([tally.scales[p.module] for p in where]),
                 distinct=dict(tally.distinct),
-                sentence=_trace(model, tokenizer, [shown]),
+                sentence=trace_references(model, tokenizer, [shown]),
                 prompt=len(shown.prompt),
             )
     return found
@@ -175,23 +167,7 @@ def _oracle(task: str, names: Sequence[str], given: Mapping[str, str]) -> str | 
 def _encode(model: Any, tokenizer: Any, task: str, examples: Sequence[Example]) -> list[Encoded]:
     if not examples:
         raise ConfigError(f"{task}: has no examples. Give at least one.")
-    seq2seq, longest = is_seq2seq(model), longest_input(model, tokenizer)
-    return [
-        encode_within(tokenizer, e.prompt, e.target, max_length=longest, seq2seq=seq2seq)
-        for e in examples
-    ]
-
-
-def _batches(rows: list[Encoded], max_tokens: int) -> Iterator[list[Encoded]]:
-    lengths = [len(row.prompt) + len(row.target) for row in rows]
-    for batch in token_batches(lengths, max_tokens):
-        yield [rows[index] for index in batch]
-
-
-def _trace(model: Any, tokenizer: Any, rows: list[Encoded]) -> Trace:
-    with record(model) as trace:
-        forward(model, **teacher_forced(model, rows, pad_id(tokenizer)))
-    return trace
+    return encode_references(model, tokenizer, examples)
 
 
 def _one_to_show(rows: list[Encoded]) -> Encoded:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from phatgoose.errors import ConfigError
 from phatgoose.pool import assign
-from phatgoose.tasks import IGNORED, Encoded, encode
+from phatgoose.tasks import Encoded, encode
 
 # Bars on stderr or none, or a function that is told how many examples more are answered.
 Progress = bool | Callable[[int], object]
@@ -101,26 +101,6 @@ def encode_within(
         reason = f"fits before an answer within {max_length} tokens" if prompt else "is there"
         raise ConfigError(f"nothing of the prompt {reason}: {prompt[:40]!r} -> {target[:40]!r}.")
     return encoded
-
-
-def teacher_forced(model: Any, rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
-    """What to give `forward` so that a model reads these prompts and their reference answers.
-
-    A decoder-only model reads both up to the answer's last token, whose successor nobody asks for;
-    in an encoder-decoder the decoder reads a start token and the answer.
-    """
-    if not is_seq2seq(model):
-        ids, mask = padded([row.prompt + row.target[:-1] for row in rows], pad, "right")
-        return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1, "use_cache": False}
-    ids, mask = padded([row.prompt for row in rows], pad, "right")
-    targets, target_mask = padded([row.target for row in rows], IGNORED, "right")
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(targets),
-        "decoder_attention_mask": target_mask,
-        "use_cache": False,
-    }
 
 
 class Remembering:

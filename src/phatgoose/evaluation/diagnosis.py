@@ -8,19 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from phatgoose.evaluation.batches import (
-    encode_within,
-    evaluating,
-    forward,
-    is_seq2seq,
-    longest_input,
-    pad_id,
-    teacher_forced,
-    token_batches,
-)
+from phatgoose.evaluation.batches import evaluating, is_seq2seq
+from phatgoose.evaluation.reference import encode_references, reference_batches, trace_references
 from phatgoose.evaluation.scoring import MAX_TOKENS
 from phatgoose.nn import Stream, Trace
-from phatgoose.pool import record
 from phatgoose.tasks import Encoded, Example
 
 
@@ -45,18 +36,12 @@ def own_share(
 
     In an encoder-decoder the prompt's tokens are the encoder's, the answer's the decoder's.
     """
-    seq2seq, longest = is_seq2seq(model), longest_input(model, tokenizer)
-    rows = [
-        encode_within(tokenizer, e.prompt, e.target, max_length=longest, seq2seq=seq2seq)
-        for e in examples
-    ]
+    rows = encode_references(model, tokenizer, examples)
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in ("prompt", "last", "answer")}
-    lengths = [len(row.prompt) + len(row.target) for row in rows]
-    for batch in token_batches(lengths, max_tokens_per_batch):
-        chosen = [rows[index] for index in batch]
-        with evaluating(model), record(model) as trace:
-            forward(model, **teacher_forced(model, chosen, pad_id(tokenizer)))
-        for name, share in _shares(trace, chosen, expert, seq2seq=seq2seq):
+    for batch in reference_batches(rows, max_tokens_per_batch):
+        with evaluating(model):
+            trace = trace_references(model, tokenizer, batch)
+        for name, share in _shares(trace, batch, expert, seq2seq=is_seq2seq(model)):
             sums[name][0] += float(share.sum())
             sums[name][1] += share.numel()
     return OwnShare(**{name: total / max(count, 1) for name, (total, count) in sums.items()})

@@ -7,17 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ConfigError
-from phatgoose.evaluation.methods import (
-    Base,
-    BestIndividual,
-    Method,
-    Oracle,
-    Own,
-    Retrieval,
-    Routed,
-    Single,
-    Static,
-)
+from phatgoose.evaluation import methods
 from phatgoose.experts import Expert, adapter_hash, load_expert
 from phatgoose.pool import ExpertPool, merge_experts
 from phatgoose.pool.retrieval import ExampleIndex
@@ -62,12 +52,14 @@ def is_method(name: str) -> bool:
     return name in _MAKERS or name.startswith(SINGLE) or is_router(name)
 
 
-def make_methods(names: Sequence[str], inputs: Inputs) -> tuple[list[Method], dict[str, str]]:
+def make_methods(
+    names: Sequence[str], inputs: Inputs
+) -> tuple[list[methods.Method], dict[str, str]]:
     """Methods by name, and those that "all" had to leave out, with the reason.
 
     Raises ConfigError for an unknown name, or a method that lacks an input and was asked for.
     """
-    methods: dict[str, Method] = {}
+    made: dict[str, methods.Method] = {}
     left_out: dict[str, str] = {}
     for name in names:
         for each in method_names() if name == "all" else [name]:
@@ -75,15 +67,15 @@ def make_methods(names: Sequence[str], inputs: Inputs) -> tuple[list[Method], di
                 left_out[each] = "every expert has gates, so it would be phatgoose"
                 continue
             try:
-                methods[each] = _make(each, inputs)
+                made[each] = _make(each, inputs)
             except _LacksInput as error:
                 if name != "all":
                     raise _lacking(each, error) from None
                 left_out[each] = str(error)
-    return list(methods.values()), {k: v for k, v in left_out.items() if k not in methods}
+    return list(made.values()), {k: v for k, v in left_out.items() if k not in made}
 
 
-def make_method(name: str, inputs: Inputs) -> Method:
+def make_method(name: str, inputs: Inputs) -> methods.Method:
     """One method by name; raises ConfigError as `make_methods` does."""
     try:
         return _make(name, inputs)
@@ -99,46 +91,46 @@ def _lacking(name: str, error: _LacksInput) -> ConfigError:
     return ConfigError(f"methods: {name} {error}.")
 
 
-def _make(name: str, inputs: Inputs) -> Method:
+def _make(name: str, inputs: Inputs) -> methods.Method:
     if name.startswith(SINGLE):
         expert = name.removeprefix(SINGLE)
-        return Single(name, expert=inputs.pool[expert].name)
+        return methods.Single(name, expert=inputs.pool[expert].name)
     if name in _MAKERS:
         return _MAKERS[name](name, inputs)
     if is_router(name):
-        return Routed(name, router=name)
+        return methods.Routed(name, router=name)
     if "+" in name or name in router_names():
         make_router(name)  # which says what is wrong with it
     known = ", ".join([*method_names(), f"{SINGLE}NAME"])
     raise ConfigError(f"methods: none is called {name!r}. Choose from: {known}.")
 
 
-def _retrieval(name: str, inputs: Inputs) -> Method:
+def _retrieval(name: str, inputs: Inputs) -> methods.Method:
     if inputs.index is None:
         raise _LacksInput("needs the experts' training prompts: --train-tasks")
-    return Retrieval(name, index=functools.cache(inputs.index))
+    return methods.Retrieval(name, index=functools.cache(inputs.index))
 
 
-def _multitask(name: str, inputs: Inputs) -> Method:
+def _multitask(name: str, inputs: Inputs) -> methods.Method:
     if inputs.multitask is None:
         raise _LacksInput("needs an adapter trained on all experts' data: --multitask FOLDER")
     expert = load_expert(inputs.multitask)
     made_with = {"folder": expert.name, "adapter": adapter_hash(expert.modules)}
-    return Static(name, make=functools.partial(_given, expert), made_with=made_with)
+    return methods.Static(name, make=functools.partial(_given, expert), made_with=made_with)
 
 
-def _merged(method: str, name: str, inputs: Inputs) -> Method:
-    return Static(
+def _merged(method: str, name: str, inputs: Inputs) -> methods.Method:
+    return methods.Static(
         name,
         make=functools.partial(merge_experts, method=method, name=name),
         made_with={"merge": method},
     )
 
 
-def _merged_svd(name: str, inputs: Inputs) -> Method:
+def _merged_svd(name: str, inputs: Inputs) -> methods.Method:
     """The average at the largest rank of the pool's."""
     rank = max(lora.rank for expert in inputs.pool for lora in expert.modules.values())
-    return Static(
+    return methods.Static(
         name,
         make=functools.partial(merge_experts, rank=rank, name=name),
         made_with={"merge": "average", "rank": rank},
@@ -150,11 +142,11 @@ def _given(expert: Expert, pool: ExpertPool) -> Expert:
 
 
 _MAKERS: Mapping[str, Callable[[str, Inputs], Any]] = {
-    "base": lambda name, inputs: Base(name),
-    "own": lambda name, inputs: Own(name),
+    "base": lambda name, inputs: methods.Base(name),
+    "own": lambda name, inputs: methods.Own(name),
     "retrieval": _retrieval,
-    "best_individual": lambda name, inputs: BestIndividual(name, probe=inputs.probe),
-    "oracle": lambda name, inputs: Oracle(name, probe=inputs.probe),
+    "best_individual": lambda name, inputs: methods.BestIndividual(name, probe=inputs.probe),
+    "oracle": lambda name, inputs: methods.Oracle(name, probe=inputs.probe),
     "multitask": _multitask,
     "merged": functools.partial(_merged, "average"),
     "merged_svd": _merged_svd,

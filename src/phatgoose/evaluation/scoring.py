@@ -47,28 +47,13 @@ class _Group:
 
 
 def rank_choices(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    max_tokens_per_batch: int = MAX_TOKENS,
-    share_prompts: bool = False,
-    experts: Experts | None = None,
-    progress: Progress = False,
+    model: Any, tokenizer: Any, examples: Sequence[Example], **settings: Any
 ) -> list[str]:
     """The choice with the highest score of each example; ties go to the first.
 
-    Arguments and errors are those of `score_choices`.
+    Settings and errors are those of `score_choices`.
     """
-    scores = score_choices(
-        model,
-        tokenizer,
-        examples,
-        max_tokens_per_batch=max_tokens_per_batch,
-        share_prompts=share_prompts,
-        experts=experts,
-        progress=progress,
-    )
+    scores = score_choices(model, tokenizer, examples, **settings)
     return [
         example.choices[row.index(max(row))]  # type: ignore[index]
         for example, row in zip(examples, scores, strict=True)
