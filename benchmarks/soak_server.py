@@ -52,9 +52,8 @@ TOKENS = 16
 PROMPTS = 24
 GONE = 0.05  # share of requests whose client goes away midway
 BAD = 0.04  # share that ask for what there is not
-AT_ONCE = (
-    16  # prompts of a slow reader's request: its answer has to be longer than what sockets hold
-)
+AT_ONCE = 16  # prompts of a slow reader, all of them the same,
+FILLERS = 24  # and long ones: its answer has to be more than the 2.5 MiB that the kernel holds
 HOLD = (6.0, 20.0)  # seconds in which a slow reader reads nothing
 LATE = 2.0  # seconds that a change may take beside its drain
 GROWTH = 0.1  # of memory, after the first third, that is called flat
@@ -94,6 +93,7 @@ class Soak:
         words = "ink eruption goose table river letter window paper garden stone".split()
         self.random = random.Random(seed)
         extra = [" ".join(self.random.sample(words, 3)) for _ in range(PROMPTS)]
+        self.filler = " ".join(words * 16)
         rows += [f"Give the plural of each word: {text}" for text in extra]
         self.prompts = rows[:prompts]
         self.right: dict[Pool, dict[Asked, str]] = {}
@@ -177,7 +177,7 @@ class Soak:
             body = {
                 "model": "pool",
                 **WAYS[way],
-                "prompt": [f"{self.prompts[number]}\n"] * AT_ONCE,
+                "prompt": [f"{self.prompts[number]}\n"] * AT_ONCE + [self.filler] * FILLERS,
                 "max_tokens": TOKENS,
                 "temperature": 0,
                 "stream": True,
@@ -194,12 +194,12 @@ class Soak:
                 self.tally.failed.append(f"slow reader: {type(error).__name__}: {error}"[:300])
                 await asyncio.sleep(0.5)
                 continue
-            texts = [""] * AT_ONCE
+            texts = [""] * (AT_ONCE + FILLERS)
             for choice in (choice for event in events for choice in event["choices"]):
                 texts[choice["index"]] += choice["text"]
             self.tally.done["slow readers"] += 1
             self.tally.slow_bytes.append(len(raw))
-            for text in set(texts):
+            for text in set(texts[:AT_ONCE]):
                 told = events[-1].get("phatgoose")
                 self.check(asked, text.removeprefix(body["prompt"][0]), told)
 
