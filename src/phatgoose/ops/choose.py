@@ -27,10 +27,10 @@ def choose_experts(
     An expert scored -inf is no candidate. A token with fewer than K candidates has the slot -1 and
     the weight 0 in the places left over.
 
-    `null_score` adds a candidate that stands for the base model alone: where it is among the kept
-    it takes its share of the softmax and the slot is -1, so nothing is added for it.
+    `null_score` adds a candidate that stands for the base model alone. Where it is kept, it takes
+    its part of the softmax and its slot is -1, so it adds nothing.
 
-    Ties go to the lower slot, the null candidate last. Scores are compared in fp32.
+    Ties go to the lower slot, and the null candidate comes last. Scores are compared in fp32.
     """
     scores = scores.float()
     candidates = scores.shape[-1]
@@ -58,7 +58,9 @@ FEW_EXPERTS = 8
 def _best(
     scores: Float[Tensor, "*T E"], count: int
 ) -> tuple[Int[Tensor, "*T K"], Bool[Tensor, "*T K"]]:
-    """Indices of the `count` highest scores, best first, ties to the lower; which are candidates.
+    """Returns the indices of the `count` highest scores, and which of them are candidates.
+
+    The best comes first, and the lower index wins a tie.
 
     torch.topk leaves the order of equal scores open; prefill and decode must agree on it.
     """

@@ -1,7 +1,7 @@
 """The routed layer as operators that torch.compile and CUDA graphs take whole.
 
-Here are schemas, shapes without data, and the way to a backend; no arithmetic. A layer's LoRA runs
-in two halves, see `Backend`. These halves are for inference; where gradients are wanted,
+This file has schemas, shapes without data, and the way to a backend. It has no arithmetic. A
+layer's LoRA runs in two halves (see `Backend`), which are for inference. If you want gradients,
 `phatgoose::routed_lora` is one differentiable operator.
 
 Letters: T tokens, S layers that share the input, C slots, K chosen, R rank, I and O features.
@@ -40,8 +40,8 @@ def _gated_down(
 ) -> Tensors:
     """Score by gate, choose, and project down: experts, weights, z, counts, members.
 
-    x [T, I]; a [S, C, R, I]; for the others see `Gates`, `Choosing` and `Extras`. Whether
-    signatures are whole or in pieces is the backend's wish.
+    x [T, I]; a [S, C, R, I]; for the others see `Gates`, `Choosing` and `Extras`. The backend says
+    whether signatures are whole or in pieces.
     """
     gates = Gates(signatures, sums, open_slots)
     choosing = Choosing(top_k, temperature, unit, null_score)
@@ -117,7 +117,7 @@ def routed_up_all_(
 
 
 def _with_rows(output: Tensor) -> Tensor:
-    """The output, or a copy of it whose rows lie in one piece each."""
+    """The output, or a copy of it if its rows are not contiguous."""
     apart = not output.is_contiguous() and output.shape[1] > 1 and output.stride(1) != 1
     return output.contiguous() if apart else output
 
@@ -199,7 +199,7 @@ torch.library.register_autograd(
 
 
 def _directly(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator where a compiler is to see it whole, else what it runs: dispatch takes 15 µs."""
+    """Call the operator while compiling; otherwise call `run`, which spares 15 µs of dispatch."""
     operator = getattr(torch.ops.phatgoose, name).default
 
     def call(*arguments: Any) -> Any:

@@ -15,7 +15,7 @@ EPS = 1e-5  # of standardising, as in the authors' layer norms
 
 
 class Gates(NamedTuple):
-    """What the tokens of S layers are scored by, as a bank keeps it."""
+    """What scores the tokens of S layers, as a bank keeps it."""
 
     signatures: Tensor  # fp32 [S * C, I]; or its pieces [>= 2 * S * C, I], see `pieces_of`
     sums: Tensor  # fp32 [S, C]: of each signature, over its features
@@ -45,7 +45,7 @@ class Choosing(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What some forwards have beside."""
+    """What only some forwards have."""
 
     prior: Tensor | None = None  # fp32 [T, C], added to the scores of every part
     tally: Tensor | None = None  # fp32 [>= T, >= 1 + C]; see `add_to_tally`
@@ -73,7 +73,7 @@ def gate_scores(x: Tensor, signatures: Tensor) -> Tensor:
 
 
 def _standardised(x: Tensor) -> Tensor:
-    """x with zero mean and unit variance, over sqrt(I): scaled here, a [T, E] tensor is spared."""
+    """x with zero mean and unit variance, over sqrt(I). Scaling here spares a [T, E] tensor."""
     width = x.shape[-1]
     return F.layer_norm(x.float(), (width,), eps=EPS) / math.sqrt(width)
 
@@ -84,8 +84,8 @@ def choose_by_gate(x: Tensor, gates: Gates, choosing: Choosing, extras: Extras) 
     u = _standardised(x)
     signatures = gates.signatures.view(parts, slots, x.shape[1])
 
-    # Part by part: one part's scores at a time in memory, and of a width of their own, which
-    # decides their last bits.
+    # Part by part, so that memory holds one part's scores at a time. Each product then has a width
+    # of its own part, too, which decides the scores' last bits.
     routings = [
         choose_open(u @ signatures[part].T, gates.open[part], choosing, extras)
         for part in range(parts)
@@ -103,7 +103,7 @@ def add_to_tally(tally: Tensor, experts: Tensor, weights: Tensor) -> None:
 
 
 def pieces_of(signatures: Float[Tensor, "*N I"], dtype: torch.dtype) -> Float[Tensor, "2 *N I"]:
-    """fp32 signatures as two of half precision that add up to them, for products on tensor cores.
+    """Split fp32 signatures into two of half precision that add up to them, for tensor cores.
 
     A pair keeps 16 (bf16) or 22 (fp16) bits, so that scores differ from those in fp32 by about
     1e-5 of their size.

@@ -1,11 +1,11 @@
-"""Routing on a stream of its own, so that in a CUDA graph it and the layer run together.
+"""A side stream for routing, so that in a CUDA graph it runs while the layer does.
 
-The layer's own product is launched first: it leaves some multiprocessors free, which routing then
-has. The other way round routing would hold all of them while the product waits.
+The layer's own product is launched first. It leaves some multiprocessors free, and routing takes
+those. In the other order, routing would hold all of them while the product waits.
 
-Memory of one stream that the other reads stays safe without being recorded: a fork waits for all
-there was before, and whoever forks joins before anything is freed. So the caller keeps what is
-read on the other stream until then.
+One stream may read the other's memory without recording it. A fork waits for all earlier work, and
+whoever forks joins before anything is freed. So the caller must keep what the other stream reads
+until the join.
 """
 
 import functools
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# With more tokens, routing and the layer would only wait for the same multiprocessors.
+# With more tokens, routing and the layer would only compete for the same multiprocessors.
 BESIDE_TOKENS = 256
 
 
 def may_run_beside(x: Tensor) -> bool:
-    """Whether x [..., I] is on its way into a CUDA graph, with few tokens."""
+    """Whether a CUDA graph is being captured and x [..., I] has few tokens."""
     if torch.compiler.is_compiling() or not x.is_cuda:
         return False
     if x.shape[:-1].numel() > BESIDE_TOKENS:
@@ -29,13 +29,13 @@ def may_run_beside(x: Tensor) -> bool:
 
 
 def fork(device: torch.device) -> None:
-    """Before the layer: what comes to run beside it waits for all there is up to here."""
+    """Call this before the layer: the side stream then waits for all work queued up to here."""
     _side_stream(device).wait_stream(torch.cuda.current_stream())
 
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """After the layer: run this beside it, on the stream that was forked before it, and join."""
+    """Open this after the layer: the block runs on the side stream that was forked, then joins."""
     side = _side_stream(device)
     with torch.cuda.stream(side):
         yield

@@ -1,4 +1,4 @@
-"""Which implementation computes a routed layer: chosen here, and only here."""
+"""The backends, and the one place that chooses which of them computes a routed layer."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""What computes a routed layer: the interface of a backend, and what its calls are given.
+"""The interface of a backend, which computes a routed layer, and what its calls are given.
 
 Letters: T tokens, S layers that share the input, C slots, K chosen, R rank, I and O features.
 """
@@ -16,8 +16,8 @@ from phatgoose.ops.scoring import Choosing, Extras, Gates, choose_by_gate
 class Down(NamedTuple):
     """What passes from the way down to the way up.
 
-    It is the backend's own affair, but for its shapes, which are linear in the number of tokens, so
-    that a compiled graph can be for any number of them.
+    Its content is the backend's own affair. Its shapes must be linear in the number of tokens, so
+    that a compiled graph serves any number of them.
     """
 
     z: Tensor  # w A x of every pair, fp32
@@ -48,7 +48,7 @@ class Backend(ABC):
 
     @abstractmethod
     def empty_down(self, x: Tensor, a: Tensor, chosen: int) -> Down:
-        """Tensors as the way down of x [T, I] and a [S, C, R, I] returns, whatever is in them."""
+        """Make tensors of the shapes that the way down of x [T, I] and a [S, C, R, I] returns."""
 
     def gated_down(
         self, x: Tensor, gates: Gates, a: Tensor, choosing: Choosing, extras: Extras

@@ -30,7 +30,7 @@ def routed_lora_reference(
 
 @final
 class ReferenceBackend(Backend):
-    """Gathers the factors of every pair: slow, and the definition."""
+    """Gathers the factors of every pair. It is slow, and it is the definition."""
 
     automatic = False
 

@@ -16,7 +16,7 @@ FEW_PAIRS = 64
 
 @final
 class SortedBackend(Backend):
-    """Sorts the pairs by expert, so that each expert is one product; in plain torch, anywhere."""
+    """Sorts the pairs by expert, so that each expert is one product, in plain torch."""
 
     def empty_down(self, x: Tensor, a: Tensor, chosen: int) -> Down:
         z = x.new_empty(x.shape[0], a.shape[0], chosen, a.shape[2], dtype=torch.float32)
@@ -40,7 +40,7 @@ class SortedBackend(Backend):
 
 
 def _empty_plan(x: Tensor, a: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
-    """Counts of no slot and of each, and the order of the pairs."""
+    """Make room for the counts (no slot first, then each slot) and for the order of the pairs."""
     parts, slots = a.shape[:2]
     counts = x.new_zeros(parts, slots + 1, dtype=torch.int64)
     return counts, x.new_zeros(parts, x.shape[0] * chosen, dtype=torch.int64)
@@ -63,7 +63,7 @@ def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _batched(segments: Iterator[tuple[int, slice]], rows: int) -> Iterator[list[tuple[int, slice]]]:
-    """Neighbouring segments of about so many rows together: few calls, and little memory."""
+    """Join neighbouring segments up to about `rows` rows: few calls, little memory."""
     batch: list[tuple[int, slice]] = []
     for slot, here in segments:
         if batch and here.stop - batch[0][1].start > rows:
@@ -82,7 +82,7 @@ def down_sorted(
 ) -> tuple[Float[Tensor, "S P R"], list[tuple[Tensor, Tensor]]]:
     """w A x of every pair of each part, in fp32, and the order of the pairs: P = T * K.
 
-    With few pairs there is no order. Otherwise a part's rows are in that order.
+    Few pairs have no order. Otherwise a part's rows are in that order.
     """
     tokens, parts, chosen = experts.shape
     z = x.new_empty(parts, tokens * chosen, a.shape[2], dtype=torch.float32)

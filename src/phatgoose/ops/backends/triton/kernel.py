@@ -1,4 +1,4 @@
-"""Launching a Triton kernel with little ado."""
+"""Launches a Triton kernel with little overhead."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ class Kernel:
     """A Triton kernel, launched past Triton's own dispatch once it is compiled for a kind of call.
 
     That dispatch takes several times as long as the launch itself, and a layer launches up to eight
-    kernels. Constants are given by name, as the kernel declares them behind its other arguments.
+    kernels. Pass constants by name, as the kernel declares them behind its other arguments.
     """
 
     def __init__(self, function: Any) -> None:

@@ -1,4 +1,4 @@
-"""Calls the Triton kernels: their grids, and the tensors they write into."""
+"""Calls the Triton kernels: computes their grids and makes the tensors that they write into."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ up = Kernel(lora_kernels.up_kernel)
 few_down = Kernel(lora_kernels.few_down_kernel)
 few_up = Kernel(lora_kernels.few_up_kernel)
 
-# Of a projection whose experts were chosen elsewhere: what the kernel does not read then.
+# Constants that the kernel does not read when the experts were chosen elsewhere.
 CHOSEN_ELSEWHERE = {
     "CHOOSE": False,
     "HAS_PRIOR": False,
@@ -37,7 +37,7 @@ CHOSEN_ELSEWHERE = {
 def gated_down(
     x: Tensor, gates: Gates, a: Tensor, choosing: Choosing, extras: Extras
 ) -> tuple[Tensor, Tensor, Down]:
-    """Scores, choice and down-projection; see `Backend.gated_down`. x has the signatures' dtype."""
+    """Score, choose and project down; see `Backend.gated_down`. x has the signatures' dtype."""
     x, a, signatures = x.contiguous(), a.contiguous(), gates.signatures.contiguous()
     sums, open_slots = gates.sums.contiguous(), gates.open.contiguous()
     tokens = x.shape[0]
@@ -60,7 +60,7 @@ def gated_down(
         "BLOCK_C": power(slots + has_null),
         "BLOCK_K": power(chosen),
     }
-    # What there is not stands for by something that is not read.
+    # The kernel wants a tensor for each argument. Where there is none it gets one it does not read.
     prior = sums if extras.prior is None else extras.prior.float().contiguous()
     tally = weights if extras.tally is None else extras.tally
     read = partial, mean_and_scale, sums, open_slots, prior
@@ -94,7 +94,7 @@ def gated_down(
 
 
 def routed_down(x: Tensor, a: Tensor, experts: Tensor, weights: Tensor) -> Down:
-    """Down-projection of a routing chosen elsewhere; see `Backend.routed_down`."""
+    """Project down with experts chosen elsewhere; see `Backend.routed_down`."""
     x, a, experts, weights = (v.contiguous() for v in (x, a, experts, weights))
     tokens, parts, chosen = experts.shape
     result = empty_down(x, a, chosen)
@@ -168,7 +168,7 @@ def routed_up_(output: Tensor, b: Tensor, result: Down, experts: Tensor, part: i
 
 
 def few_routed_up_all_(output: Tensor, bs: Sequence[Tensor], result: Down, experts: Tensor) -> bool:
-    """All parts in one launch, if there are few tokens and up to three parts; whether it did."""
+    """Add all parts in one launch if tokens are few and parts at most three; whether it did."""
     if len(bs) > 3 or len(output) > sizes.FEW_TOKENS:
         return False
     _few_up(output, bs, result.z, experts, 0)
@@ -176,9 +176,9 @@ def few_routed_up_all_(output: Tensor, bs: Sequence[Tensor], result: Down, exper
 
 
 def empty_down(x: Tensor, a: Tensor, chosen: int) -> Down:
-    """Room for w A x of every pair, and for groups of pairs, whose counts are not yet zero.
+    """Make room for w A x of every pair, and for groups of pairs. The counts are not yet zero.
 
-    z is [N, S, K, R], for few tokens as often as there are splits. Few tokens are not grouped.
+    z is [N, S, K, R]. For few tokens N has room for every split, and the pairs are not grouped.
     """
     parts, slots, rank, features = a.shape
     piles = parts * chosen
@@ -191,7 +191,7 @@ def empty_down(x: Tensor, a: Tensor, chosen: int) -> Down:
 
 
 def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Products over splits of the features, fp32 [splits, T, M], and moments; zeroes `counts`."""
+    """Products by split of the features, fp32 [splits, T, M], and moments. Zeroes `counts`."""
     tokens, features = x.shape
     columns = signatures.shape[0]
     found = x.new_empty(tokens, 2, dtype=torch.float32)
@@ -238,9 +238,9 @@ def _scores(x: Tensor, signatures: Tensor, counts: Tensor) -> tuple[Tensor, Tens
 def _down(x: Tensor, a: Tensor, weights: Tensor, result: Down) -> None:
     """Write z, group by group.
 
-    x is cast before the kernel and not in it: a product whose first operand is cast there reads it
-    from registers, which ptxas before CUDA 13.3 may overwrite on a Hopper while a product of
-    another stage still reads them.
+    x is cast before the kernel. If a product's first operand were cast in the kernel, it would be
+    read from registers, and on a Hopper ptxas before CUDA 13.3 may overwrite those while a product
+    of another stage still reads them.
     """
     x = x.to(a.dtype)
     tokens, features = x.shape

@@ -6,7 +6,7 @@ from torch import Tensor
 FEW_TOKENS = 256  # up to here every pair reads its own factors; beyond, pairs are grouped by expert
 PROGRAMS = 132  # about one a multiprocessor; more splits than this win nothing
 FEW_PROGRAMS = 512  # of a projection of few tokens, where there is work for so many
-# Bytes of output that stay in the L2 cache from one expert of a token to the next.
+# The L2 cache keeps so many bytes of output from one expert of a token to the next.
 CACHED_OUTPUT = 32 << 20
 CUBLAS_GIVES_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # of half-precision factors
 
@@ -17,7 +17,7 @@ UP_COLUMNS = 4  # blocks of outputs that a program walks through
 
 
 def cdiv(size: int, block: int) -> int:
-    """Blocks that hold so much; Triton's own function takes 3 µs, as does its `next_power_of_2`."""
+    """How many blocks hold `size`. Triton's own takes 3 µs, and so does its `next_power_of_2`."""
     return -(-size // block)
 
 
@@ -27,12 +27,12 @@ def power(size: int) -> int:
 
 
 def rounded(tokens: int) -> int:
-    """So many at least: what is compiled for a number of tokens then serves others like it."""
+    """A number of tokens rounded up, so that what is compiled for it serves others like it."""
     return max(16, power(tokens))
 
 
 def score_blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
-    """Block sizes of tokens, columns and features; most splits; warps and stages."""
+    """Returns block sizes of tokens, columns and features; the most splits; warps and stages."""
     if tokens <= 16:
         return 16, 32, 128, 32, 4, 3
     if tokens <= FEW_TOKENS:
@@ -41,7 +41,7 @@ def score_blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int, int, i
 
 
 def up_blocks(block_r: int, size: int) -> tuple[int, int]:
-    """Tokens and outputs of a block."""
+    """Returns how many tokens and outputs a block has."""
     block_t, block_o = 32, 128
     while 3 * (block_t + block_o) * block_r * size > SHARED_MEMORY and block_t + block_o > 32:
         if block_o > 16:
@@ -57,7 +57,7 @@ def most_blocks(tokens: int, slots: int, block: int) -> int:
 
 
 def down_features(block_r: int, size: int) -> int:
-    """Features of a block: as many as let all stages fit the shared memory of small GPUs."""
+    """How many features a block has: all its stages must fit the shared memory of small GPUs."""
     block = 64
     while block > 16 and (DOWN_TOKENS + block_r) * block * size * DOWN_STAGES > SHARED_MEMORY:
         block //= 2
@@ -65,7 +65,7 @@ def down_features(block_r: int, size: int) -> int:
 
 
 def few_splits(features: int, rank: int, chosen: int) -> tuple[int, int]:
-    """Features of a block, and most splits of the features, of a down-projection of few tokens."""
+    """How many features a block has when few tokens are projected down, and the most splits."""
     rows = power(rank) * power(chosen)
     block = max(16, 8192 // rows)
     split = cdiv(cdiv(features, min(8, cdiv(features, block))), block) * block
@@ -73,7 +73,10 @@ def few_splits(features: int, rank: int, chosen: int) -> tuple[int, int]:
 
 
 def splits_of(tokens: int, parts: int, most: int) -> int:
-    """Splits of the features that are used: each scores once more, and adds to what up sums."""
+    """How many splits of the features to use.
+
+    Each split repeats the scoring and adds a partial sum for `up`, so take few.
+    """
     return min(most, power(cdiv(FEW_PROGRAMS, rounded(tokens) * parts)))
 
 
