@@ -17,9 +17,9 @@ from phatgoose.serve.pool.choice import Choice
 
 
 class ServedPool:
-    """What the engine serves now. Nothing is kept here, so two of these are as good as one.
+    """The pool that the engine serves now. It keeps nothing itself, so two are as good as one.
 
-    Raises RoutingError where the engine's workers are not ours.
+    Raises RoutingError if the engine's workers are not ours.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -37,7 +37,7 @@ class ServedPool:
         return [expert["name"] for expert in self.describe()["experts"]]
 
     def describe(self) -> dict[str, Any]:
-        """Experts, capacity, max_rank, generation and fingerprint."""
+        """Return experts, capacity, max_rank, generation and fingerprint."""
         description: dict[str, Any] = self._call("phatgoose_pool")[0]
         return description
 
@@ -93,7 +93,7 @@ class ServedPool:
         return dict(report)
 
     def totals(self) -> dict[str, Any]:
-        """Since the start: tokens by expert, by the base alone, and the mean entropy of shares."""
+        """Return counts since the start: tokens by expert and by the base alone, mean entropy."""
         [totals, *_] = self._call("phatgoose_totals")
         _check([totals])
         return dict(totals)

@@ -1,4 +1,4 @@
-"""Putting a pool into a model that vLLM has loaded."""
+"""Puts a pool into a model that vLLM has loaded."""
 
 import copy
 import logging
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 def load_pool(
     model_config: Any, settings: ServeSettings, *, grows: bool
 ) -> tuple[ExpertPool, nn.Module]:
-    """The experts, all of which are for the base that vLLM is about to load; and its skeleton.
+    """Load the experts, check that they are for the base that vLLM is about to load, and return
+    them with the base's skeleton.
 
     Raises what `route` and `load_expert` raise. A pool that grows may be empty.
     """
@@ -51,8 +52,8 @@ def load_pool(
 def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
     """Route the layers that the pool's experts adapt, or that `targets` names.
 
-    `model` is this rank's. Raises MissingGateError, ConfigError where there is no room for the
-    pool, and RoutingError where vLLM has no layer that can be routed; nothing is changed then.
+    `model` is this rank's. Raises MissingGateError, ConfigError if there is no room for the pool,
+    and RoutingError if vLLM has no layer that can be routed. Nothing has changed then.
     """
     settings = slots.settings
     by_expert = [slots.adapted(expert) for expert in pool]
@@ -98,7 +99,7 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
 
 
 def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Batch:
-    """Give all banks a prior, and a tally if wanted, for forwards of up to so many tokens."""
+    """Give all banks a prior, and a tally if wanted, for forwards of up to `tokens` tokens."""
     device = _where(slots.banks)
     batch = Batch(tokens, len(slots.residents), device, routing=slots.settings.record_routing)
     for bank in slots.banks.values():
@@ -113,10 +114,10 @@ def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Bat
 
 
 def read_contexts(slots: Slots, pool: ExpertPool, model_config: Any, batch: Batch) -> Evidence:
-    """Weigh all token ids for the experts, and for those to come as they come.
+    """Weigh all token ids for the experts now, and for each expert that joins later.
 
-    Without a file of text, every token id once will do for it where evidence is of prompts: there
-    it only tells what "no expert at all" is worth, and cancels out between experts.
+    Evidence of prompts uses text only to tell what "no expert at all" is worth, which cancels out
+    between experts. So without a file of text, every token id once will do.
     """
     device = batch.prior.device
     text = None
@@ -153,7 +154,7 @@ def read_contexts(slots: Slots, pool: ExpertPool, model_config: Any, batch: Batc
 
 
 def read_background(path: str) -> str:
-    """Raises ConfigError where it is no file of text, or there is none in it."""
+    """Read a file of text. Raises ConfigError if it cannot be read as text, or is empty."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -166,7 +167,7 @@ def read_background(path: str) -> str:
 
 
 def background_ids(model_config: Any, path: str) -> Int[Tensor, "1 L"]:
-    """The tokens of a file of text. Raises what `read_background` raises."""
+    """Tokenise a file of text. Raises what `read_background` raises."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -178,10 +179,10 @@ def background_ids(model_config: Any, path: str) -> Int[Tensor, "1 L"]:
 
 
 def first_layer(model_config: Any) -> nn.Module:
-    """The transformers model cut to one layer. It is enough, because what the first module reads
-    depends on the token id alone.
+    """Load the transformers model cut to one layer.
 
-    Raises RoutingError where its weights cannot be read.
+    One layer is enough, because what its first module reads depends on the token id alone.
+    Raises RoutingError if its weights cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -206,12 +207,12 @@ def first_layer(model_config: Any) -> nn.Module:
 
 
 def layout(slots: Slots) -> str:
-    """A hash of the shapes of all that the layers read."""
+    """Hash the shapes of all tensors that the layers read."""
     return digest({name: _shapes(bank) for name, bank in slots.banks.items()})
 
 
 def skeleton(model_config: Any) -> nn.Module:
-    """The base as transformers has it, without weights, to tell which experts were made for it."""
+    """Make the base of transformers without weights, to tell which experts were made for it."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(model_config.hf_config)  # transformers notes in it what it chose

@@ -1,4 +1,4 @@
-"""vLLM's linear layers: which modules of the base each stands for, and what a rank has of them."""
+"""Maps modules of the base to vLLM's linear layers, and to the slice of them that a rank holds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -135,7 +135,7 @@ def slice_of(
 ) -> tuple[Delta, Tensor]:
     """What this tensor-parallel rank needs of a LoRA [R, I], [O, R] and a signature [W].
 
-    Of a gate, W = I, it is a slice of the features; other signatures are wanted whole.
+    A gate (W = I) is cut to the rank's slice of the features. Other signatures stay whole.
     """
     if is_row_parallel(layer):
         width = layer.input_size_per_partition
@@ -174,11 +174,11 @@ def output_sizes(layer: Any, parts: int) -> list[int]:
 
 
 def _replicas(layer: Any, shard: int) -> int:
-    """How many ranks hold the same rows: keys and values have fewer heads than there are ranks."""
+    """How many ranks hold the same rows, because keys and values have fewer heads than ranks."""
     return layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and shard else 1
 
 
 def _names_only(mapper: Any) -> Any:
-    """The mapper without the packing of several weights into one, which we do by ourselves."""
+    """The mapper without its packing of several weights into one, which we do ourselves."""
     stacked = getattr(mapper, "orig_to_new_stacked", None)
     return replace(mapper, orig_to_new_stacked={}) if stacked else mapper

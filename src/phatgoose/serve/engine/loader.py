@@ -1,4 +1,4 @@
-"""The load format "phatgoose": vLLM's own loader, and then the pool."""
+"""The load format "phatgoose": vLLM's own loader loads the base, then the pool joins."""
 
 import copy
 from typing import Any

@@ -23,7 +23,7 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
     """Stands in for a layer's `quant_method`, which every kind of linear layer calls.
 
     So the layer keeps its name, its class and its own communication. In a row-parallel layer each
-    rank adds a part of the sum, which the layer's own all-reduce completes.
+    rank adds its part of the sum, and the layer's own all-reduce completes it.
     """
 
     def __init__(

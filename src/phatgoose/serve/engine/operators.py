@@ -22,11 +22,11 @@ _library = torch.library.Library("phatgoose", "FRAGMENT")
 
 
 def gate_statistics(x: Float[Tensor, "T I"], signatures: Float[Tensor, "M I"]) -> Tensor:
-    """Of a share of the features, what adds up over shares to all that scoring needs: [T, 3 + M].
+    """What scoring needs of a slice of the features: [T, 3 + M], which ranks add up.
 
-    In fp32: the sum of x, the sum of squares about the share's own mean, I times the square of
+    In fp32: the sum of x, the sum of squares about the slice's own mean, I times the square of
     that mean, and the products with the signatures. Scores made of them lose accuracy by the
-    square of mean over deviation where that is far above 1, as it hardly is in a model.
+    square of mean over deviation. That matters far above 1, which hardly occurs in a model.
     """
     x = x.float()
     mean = x.mean(dim=-1, keepdim=True)
@@ -38,7 +38,7 @@ def gate_statistics(x: Float[Tensor, "T I"], signatures: Float[Tensor, "M I"]) -
 def scores_of(
     statistics: Float[Tensor, "T N"], sums: Float[Tensor, "S C"], features: int
 ) -> Float[Tensor, "T S C"]:
-    """s · standardised x / sqrt(I), given the sums of all shares' statistics; `sums` are of s."""
+    """s · standardised x / sqrt(I) from the sum of all slices' statistics; `sums` are of s."""
     mean = statistics[:, :1] / features
     squares = statistics[:, 1:2] + statistics[:, 2:3] - features * mean.square()
     scale = torch.rsqrt(squares.clamp_min(0.0) / features + EPS) / math.sqrt(features)
@@ -49,7 +49,7 @@ def scores_of(
 def scores_by(
     router: str, x: Float[Tensor, "T I"], signatures: Float[Tensor, "S C W"]
 ) -> Float[Tensor, "T S C"]:
-    """What the router of this name makes of the signatures of each part."""
+    """Score the tokens against each part's signatures with the router of this name."""
     return torch.stack([_router(router).score(x, part) for part in signatures], dim=1)
 
 
@@ -68,11 +68,11 @@ def _choose_down(
     router: str | None,
     backend: Backend,
 ) -> tuple[Tensor, Down]:
-    """Choose experts for the tokens of x [T, I], and project down: experts [T, S, K], and the rest.
+    """Choose experts [T, S, K] for the tokens of x [T, I], and project down.
 
-    Scores are those of gates, or of `router`, with signatures [S * C, W]. With `whole`, x and a are
-    a share of the `features`: for gates it is `gate_statistics` summed over the shares, for a
-    router it is x with all features.
+    Gates score, or `router` does, with signatures [S * C, W]. If `whole` is given, x and a are one
+    rank's slice of the `features`. Then `whole` is the sum of all ranks' `gate_statistics` if gates
+    score, and x with all features if a router does.
     """
     if whole is None and router is None:
         experts, _, down = backend.gated_down(x, gates, a, choosing, extras)
@@ -89,7 +89,7 @@ def _choose_down(
 
 
 def _fork(turn: Tensor, x: Tensor, whole: Tensor | None) -> None:
-    """Before the layer's product, so that in a CUDA graph `add_routed_` need not wait for it.
+    """Mark the point before the layer's product. In a CUDA graph `add_routed_` starts from here.
 
     Both declare a write to `turn`, one dummy tensor for all layers. This false dependency keeps the
     compiler from reordering them.
@@ -120,11 +120,11 @@ def _add_routed(
 ) -> None:
     """Add what the chosen experts make of x [T, I] to output [T, sum of O], part after part.
 
-    For whole, features and router see `_choose_down`; b is [C, O, R] each. prior and tally are fp32
-    and have a row for each token the engine may put into a forward: prior [N, C] is added to the
-    scores of every part, and the chosen experts' weights are added to tally [N, 1 + C], whose first
-    column is for the weight of "no expert". `fork_` comes before, with its `turn`.
-    Raises ValueError where T > N.
+    For whole, features and router see `_choose_down`. Each of b is [C, O, R]. prior and tally are
+    fp32 and have a row for each token that the engine may put into a forward. prior [N, C] is added
+    to the scores of every part. The chosen experts' weights are added to tally [N, 1 + C], whose
+    first column is for "no expert". Call `fork_` before, with the same `turn`.
+    Raises ValueError if T > N.
     """
     prior, tally = (_rows(table, len(x)) for table in (prior, tally))
     if prior is not None:

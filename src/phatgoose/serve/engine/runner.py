@@ -1,4 +1,4 @@
-"""What a worker of ours adds to vLLM's: requests that choose, and a pool that changes."""
+"""What our worker adds to vLLM's: requests choose experts, and the pool may change."""
 
 import itertools
 import logging
@@ -23,11 +23,11 @@ HANDLE = "phatgoose_live"  # the model's attribute by which the loader tells the
 
 
 class RoutedRunner:
-    """Goes before a model runner of vLLM's: tells the layers who is in the batch.
+    """A mixin in front of vLLM's model runner, which tells the layers who is in the batch.
 
-    All of it happens outside of the model, so outside of compiled code and CUDA graphs. vLLM has
-    two kinds of runners: V1 says "override `_model_forward`", and V2 has a step of its own that
-    puts the batch in order, `prepare_inputs`.
+    All of it happens outside of the model, and so outside of compiled code and CUDA graphs. vLLM
+    has two kinds of runners. V1 says "override `_model_forward`". V2 puts the batch in order in a
+    step of its own, `prepare_inputs`.
     """
 
     phatgoose_batch: Batch | None = None
@@ -63,10 +63,10 @@ class RoutedRunner:
 
 
 class LiveWorker:
-    """Goes before a worker of vLLM's. Its methods are called by name, through `collective_rpc`.
+    """A mixin in front of vLLM's worker. `collective_rpc` calls its methods by name.
 
-    They take strings and give JSON. What cannot be done is an "error" in the answer, and changes
-    nothing on this rank.
+    They take strings and return JSON. If something cannot be done, the answer has an "error" and
+    nothing changes on this rank.
     """
 
     phatgoose_slots: Slots
@@ -87,15 +87,15 @@ class LiveWorker:
         runner.phatgoose_batch = self.phatgoose_batch
 
     def phatgoose_pool(self) -> dict[str, Any]:
-        """The experts, and how many there may be; the same on every rank."""
+        """Return the experts, and how many there may be. Every rank gives the same."""
         recorded = self.phatgoose_batch.usage is not None
         return {**self.phatgoose_slots.describe(), "routing": recorded}
 
     def phatgoose_prepare(self, name: str, source: str) -> dict[str, str | None]:
         """Check an expert and hold it ready under `name`; nothing that is served changes.
 
-        One that was held before is forgotten. The hash of what was read is to be the same on all
-        ranks.
+        It forgets one that it held before. The caller compares the hash of what was read, which
+        must be the same on all ranks.
         """
         try:
             self.phatgoose_slots.abort()
@@ -116,7 +116,7 @@ class LiveWorker:
         return self._phatgoose_change(lambda: self.phatgoose_slots.remove(name))
 
     def phatgoose_routing(self, request_id: str) -> dict[str, Any]:
-        """Which experts served a request that asked for it; forgets it. See `Usage.take`."""
+        """Return which experts served a request that asked for it, once. See `Usage.take`."""
         usage = self.phatgoose_batch.usage
         found = [] if usage is None else usage.take(request_id)
         if not found:
@@ -124,7 +124,7 @@ class LiveWorker:
         return report(found)
 
     def phatgoose_totals(self) -> dict[str, Any]:
-        """Since the start: tokens by expert (in shares) and mean entropy of the shares, in nats."""
+        """Return counts since the start: tokens by expert, mean entropy of the shares in nats."""
         batch = self.phatgoose_batch
         if batch.usage is None:
             return {"error": 'phatgoose: not recorded. Set "routing": true.'}
@@ -149,7 +149,7 @@ def is_ours(worker_cls: Any) -> bool:
 
 
 def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
-    """Raise ConfigError where a row of the batch would not be a token that we can tell.
+    """Raise ConfigError if a row of the batch may be anything but a token whose request we know.
 
     `config` is vLLM's.
     """
@@ -198,7 +198,7 @@ def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
 
 
 def _failed(error: Exception) -> dict[str, str | None]:
-    """What the others are told. A stranger's file may have put anything into the error's text."""
+    """The answer about an error. A stranger's file may have put anything into the error's text."""
     log.warning("refused: %s", visible(str(error)))
     if not isinstance(error, PhatgooseError):
         log.warning("raised here:\n%s", "".join(traceback.format_tb(error.__traceback__)))

@@ -1,5 +1,6 @@
-"""Who may do what: keys, and where experts may come from. All of it is said by the environment, so
-that the server's processes, however they were started, agree."""
+"""Who may do what: keys, and where experts may come from.
+
+The environment says all of it, so that the server's processes agree, however they were started."""
 
 import hashlib
 import ipaddress
@@ -26,7 +27,7 @@ API_KEY = "VLLM_API_KEY"  # vLLM's own, where --api-key is not given
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Keys and sources. Raises ConfigError for what can't be meant."""
+    """Keys and sources. Raises ConfigError for settings that cannot be meant."""
 
     admin_key: str | None = field(default=None, repr=False)
     api_keys: Sequence[str] = field(default=(), repr=False)
@@ -48,7 +49,7 @@ class Access:
 
     @classmethod
     def read(cls, environment: Mapping[str, str], api_keys: Sequence[str] | None) -> "Access":
-        """As the environment says; `api_keys` are those of vLLM's own --api-key."""
+        """Read the environment. `api_keys` are those of vLLM's own --api-key."""
         keys = api_keys or [environment.get(API_KEY, "")]
         root = environment.get(EXPERTS_ROOT)
         seconds = environment.get(DRAIN_SECONDS, "")
@@ -66,7 +67,7 @@ class Access:
         )
 
     def check_address(self, host: str | None, *, uds: str | None = None) -> None:
-        """Raise ConfigError for an address that other machines reach, where there is no key.
+        """Raise ConfigError for an address that other machines reach, if there is no key.
 
         `host` None or "" is every address of the machine; `uds` a socket that is a file.
         """
@@ -79,7 +80,7 @@ class Access:
         )
 
     def check_user(self, headers: Headers) -> None:
-        """As vLLM's own middleware does, which comes after ours. Raises Refusal."""
+        """Check the key as vLLM's own middleware does, which comes after ours. Raises Refusal."""
         if self.api_keys and not _holds(headers, self.api_keys):
             raise _unauthorized("a wrong API key" if _bearer(headers) else "no API key")
 
@@ -87,7 +88,7 @@ class Access:
         return self.admin_key is not None and _holds(headers, [self.admin_key])
 
     def check_reader(self, headers: Headers) -> None:
-        """Whoever may ask for answers may see the pool, and so may the admin. Raises Refusal."""
+        """Let through the admin and whoever may ask for answers. Raises Refusal for others."""
         if not self.is_admin(headers):
             self.check_user(headers)
 

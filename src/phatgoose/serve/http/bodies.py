@@ -61,7 +61,7 @@ async def read_object(body: bytes) -> dict[str, Any]:
 
 
 async def by_size(size: int, act: Callable[P, R], *arguments: P.args, **more: P.kwargs) -> R:
-    """Do what takes the longer the longer a body is: in a thread, unless it is short."""
+    """Do work that grows with the body: in a thread, unless the body is short."""
     if size <= INLINE:
         return act(*arguments, **more)
     return await asyncio.to_thread(act, *arguments, **more)

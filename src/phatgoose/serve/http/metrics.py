@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 
 class Metrics:
-    """Of one server."""
+    """The figures of one server."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         gauge: dict[str, Any] = {"registry": registry, "multiprocess_mode": "mostrecent"}
@@ -43,12 +43,12 @@ class Metrics:
         self.generation.set(generation)
 
     def forget(self, name: str) -> None:
-        """End the counter of an expert that is gone; one that has not served yet has none."""
+        """End the counter of an expert that is gone. One that has not served yet has none."""
         with contextlib.suppress(KeyError):
             self.tokens.remove(name)
 
     def routed(self, tokens: Mapping[str, float], entropy: float | None) -> None:
-        """Add the tokens of a while; the entropy stays as it was where no token was routed."""
+        """Add the tokens of a while. If no token was routed, the entropy stays as it was."""
         for name, count in tokens.items():
             self.tokens.labels(name).inc(count)
         if entropy is not None:

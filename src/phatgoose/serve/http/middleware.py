@@ -1,4 +1,4 @@
-"""What the pool adds to vLLM's own server, as a middleware in front of all its routes."""
+"""The middleware in front of all routes of vLLM's own server, which adds the pool."""
 
 import asyncio
 import json
@@ -34,9 +34,9 @@ Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class PoolMiddleware:
-    """For vLLM's flag --middleware; `phatgoose serve` says it.
+    """The class for vLLM's flag --middleware, which `phatgoose serve` sets.
 
-    Needs vLLM's workers to be ours, and refuses to start where they are not.
+    It needs our workers, and refuses to start with others.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
@@ -66,7 +66,7 @@ class PoolMiddleware:
             await refusal.response()(scope, receive, send)
 
     def _handler(self, scope: Scope) -> Handler:
-        """Who answers a request. Keys are looked at before anything of the body is read."""
+        """Find who answers a request. Keys are checked before anything of the body is read."""
         path, method = path_of(scope), scope["method"]
         headers = Headers(scope=scope)
         broken = self._pool.broken if self._pool else None
@@ -151,7 +151,7 @@ class PoolMiddleware:
     def _asking(
         self, scope: Scope, choice: Choice, contents: Contents
     ) -> tuple[Scope, Routing | None]:
-        """The request by a name of its own, by which its routing is found afterwards."""
+        """Give the request an id of its own, by which its routing is found afterwards."""
         form = CHOOSES[path_of(scope)]
         if choice.routing is None or form is None:
             return scope, None

@@ -11,14 +11,14 @@ EVERY = 5.0  # seconds between samples
 
 @dataclass(frozen=True)
 class Totals:
-    """Since the workers started."""
+    """Counts since the workers started."""
 
     tokens: Mapping[str, float] = field(default_factory=dict)  # by expert, weighted
     entropy: float = 0.0  # summed over tokens
     count: float = 0.0  # tokens routed
 
     def since(self, earlier: "Totals") -> "Totals":
-        """What came on top. An expert removed and added again starts from nothing."""
+        """The counts that came on top. An expert removed and added again starts from zero."""
         grown = {name: t - earlier.tokens.get(name, 0.0) for name, t in self.tokens.items()}
         fresh = {name: g if g >= 0 else self.tokens[name] for name, g in grown.items()}
         return Totals(fresh, self.entropy - earlier.entropy, self.count - earlier.count)
@@ -41,13 +41,13 @@ class Recent:
         return grown
 
     def grown(self) -> Totals:
-        """Over the window, as of the last sample."""
+        """The counts over the window, as of the last sample."""
         if not self._samples:
             return Totals()
         return self._samples[-1][1].since(self._samples[0][1])
 
     def shares(self) -> dict[str, float]:
-        """Of the experts that served anything, adding up to 1."""
+        """Shares of the experts that served anything, which add up to 1."""
         tokens = {name: t for name, t in self.grown().tokens.items() if t > 0}
         total = sum(tokens.values())
         return {name: t / total for name, t in tokens.items()}

@@ -1,4 +1,4 @@
-"""Requests in vLLM's own fields, and what we cannot say in them."""
+"""Writes requests in vLLM's own fields, and refuses what these cannot say."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def rewritten(
 
 
 def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str) -> None:
-    """Raise Refusal for what would not do as it says."""
+    """Raise Refusal for a field that would not do what it says."""
 
     def no(message: str) -> Refusal:
         return Refusal(400, message, reason="bad_request", param=FIELD)
@@ -64,7 +64,7 @@ def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str
 
 
 def check_whole(body: dict[str, Any], *, served: str) -> None:
-    """Raise Refusal where a request wants other experts than all, on a route that serves by all."""
+    """Raise Refusal if a request wants other experts than all, on a route that serves by all."""
     model = body.get("model")
     if model is not None and model != served:
         raise Refusal(
@@ -86,7 +86,7 @@ def check_no_choice(body: dict[str, Any]) -> None:
 
 
 def mentions(found: Any) -> bool:
-    """Whether a body says `phatgoose` anywhere, for workers would read it in several places."""
+    """Whether a body says `phatgoose` anywhere, because workers read it in several places."""
     if isinstance(found, dict):
         return FIELD in found or any(map(mentions, found.values()))
     return isinstance(found, list) and any(map(mentions, found))

@@ -1,4 +1,4 @@
-"""Every route of vLLM's server, and what we let it do. What is not listed is closed."""
+"""Every route of vLLM's server, and what we let it do. A route that is not listed is closed."""
 
 import re
 from collections.abc import Iterable
@@ -147,7 +147,7 @@ def path_of(scope: Scope) -> str:
 
 
 def rule_of(method: str, path: str) -> Rule:
-    """What is done of a request. Raises Refusal where there is no such route, or it is closed."""
+    """Find the rule of a request. Raises Refusal if there is no such route, or it is closed."""
     method = "GET" if method == "HEAD" else method
     found = {known.method: known.rule for known in _KNOWN if known.pattern.match(path)}
     found.pop("WEBSOCKET", None)

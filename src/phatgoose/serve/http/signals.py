@@ -1,4 +1,4 @@
-"""Whether the server was told to stop. vLLM's exit code is 0 also where its engine has died."""
+"""Tells whether the server was told to stop. vLLM's exit code is 0 even if its engine has died."""
 
 import signal
 from types import FrameType
@@ -8,7 +8,7 @@ _received: list[int] = []
 
 
 def listen() -> None:
-    """Note SIGINT and SIGTERM, then do what was done before; to be called in the main thread once
+    """Note SIGINT and SIGTERM, then do what was done before. Call this in the main thread once
     vLLM has set its handlers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         before: Any = signal.getsignal(number)

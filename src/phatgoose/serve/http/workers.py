@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Contents:
-    """The pool between two changes, as all workers say."""
+    """The pool between two changes, on which all workers agree."""
 
     generation: int
     fingerprint: str
@@ -43,7 +43,7 @@ class Took:
 
 
 class LivePool:
-    """Speaks to the workers through vLLM's engine client, by `collective_rpc`.
+    """Speaks to the workers through vLLM's engine client, with `collective_rpc`.
 
     With data parallelism there are several engines, each with its workers and some of the requests.
     """
@@ -66,7 +66,7 @@ class LivePool:
         return self._recent
 
     async def start(self) -> None:
-        """Ask what is served. Raises where workers are not ours, do not agree, or cannot tell."""
+        """Ask what is served. Raises if workers are not ours, do not agree, or cannot tell."""
         config = getattr(self._engine, "vllm_config", None)
         engines = config.parallel_config.data_parallel_size if config else 1
         if engines > 1 and self._ask_engines() is None:
@@ -244,7 +244,7 @@ class LivePool:
     async def _ask_all(
         self, method: str, *arguments: str, param: str | None = None
     ) -> list[dict[str, Any]]:
-        """A step that every worker has to say yes to. Raises Refusal with the first no."""
+        """Take a step that every worker must agree to. Raises Refusal with the first no."""
         answers = await self._rpc(method, *arguments)
         for answer in answers:
             if answer["error"]:
@@ -263,7 +263,7 @@ class LivePool:
         return [list(found) for found in await ask("collective_rpc", method, None, arguments, None)]
 
     def _ask_engines(self) -> Callable[..., Awaitable[list[Any]]] | None:
-        """Asks every engine: `collective_rpc` does too, but returns what the first one says."""
+        """Ask every engine. `collective_rpc` does too, but returns only what the first one says."""
         core = getattr(self._engine, "engine_core", None)
         return getattr(core, "call_utility_all_async", None)
 

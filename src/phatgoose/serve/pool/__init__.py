@@ -1,1 +1,1 @@
-"""What is served: settings, slots, the requests of a batch, and who served what."""
+"""What is served: settings, slots, a batch's requests, and the record of who served them."""

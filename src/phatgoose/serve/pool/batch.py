@@ -1,4 +1,4 @@
-"""What each request of a batch wants of the pool, put where the layers read it."""
+"""Writes what each request of a batch wants of the pool to where the layers read it."""
 
 import logging
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class Batch:
-    """The prior of a running model: a row for each token of a forward, -inf closes a slot.
+    """The prior of a running model: a row for each token of a forward, where -inf closes a slot.
 
-    One fp32 buffer [N, C], which every layer reads, also within a CUDA graph. It is all zeros, and
-    left alone, while no request wants anything; a router with evidence has `evidence`, whose priors
-    are written for every forward.
+    It is one fp32 buffer [N, C] that every layer reads, also within a CUDA graph. While no request
+    wants anything, it is all zeros and nobody writes to it. A router with evidence has `evidence`,
+    whose priors are written for every forward.
     """
 
     def __init__(self, tokens: int, capacity: int, device: torch.device, *, routing: bool) -> None:
@@ -82,8 +82,11 @@ class Batch:
     def place(
         self, requests: Sequence[str], counts: Sequence[int], ids: Tensor | None = None
     ) -> None:
-        """Before a forward: the requests in the order of their tokens, how many of each, and the
-        ids [T] of the tokens. Raises RoutingError where evidence is to be had of no ids."""
+        """Write the prior of the next forward.
+
+        Give the requests in the order of their tokens, how many tokens each has, and the ids [T].
+        Raises RoutingError if a router with evidence gets no ids.
+        """
         self._placed = requests, counts
         tokens = sum(counts)
         if self.usage is not None:
@@ -110,7 +113,7 @@ class Batch:
             self._written = 0
 
     def end(self, step: Any) -> None:
-        """After the forward."""
+        """Take note of what the forward did. Raises RoutingError if vLLM never called `place`."""
         if self._placed is not None:
             if self.usage is not None:
                 self.usage.add(*self._placed, self._first)
@@ -156,7 +159,7 @@ class Batch:
 
 
 def _silent(params: Any) -> Any:
-    """Sampling that can only stop: vLLM has no way for a worker to turn down a request."""
+    """Sampling that can only stop, because vLLM has no way for a worker to refuse a request."""
     params = params.clone()
     params.allowed_token_ids = [min(params.all_stop_token_ids, default=0)]
     params.min_tokens = 0

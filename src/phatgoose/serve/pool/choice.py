@@ -16,7 +16,7 @@ REPORTS = ("shares", "tokens")
 class Choice:
     """Which experts may serve a request, and what is reported of those that did.
 
-    Raises ConfigError where it contradicts itself.
+    Raises ConfigError if it contradicts itself.
     """
 
     allow: tuple[str, ...] | None = None  # None: all of the pool
@@ -61,13 +61,13 @@ class Choice:
         )
 
     def text(self) -> str:
-        """What `read` reads."""
+        """The JSON that `read` reads."""
         return json.dumps({key: value for key, value in asdict(self).items() if value})
 
     def routed(self, names: Sequence[str]) -> list[str]:
         """Those of the pool's experts that may serve the request, in the pool's order.
 
-        Raises ConfigError for experts that are not there, and where none is left.
+        Raises ConfigError for experts that are not there, and if none is left.
         """
         for name in (*(self.allow or ()), *self.deny):
             if name not in names:

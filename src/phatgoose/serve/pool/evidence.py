@@ -12,10 +12,10 @@ ROWS = 64  # requests at first
 
 
 class Evidence:
-    """For each running request the worth of the tokens it has read so far, summed by slot, in fp64.
+    """Keeps for each running request the worth of the tokens it has read, summed by slot in fp64.
 
-    So a token's prior costs a look-up and an addition, whatever came before it. What the prefix
-    cache spared the model is summed when the request comes.
+    So a token's prior costs a look-up and an addition, whatever came before it. If the prefix cache
+    spared the model some tokens, they are summed when the request comes.
 
     `worth` is fp32 [V, C]; a slot without an expert is all zeros. `place` copies to its device.
     """
@@ -40,7 +40,7 @@ class Evidence:
         self._prompts: dict[str, Sequence[int]] = {}
 
     def put(self, slot: int, worth: Float[Tensor, " V"] | None) -> None:
-        """Another expert is in the slot, or none. To requests under way it is worth nothing yet."""
+        """Put another expert, or none, into a slot. It starts at zero for requests under way."""
         self.worth[:, slot] = 0.0 if worth is None else worth.to(self.worth.device)
         self._sums[:, slot] = 0.0
         self._whole[:, slot] = 0.0

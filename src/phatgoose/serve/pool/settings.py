@@ -1,4 +1,4 @@
-"""What a served pool is made of, as vLLM's `additional_config["phatgoose"]` says it."""
+"""The settings of a served pool, from vLLM's `additional_config["phatgoose"]`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -88,9 +88,9 @@ class ServeSettings:
 def served_router(name: Any) -> Router:
     """The router of this name, if an engine can run it. Raises ConfigError for others.
 
-    vLLM puts tokens of many requests into one forward, so what a layer does is up to single tokens,
-    and what the context says is counted before (`pool.evidence`): by the worth of token ids, which
-    takes the base's first layer.
+    vLLM puts tokens of many requests into one forward, so a layer can only look at single tokens.
+    What the context says is counted before the forward (`pool.evidence`), by the worth of token
+    ids. Making that table takes the base's first layer.
     """
     if not isinstance(name, str):
         raise ConfigError(f"phatgoose: router must be a name, got {name!r}.")
@@ -105,7 +105,7 @@ def served_router(name: Any) -> Router:
 
 
 def gated(router: Router) -> bool:
-    """Whether kernels score by the router's signatures: gates, or zeros where evidence is alone."""
+    """Whether kernels score by the router's signatures: gates, or zeros if evidence is alone."""
     return router.standardises or not router.scores
 
 

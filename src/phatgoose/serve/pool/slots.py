@@ -117,7 +117,7 @@ class Slots:
         return found
 
     def width(self, features: int, rank: int) -> int:
-        """Of the longest signature that an expert of this rank has at a layer of such an input."""
+        """Width of the longest signature of an expert of this rank at a layer of such an input."""
         if self.gated:
             return 0  # what a rank keeps of its gate is as wide as its input
         nothing = LoraModule(torch.zeros(rank, features), torch.zeros(rank, rank), 1.0)
@@ -205,7 +205,7 @@ class Slots:
         self.prepared = None
 
     def remove(self, name: str) -> None:
-        """Close an expert's slot, for the next one. Raises ConfigError if it is not there."""
+        """Close an expert's slot, for another to have. Raises ConfigError if it is not there."""
         if name not in self.names:
             raise ConfigError(
                 f"{name}: no expert of this name in the pool. It has: "
@@ -229,7 +229,7 @@ class Slots:
         }
 
     def fingerprint(self) -> str:
-        """Of all that decides how a token is served: experts in any order, router, settings."""
+        """Hash all that decides how a token is served: experts in any order, router, settings."""
         experts = sorted(
             (resident.name, resident.sha256) for resident in self.residents if resident
         )
@@ -257,7 +257,7 @@ class Slots:
 
 
 def write(bank: Bank, slot: int, found: Slice | None) -> None:
-    """Put a slice of an expert, or nothing, into a slot, the next one after the last included."""
+    """Put a slice of an expert, or nothing, into a slot, which may be the one after the last."""
     parts = found.parts if found else {}
     if slot == len(bank):
         bank.append(slot, parts)

@@ -36,7 +36,7 @@ class Record:
             self.pack()
 
     def pack(self) -> None:
-        """Put pieces together that follow each other: a step of decoding brings one token."""
+        """Join blocks that follow each other, because a step of decoding brings one token."""
         runs: list[tuple[int, list[Tensor]]] = []
         end = -1
         for first, columns in self.best:
@@ -49,7 +49,7 @@ class Record:
 
 
 class Usage:
-    """Shares of the experts: of requests that ask for theirs, and of all together.
+    """Counts the experts' shares: for requests that ask for theirs, and for all together.
 
     Every layer adds the weights of each token's experts to that token's row of `tally`; a token's
     shares are its row over the row's sum. Tokens whose row is empty were served by the base.
@@ -80,11 +80,11 @@ class Usage:
             kept -= self._finished.popitem(last=False)[1].tokens
 
     def clear(self, tokens: int) -> None:
-        """Before a forward of so many tokens."""
+        """Call this before a forward of so many tokens."""
         self.tally[:tokens].zero_()
 
     def add(self, requests: Sequence[str], counts: Sequence[int], first: dict[str, int]) -> None:
-        """After a forward: how many tokens each request had in it, and the first one's position."""
+        """Call this after a forward, with how many tokens each request had, and where it began."""
         tokens = sum(counts)
         shares = _shares(self.tally[:tokens])
         self._sums += shares.sum(0)
@@ -124,7 +124,7 @@ class Usage:
         self._sums.zero_()
 
     def keep(self, names: Sequence[str | None]) -> None:
-        """End the counts of all other experts; one that comes again starts from nothing."""
+        """End the counts of all other experts. One that comes again starts from zero."""
         self._totals = {n: t for n, t in self._totals.items() if n == BASE or n in names}
 
     def totals(self, names: Sequence[str | None]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _shares(tally: Float[Tensor, "T 1+C"]) -> Float[Tensor, "T 1+C"]:
 
 
 def _by_position(record: Record, names: Sequence[str | None]) -> list[str | None]:
-    """The best expert of each token; None where the prefix cache spared the model a token."""
+    """The best expert of each token; None for a token that the prefix cache spared the model."""
     columns: dict[int, int] = {}
     for first, best in record.best:
         columns |= dict(enumerate(best.tolist(), first))
