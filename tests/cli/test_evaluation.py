@@ -51,7 +51,7 @@ def test_all_methods_on_experts_of_the_default_pool(run, tasks, tmp_path, monkey
     for module in (evidence, zscore):
         monkeypatch.setattr(module, "written_by", lambda model: text)
     out = tmp_path / "out"
-    common = ["--tasks", tasks, "--out", out, "--device", "cpu"]
+    common = ["--tasks", tasks, "--out", out, "--base", "tiny", "--device", "cpu"]
     experts = [tiny.EXPERTS / name for name in ("snips", "subjectivity", "banking77", "ud_pos")]
     common += ["--experts", *experts]  # of all of them merging alone takes seconds
     result = run("eval", *common, "--methods", "all", "--oracle-limit", 1)
@@ -89,7 +89,7 @@ def test_retrieval_and_a_multitask_adapter(run, tasks, tmp_path):
     result = run(
         "eval", "--experts", *experts, "--tasks", tasks, "--train-tasks", tasks, "--multitask",
         tiny.EXPERTS / "snips", "--methods", "base,retrieval", "multitask", "own",
-        "--out", tmp_path / "out", "--limit", 1, "--device", "cpu", "--json",
+        "--out", tmp_path / "out", "--limit", 1, "--base", "tiny", "--device", "cpu", "--json",
     )  # fmt: skip
     assert result.code == 0, result.err
     found = json.loads(result.out)

@@ -6,11 +6,11 @@ import shutil
 import huggingface_hub
 import pytest
 
-from phatgoose.default import tiny
+from phatgoose.default import smollm2, tiny
 from phatgoose.experts import load_expert
 from phatgoose.experts.hub import files
 
-NAMES = [folder.name for folder in tiny.expert_folders()]
+NAMES = [folder.name for folder in smollm2.expert_folders()]
 
 
 def test_list_shows_the_pool_of_the_package(run):
@@ -24,7 +24,7 @@ def test_list_shows_the_pool_of_the_package(run):
 def test_list_as_json(run):
     rows = json.loads(run("experts", "list", "--json").out)
     assert [row["name"] for row in rows] == NAMES
-    for row, folder in zip(rows, tiny.expert_folders(), strict=True):
+    for row, folder in zip(rows, smollm2.expert_folders(), strict=True):
         expert = load_expert(folder)
         assert row["modules"] == len(expert.modules)
         assert row["gate_steps"] == expert.gates.record.steps

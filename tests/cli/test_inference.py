@@ -14,6 +14,7 @@ from phatgoose.models import load_base
 PROMPTS = ["Is it a question or a statement: where is the goose?", "Reverse the words: one two"]
 NAMES = [folder.name for folder in packaged.expert_folders()]
 CPU = ("--device", "cpu")
+PACKAGED = ("--base", "tiny", *CPU)
 
 
 @pytest.fixture
@@ -23,12 +24,12 @@ def tiny(world):
 
 
 def test_a_batch_answers_as_each_prompt_alone(run):
-    together = run("generate", *PROMPTS, *CPU, "--max-new-tokens", 12, "--json")
+    together = run("generate", *PROMPTS, *PACKAGED, "--max-new-tokens", 12, "--json")
     assert together.code == 0
     rows = json.loads(together.out)
     assert [row["prompt"] for row in rows] == PROMPTS
     for row in rows:
-        alone = run("generate", row["prompt"], *CPU, "--max-new-tokens", 12)
+        alone = run("generate", row["prompt"], *PACKAGED, "--max-new-tokens", 12)
         assert alone.code == 0
         assert alone.out == row["answer"] + "\n"
 
@@ -61,7 +62,7 @@ def test_a_null_score_out_of_reach_is_the_bare_base(run, world, tiny):
 
 
 def test_trace_on_the_pool_of_the_package(run, tmp_path):
-    argv = ("trace", PROMPTS[0], *CPU, "--max-new-tokens", 6, "--out", tmp_path / "out")
+    argv = ("trace", PROMPTS[0], *PACKAGED, "--max-new-tokens", 6, "--out", tmp_path / "out")
     text = run(*argv)
     assert text.code == 0
     answer, _ = text.out.split("\n\n", maxsplit=1)
@@ -72,7 +73,7 @@ def test_trace_on_the_pool_of_the_package(run, tmp_path):
     page = html.read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert all(name in page for name in NAMES)
-    assert run("generate", PROMPTS[0], *CPU, "--max-new-tokens", 6).out == answer + "\n"
+    assert run("generate", PROMPTS[0], *PACKAGED, "--max-new-tokens", 6).out == answer + "\n"
 
 
 def test_trace_on_a_tiny_pool(run, world, tiny):
@@ -107,7 +108,7 @@ class TestDemo:
 
     def test_text(self, run, monkeypatch, rows):
         monkeypatch.setattr("phatgoose.cli.inference._pictures", lambda *_: ["a.png", "a.html"])
-        result = run("demo", *CPU)
+        result = run("demo", *PACKAGED)
         assert result.code == 0
         assert "Pictures: a.png, a.html" in result.out
         for row in rows:
@@ -116,7 +117,7 @@ class TestDemo:
         assert f"of {len(rows)}." in result.out
 
     def test_json_and_pictures(self, run, tmp_path, rows):
-        result = run("demo", *CPU, "--json", "--out", tmp_path / "out")
+        result = run("demo", *PACKAGED, "--json", "--out", tmp_path / "out")
         assert result.code == 0
         found = json.loads(result.out)
         assert sorted(map(str, (tmp_path / "out").iterdir())) == sorted(found["files"])

@@ -10,8 +10,10 @@ import pytest
 from phatgoose.cli import serving
 from phatgoose.cli.main import parse
 from phatgoose.cli.serving import SPARE, vllm_flags
-from phatgoose.default import CHAT_TEMPLATE, tiny
+from phatgoose.default import CHAT_TEMPLATE, smollm2, tiny
 from phatgoose.errors import ConfigError
+from phatgoose.models import SMOLLM2, Base
+from phatgoose.models import named as named_bases
 from phatgoose.serve.http import access
 
 
@@ -30,8 +32,8 @@ def flags(*words):
     return named, config, found
 
 
-def test_alone_it_serves_the_pool_in_the_package():
-    named, config, _ = flags()
+def test_the_tiny_pool_by_name():
+    named, config, _ = flags("--base", "tiny")
     assert named["--model"] == str(tiny.BASE)
     assert named["--chat-template"] == str(CHAT_TEMPLATE)
     assert named["--served-model-name"] == "pool"
@@ -39,6 +41,26 @@ def test_alone_it_serves_the_pool_in_the_package():
     assert named["--host"] == "127.0.0.1"
     experts = [str(path) for path in tiny.expert_folders()]
     assert config == {"phatgoose": {"routing": True, "experts": experts}}
+
+
+@pytest.fixture(autouse=True)
+def found(monkeypatch):
+    """The default base, as if it had been fetched."""
+    base = Base(SMOLLM2, "/cache/base", "abc", "the Hub's weights")
+    monkeypatch.setattr(named_bases, "smollm2_on_disk", lambda: base)
+
+
+def test_alone_it_serves_the_default_pool():
+    """From wherever its base is on this disk."""
+    named, config, _ = flags()
+    assert named["--model"] == "/cache/base"
+    assert named["--chat-template"] == str(CHAT_TEMPLATE)
+    assert config["phatgoose"]["experts"] == [str(path) for path in smollm2.expert_folders()]
+
+
+def test_own_experts_of_the_default_base_keep_its_chat_template():
+    named, _, _ = flags("--experts", "x")
+    assert "--chat-template" not in named
 
 
 def test_what_is_given():

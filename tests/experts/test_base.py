@@ -131,6 +131,17 @@ def test_revisions_do_not_tell_apart(make_base):
     assert one != two and one.difference(two) is None
 
 
+def test_other_weights_of_one_base_are_worth_a_remark(make_base):
+    model = make_base("llama")
+    one, two = (identify_base(model, name="owner/base", revision=r) for r in ("c0ffee", "Q4_1"))
+    remark = "made on owner/base at c0ffee, running at Q4_1: the same layers with other weights"
+    assert one.remark(two).startswith(remark)
+    assert one.remark(one) is None
+    for other in ("owner/other", "local"):
+        assert one.remark(identify_base(model, name=other, revision="Q4_1")) is None
+    assert one.remark(identify_base(model, name="owner/base")) is None
+
+
 identities = st.builds(
     BaseIdentity,
     name=st.sampled_from([None, "base", "a/base", "b/base"]),

@@ -1,4 +1,4 @@
-"""What the default pool computed at commit f1f3807: the cases, and the script that recorded them.
+"""What the tiny pool computed at commit f1f3807: the cases, and the script that recorded them.
 
     python -m tests.pool.golden tests/pool/golden.safetensors
 
@@ -43,7 +43,7 @@ ROUTERS = {
 
 
 class Golden:
-    """The default pool on its base, and two batches: one of many pairs, one of few."""
+    """The tiny pool on its base, and two batches: one of many pairs, one of few."""
 
     def __init__(self) -> None:
         self.model, tokenizer = load_base(BASE, device="cpu")

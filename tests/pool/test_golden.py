@@ -1,4 +1,4 @@
-"""The default pool computes what it did at commit f1f3807.
+"""The tiny pool computes what it did at commit f1f3807.
 
 On the machine and with the versions that recorded the numbers, all of them are equal bit for bit.
 Elsewhere a processor may round otherwise. Choices may then differ in one place of 200 (in bfloat16

@@ -11,7 +11,14 @@ from torch import nn
 from phatgoose import ExpertPool, load_expert, record, restrict, route, unroute
 from phatgoose.errors import ConfigError, IncompatibleExpertError, MissingGateError, RoutingError
 from phatgoose.nn.settings import _say_fewer
-from tests.models import LINEARS, make_batch, make_model, save_expert
+from tests.models import (
+    LINEARS,
+    make_batch,
+    make_model,
+    mixed_targets,
+    save_expert,
+    save_experts,
+)
 from tests.tolerances import TOLERANCE, assert_near
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -203,6 +210,17 @@ def test_an_expert_of_another_base(model_and_pool, tmp_path):
         route(model, named, top_k=1)
     model.config._name_or_path = "org/one"
     route(model, named, top_k=1)
+
+
+def test_experts_of_another_revision_are_routed_and_told(model_and_pool, tmp_path, caplog):
+    model, _ = model_and_pool(count=1)
+    model.config._name_or_path, model.config._commit_hash = "owner/base", "c0ffee"
+    folders = save_experts(tmp_path, model, mixed_targets("llama", 2))
+    model.config._commit_hash = "Q4_1"
+    route(model, ExpertPool.load(folders))
+    told = [r.getMessage() for r in caplog.records if "other weights" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("phatgoose: 2 experts (e0, ...): made on owner/base at c0ffee")
 
 
 def test_a_model_that_is_no_transformers_model(model_and_pool):

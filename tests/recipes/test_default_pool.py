@@ -34,7 +34,7 @@ def made(tmp_path, sizes, scores):
         results(tmp_path / variant / "validation", {**of_base, "own": scores[variant]})
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "INDEX.json").write_text(json.dumps(INDEX))
-    return Namespace(out=tmp_path, variants=list(sizes))
+    return Namespace(out=tmp_path, variants=list(sizes), largest=80e-6)
 
 
 def test_the_smallest_that_keeps_the_gain_is_chosen(tmp_path):
@@ -51,11 +51,19 @@ def test_the_smallest_that_keeps_the_gain_is_chosen(tmp_path):
     assert "| licence of the data | CC0 1.0 |" in (shipped / "README.md").read_text()
 
 
-def test_the_reference_is_chosen_where_none_keeps_enough(tmp_path):
+def test_the_best_that_fits_is_chosen_where_none_keeps_enough(tmp_path):
     from default_pool import choose
 
-    sizes, scores = {"rank16": 90, "rank2": 20}, {"rank16": 80.0, "rank2": 70.0}
-    assert choose(made(tmp_path, sizes, scores)) == "rank16"
+    sizes = {"rank16": 90, "rank2": 20, "rank8-attention": 30}
+    scores = {"rank16": 80.0, "rank2": 60.0, "rank8-attention": 70.0}
+    assert choose(made(tmp_path, sizes, scores)) == "rank8-attention"
+
+
+def test_where_none_fits_it_says_so(tmp_path):
+    from default_pool import choose
+
+    with pytest.raises(SystemExit, match="no variant fits"):
+        choose(made(tmp_path, {"rank16": 90}, {"rank16": 80.0}))
 
 
 def test_data_is_a_seeded_part_of_what_is_there(tmp_path):

@@ -34,6 +34,7 @@ class Server:
         self.log = Path(folder) / "server.log"
         command = [sys.executable, "-m", "phatgoose.cli", "serve", "--port", str(self.port)]
         given = ["--experts-root", str(root)] if root else []
+        given += [] if "--base" in words else ["--base", "tiny"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--dtype", "float32", *given, *map(str, words)],

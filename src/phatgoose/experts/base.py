@@ -48,6 +48,21 @@ class BaseIdentity:
             return f"the base models are named {self.name} and {other.name}"
         return None
 
+    def remark(self, other: "BaseIdentity") -> str | None:
+        """What an expert of this base should be told of on the other one, or None.
+
+        Two revisions of one Hub id, or its weights and quantised ones, have the same layers.
+        """
+        revisions = self.revision, other.revision
+        if not is_hub_name(self.name) or self.name != other.name or None in revisions:
+            return None
+        if self.revision == other.revision:
+            return None
+        return (
+            f"made on {self.name} at {self.revision}, running at {other.revision}: the same layers "
+            "with other weights, so that answers may differ a little"
+        )
+
 
 def identify_base(
     model: nn.Module, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None

@@ -11,7 +11,7 @@ from phatgoose.models import wheel
 
 SMOLLM2 = smollm2.BASE
 TINY = "tiny"
-DEFAULT = TINY  # of commands that are given no base
+DEFAULT = SMOLLM2  # of commands that are given no base
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")

@@ -1,6 +1,7 @@
 """The sites of one routed model, kept in step with its pool."""
 
 import contextlib
+import logging
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,8 @@ from phatgoose.routers import Router
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+log = logging.getLogger(__name__)
+
 
 class RoutedModel:
     """The sites of one model, kept in step with the pool."""
@@ -55,6 +58,7 @@ class RoutedModel:
         try:
             for expert in pool:
                 self._check(expert)
+            self._tell_revisions()
             router.prepare(model, pool.experts)
             for expert in pool:
                 self._sign(expert)
@@ -202,6 +206,16 @@ class RoutedModel:
             raise IncompatibleExpertError(problem)
         for dtype in {_dtype(self._layers[name], self.model) for name in expert.modules}:
             check_range(expert, dtype)
+
+    def _tell_revisions(self) -> None:
+        """Say once what experts of another revision of the base run on."""
+        remarks: dict[str, list[str]] = {}
+        for expert in self.pool:
+            remark = expert.base and expert.base.remark(self._identity)
+            if remark:
+                remarks.setdefault(remark, []).append(expert.name)
+        for remark, names in remarks.items():
+            log.warning("phatgoose: %d experts (%s, ...): %s", len(names), names[0], remark)
 
     def _sign(self, expert: Expert) -> None:
         """Have the router make the expert's signatures, which may fail."""
