@@ -16,7 +16,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class TokenContext:
-    """Where the tokens of one forward stand: their sequence, their position, what came before.
+    """Where the tokens of one forward stand: their sequence, their position, and what came before.
 
     A site sees its tokens flattened to T = B * L, row after row. `ids` and `real` have C = P + L
     columns: the P tokens already in the KV cache, then the L new ones, so a router may use
@@ -44,11 +44,11 @@ class TokenContext:
         return self.real.shape[1] if self.prompt is None else self.prompt
 
     def positions(self) -> Int[Tensor, "B L"]:
-        """Position of each new token among the real tokens of its sequence, from 0."""
+        """The position of each new token among the real tokens of its sequence, from 0."""
         return (self.real.long().cumsum(-1) - 1).clamp_min(0)[:, -self.length :]
 
     def new_ids(self) -> Int[Tensor, "B L"] | None:
-        """Ids of the tokens of this forward, without those in the cache."""
+        """The ids of the tokens of this forward, without those in the cache."""
         return None if self.ids is None else self.ids[:, -self.length :]
 
     def new_real(self) -> Bool[Tensor, "B L"]:

@@ -1,4 +1,4 @@
-"""Seeing where tokens go: a trace as numbers, text, page and picture; whole tasks as figures."""
+"""Shows where tokens go: a trace as numbers, text, page and picture, and whole tasks as figures."""
 
 from phatgoose.analysis.html import render_html, save_html
 from phatgoose.analysis.overview import draw_entropy, draw_overview

@@ -1,4 +1,4 @@
-"""Experts on disk: PEFT LoRA folders with gates beside them."""
+"""Experts on disk: PEFT folders with gates and other signatures beside the adapter."""
 
 from phatgoose.experts.base import BaseIdentity, identify_base, linear_modules
 from phatgoose.experts.delta import Delta

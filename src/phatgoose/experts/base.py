@@ -14,7 +14,7 @@ from phatgoose.text import visible
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What has to match between an expert and the base it runs on."""
+    """What must match between an expert and the base that it runs on."""
 
     name: str | None  # Hub id, or the last part of a local path
     revision: str | None
@@ -26,7 +26,7 @@ class BaseIdentity:
 
     @classmethod
     def from_json(cls, value: Any) -> "BaseIdentity":
-        """What a file says of a base. Raises ValueError where that is no identity."""
+        """Read what a file says of a base. Raises ValueError if that is no identity."""
         names = [field.name for field in fields(cls)]
         if not isinstance(value, dict) or sorted(value) != sorted(names):
             raise ValueError(f"base is no object with {', '.join(names)}")
@@ -67,7 +67,7 @@ class BaseIdentity:
 def identify_base(
     model: nn.Module, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
 ) -> BaseIdentity:
-    """Identify a transformers model; PEFT layers in it are looked through."""
+    """Identify a transformers model, as if there were no PEFT layers in it."""
     config = getattr(model, "config", None)
     name = name or getattr(config, "_name_or_path", None)
     return BaseIdentity(

@@ -1,4 +1,4 @@
-"""What one expert adds to the output of one module of the base: the interface of adapter kinds."""
+"""The interface of adapter kinds: what one expert adds to the output of one module of the base."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -46,21 +46,21 @@ class Delta(ABC):
     @classmethod
     @abstractmethod
     def read(cls, tensors: Mapping[str, Tensor], scale: float) -> "Delta":
-        """Of the module's tensors by key, `keys` all of them; the factors' shapes were checked."""
+        """Make one of a module's tensors, by `keys`. The factors' shapes were checked."""
 
     @classmethod
     @abstractmethod
     def merged(cls, low: "Delta", rest: Mapping[str, Tensor]) -> "Delta":
-        """With the low-rank product of another, and this rest; the sum of several experts'."""
+        """Make one of another's low-rank product and this rest, the sum of several experts'."""
 
     @property
     def others(self) -> Mapping[str, Tensor]:
-        """The module's tensors by key, but for lora_A and lora_B: what a file holds."""
+        """The module's tensors by key, as a file holds them, without lora_A and lora_B."""
         return {}
 
     @property
     def rest(self) -> Mapping[str, Tensor]:
-        """What there is beside the low-rank product, by name: of one shape for all experts."""
+        """What it adds beside the low-rank product, by name, of one shape for all experts."""
         return {}
 
     @staticmethod
@@ -80,7 +80,7 @@ class Delta(ABC):
         raise NotImplementedError
 
     def plain(self, who: str) -> "Delta":
-        """Itself, if it is the low-rank product alone. `who` cannot do with anything else.
+        """Return itself if it is the low-rank product alone. `who` takes nothing else.
 
         Raises UnsupportedAdapterError.
         """

@@ -52,15 +52,15 @@ class Expert:
 
     @property
     def base(self) -> BaseIdentity | None:
-        """The base its signatures were made on; None without any."""
+        """The base that its signatures were made on, or None if it has none."""
         return next((signatures.base for signatures in self.signatures.values()), None)
 
 
 def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Expert:
     """Load an expert from a folder or a Hub id ("owner/name" or "owner/name@revision").
 
-    Its name is the folder's, or the Hub id's, unless given. An adapter without gates loads too;
-    the router says whether it needs them.
+    Its name is the folder's or the Hub id's, unless you give one. An adapter without gates loads,
+    too; the router says whether it needs them.
 
     Raises:
         ExpertNotFoundError: no such folder, and the Hub does not give it.

@@ -23,8 +23,8 @@ def save_expert(
     that differ by module are in its rank_pattern and alpha_pattern. `task_type` is PEFT's
     ("CAUSAL_LM", "SEQ_2_SEQ_LM"), `card` the text of README.md.
 
-    Raises ConfigError where there is something in `folder` already, IncompatibleExpertError where
-    a signature belongs to another adapter, as it does after the modules were changed.
+    Raises ConfigError if there is something in `folder` already, and IncompatibleExpertError if a
+    signature belongs to another adapter, as it does after the modules were changed.
     """
     folder = Path(folder)
     check_new(folder)

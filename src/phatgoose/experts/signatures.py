@@ -56,7 +56,7 @@ class Signatures:
         return self.write(folder)
 
     def write(self, folder: Path) -> Path:
-        """The same without looking at the adapter: for importers that just wrote it."""
+        """Save without looking at the adapter, for importers that just wrote it."""
         kind = KINDS[self.kind]
         vectors = {name: vector.float() for name, vector in self.vectors.items()}
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vectors"}
@@ -101,7 +101,7 @@ class Signatures:
 
 @dataclass(frozen=True)
 class GateRecord:
-    """What belongs to gates beside their vectors."""
+    """What gates keep beside their vectors."""
 
     base: BaseIdentity
     adapter: str
@@ -134,9 +134,9 @@ class Gates(Signatures):
 
     @classmethod
     def load(cls, folder: str | Path) -> Union["Gates", None]:
-        """Read the gates of an expert folder; None where it has none.
+        """Read the gates of an expert folder; None if it has none.
 
-        Raises ExpertFormatError where they are damaged.
+        Raises ExpertFormatError if they are damaged.
         """
         found = read_signatures(Path(folder), KINDS[GATES])
         assert found is None or isinstance(found, Gates)

@@ -1,4 +1,4 @@
-"""Where the experts that a user names are."""
+"""Finds the experts that a user names."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from phatgoose.models.named import DEFAULT, TINY
 
 
 def expert_sources(given: Sequence[str | Path] | None, base: str | None = None) -> list[str | Path]:
-    """Expert folders and Hub ids; a folder of expert folders stands for all of them.
+    """List expert folders and Hub ids. A folder of expert folders stands for all of them.
 
     None stands for those in the package that are of this base; SmolLM2's, if there are none.
     """

@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer."""
+"""Loads a base model and its tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def _check_device(device: str) -> None:
 
 
 def best_device() -> str:
-    """The accelerator torch sees, else the CPU."""
+    """The accelerator that torch sees, or else the CPU."""
     if torch.accelerator.is_available():
         return str(torch.accelerator.current_accelerator())
     return "cpu"

@@ -1,4 +1,4 @@
-"""Pools of experts, models routed by them, and experts made out of several."""
+"""Pools of experts, the models that they route, and experts made out of several."""
 
 from phatgoose.pool.merge import MERGE_METHODS, merge_experts
 from phatgoose.pool.pool import ExpertPool

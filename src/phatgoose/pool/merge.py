@@ -23,7 +23,7 @@ def merge_experts(
     seed: int = 0,
     name: str = "merged",
 ) -> Expert:
-    """One expert, without gates, made of all experts of a pool; they themselves stay as they are.
+    """Make one expert without gates out of all experts of a pool, which stay as they are.
 
     Args:
         experts: a pool, or experts that would make one.
@@ -82,9 +82,9 @@ def _average(
 
 
 def gather(experts: Sequence[Expert]) -> dict[str, dict[int, Delta]]:
-    """The LoRAs of every module that any expert adapts, by the expert's place.
+    """Collect the LoRAs of every module that any expert adapts, by the expert's place.
 
-    Raises IncompatibleExpertError where two disagree about a module's size.
+    Raises IncompatibleExpertError if two disagree about a module's size.
     """
     sites: dict[str, dict[int, Delta]] = {}
     for index, expert in enumerate(experts):
@@ -104,7 +104,7 @@ def gather(experts: Sequence[Expert]) -> dict[str, dict[int, Delta]]:
 
 
 def common_base(experts: Iterable[Expert]) -> str | None:
-    """The base that the first expert to name one names."""
+    """The base named by the first expert that names one."""
     return next((expert.base_name for expert in experts if expert.base_name), None)
 
 

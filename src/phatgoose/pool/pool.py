@@ -78,7 +78,7 @@ class ExpertPool:
         return experts[_place(name, experts)]
 
     def index(self, name: str) -> int:
-        """Place of an expert among `names`. Raises ConfigError if there is none of that name."""
+        """The place of an expert among `names`. Raises ConfigError if none has that name."""
         return _place(name, self._experts)
 
     def add(self, expert: Expert | str | Path) -> Expert:

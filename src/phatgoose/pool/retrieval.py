@@ -103,7 +103,7 @@ def build_index(
 
 
 def embed(texts: Sequence[str], encoder: str, model: Any, tokenizer: Any) -> Float[Tensor, "N D"]:
-    """Embeddings of texts, in fp32 on the CPU; not normalised. See `build_index` for encoders."""
+    """Embed texts, in fp32 on the CPU and not normalised. See `build_index` for encoders."""
     if encoder != BASE_ENCODER:
         vectors = _sentence_transformer(encoder).encode(list(texts), convert_to_numpy=True)
         return torch.as_tensor(vectors).float()

@@ -1,4 +1,4 @@
-"""The sites of one routed model, kept in step with its pool."""
+"""Keeps the sites of one routed model in step with its pool."""
 
 import contextlib
 import logging
@@ -79,7 +79,7 @@ class RoutedModel:
         self.state.keeper.close()
 
     def prepare_add(self, expert: Expert) -> None:
-        """Check an expert and make room for it: whatever can fail, before anything changes."""
+        """Check an expert and make room for it. Whatever can fail does so here and changes nothing."""
         self._check_change(f"pool.add({expert.name})")
         self._check(expert)
         with self.state.forwards.ruled(Rules(allowed=frozenset())):
@@ -106,7 +106,7 @@ class RoutedModel:
 
     @contextlib.contextmanager
     def ruled(self, rules: Rules, what: str) -> Iterator[None]:
-        """Have the forwards of this thread, or task, inside the block follow `rules`."""
+        """Let the forwards of this thread, or task, inside the block follow `rules`."""
         forwards = self.state.forwards
         with self.pool.lock.reading(), self._mutex:
             self.state.check_own(what)

@@ -1,4 +1,4 @@
-"""Making a transformers model route, in place, and undoing it."""
+"""Makes a transformers model route, in place, and undoes it."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,9 +33,9 @@ def route(
 ) -> nn.Module:
     """Make a plain transformers model route every token among the pool's experts; return it.
 
-    The model is changed in place, by hooks on its linear layers: `generate`, caches, beams,
-    pipelines and evaluation work as before, `state_dict` is the same, and `unroute` restores it
-    exactly. The pool may change while it routes.
+    Hooks on its linear layers change the model in place. `generate`, caches, beams, pipelines and
+    evaluation work as before, `state_dict` is the same, and `unroute` restores the model exactly.
+    The pool may change while it routes.
 
     Args:
         model: the experts' base model; not a PeftModel.

@@ -1,4 +1,4 @@
-"""Routers: what each keeps per expert and site, and how it scores a token."""
+"""Routers. A router says what it keeps of an expert at a site, and how it scores a token."""
 
 from phatgoose.routers.arrow import ArrowRouter
 from phatgoose.routers.average import AverageActivationRouter

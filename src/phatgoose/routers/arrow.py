@@ -14,7 +14,7 @@ from phatgoose.routers.spectral import right_singular
 class ArrowRouter(Router):
     """|v·x|, v the top right singular vector of B A: the direction the adapter acts on most.
 
-    Softmax over the kept scores, divided by the temperature. Needs neither data nor training.
+    A softmax of the kept scores over the temperature weighs them. It needs no data and no training.
     Ostapenko et al. 2024, arXiv:2405.11157, section 4.1; top 3 at temperature 1 are the defaults of
     PEFT's Arrow, which finds the same vector by power iteration from a random start.
     """

@@ -16,7 +16,7 @@ class AverageActivationRouter(Router):
     """PHATGOOSE with a mean in place of the gate: v̂·û / sqrt(I).
 
     v is the mean over an expert's examples of the mean over each one's tokens of the module's
-    input, with the expert applied. Needs one forward over some data of the expert's and no
+    input, with the expert applied. It needs one forward over some of the expert's data, and no
     training. arXiv:2402.05859, section 4 (Average Activation).
     """
 

@@ -1,4 +1,4 @@
-"""What a router is."""
+"""The interface of a router."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Measuring:
 
 
 class Router(ABC):
-    """Offline, one signature per expert and site; online, a score per token and expert.
+    """Keeps one signature for each expert and site, and scores each token against it.
 
     A new router is a subclass with a `name`; `route(model, pool, router="name")` then finds it.
     """
@@ -59,7 +59,7 @@ class Router(ABC):
 
     @property
     def has_prior(self) -> bool:
-        """Whether `prior` is to be asked, which takes knowing the tokens of every forward."""
+        """Whether to ask for `prior`, which takes knowing the tokens of every forward."""
         return self.weighs_ids or type(self).prior is not Router.prior
 
     @property
@@ -72,7 +72,7 @@ class Router(ABC):
 
     @property
     def scores(self) -> bool:
-        """Whether `score` tells experts apart; where it does not, it is 0 for all of them."""
+        """Whether `score` tells experts apart. If not, it is 0 for all of them."""
         return True
 
     @property
@@ -81,22 +81,25 @@ class Router(ABC):
         return "nothing" if type(self).prepare is Router.prepare else "base"
 
     def take_background(self, ids: Int[Tensor, "B L"]) -> None:
-        """Ordinary text, for routers that want some; comes before `prepare`."""
+        """Take ordinary text. It is called before `prepare`, on routers that want some."""
         return
 
     def prepare(self, model: nn.Module, experts: Sequence[Expert]) -> None:
-        """Called with the bare model, and the experts about to join, before their signatures."""
+        """Measure what you need of the bare model and of the experts about to join.
+
+        It is called before their signatures are asked for.
+        """
         return
 
     @classmethod
     def measure(cls, given: Measuring) -> list[Vectors]:
-        """The vectors of the kind `measures`, by expert in their order."""
+        """Make the vectors of the kind `measures`, a dictionary for each expert in their order."""
         raise NotImplementedError(f"{cls.__name__} measures nothing")
 
     def kept(self, expert: Expert) -> Mapping[str, Float[Tensor, " I"]]:
         """The expert's vectors of the kind that this router needs, by module.
 
-        Raises MissingGateError where it has none.
+        Raises MissingGateError if it has none.
         """
         assert self.needs is not None, f"{self.name} needs no kind"
         found = expert.signatures.get(self.needs)
@@ -117,8 +120,8 @@ class Router(ABC):
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " W"]:
         """What is kept of `expert` at `module`, in fp32, ready to score with.
 
-        Mostly one vector of the module's input, W = I; a router that keeps more flattens it. A site
-        pads shorter ones with zeros at the end. Raises MissingGateError where the expert lacks
+        Mostly it is one vector of the module's input, W = I. A router that keeps more flattens it.
+        A site pads shorter ones with zeros at the end. Raises MissingGateError if the expert lacks
         what the router needs.
         """
 
@@ -126,23 +129,23 @@ class Router(ABC):
     def score(
         self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E W"]
     ) -> Float[Tensor, "T E"]:
-        """Score every token against every expert of the site, in fp32; -inf: no candidate."""
+        """Score every token against every expert of the site, in fp32. -inf is no candidate."""
 
     def worth(self, experts: Sequence[Expert]) -> Float[Tensor, "V E"]:
-        """What each token id is worth for each expert, fp32; the prior is made of its running mean.
+        """What each token id is worth for each expert, in fp32. Its running mean makes the prior.
 
-        The experts are prepared. Called again and again, so keep what is costly.
+        The experts are prepared. It is called again and again, so keep what is costly.
         """
         raise NotImplementedError(f"{self.name} weighs no token ids")
 
     def prior(self, context: TokenContext, experts: list[Expert]) -> Float[Tensor, "T E"] | None:
-        """Scores from the context alone, added to those of every module; None means no prior.
+        """Scores from the context alone, added to those of every module. None means no prior.
 
-        Unless a router says otherwise, they are made of its `worth`, where it has one.
+        Unless a router says otherwise, they are made of its `worth`, if it has one.
 
-        T is the B * L tokens of this forward, row after row; E counts all experts of the pool.
-        `context.ids` also holds the tokens already in the KV cache. Called once per
-        forward; of an encoder-decoder once per stream: encoder, decoder, encoder states as seen by
+        T counts the B * L tokens of this forward, row after row. E counts all experts of the pool.
+        `context.ids` also holds the tokens already in the KV cache. It is called once per forward.
+        An encoder-decoder calls it once per stream: encoder, decoder, and encoder states as seen by
         cross-attention.
         """
         if not self.weighs_ids:
@@ -152,7 +155,7 @@ class Router(ABC):
 
 
 class Modifier(Router):
-    """A router that changes what another one says; by name "ROUTER+MODIFIER"."""
+    """A router that changes the scores of another. Its name is "ROUTER+MODIFIER"."""
 
     def __init__(self, inner: Router | None = None) -> None:
         self.inner = inner
@@ -184,7 +187,9 @@ class Modifier(Router):
 
 
 def make_router(router: "str | Router") -> Router:
-    """A router by name, or the one given: "phatgoose", or "phatgoose+evidence" with a modifier.
+    """Make a router by its name: "phatgoose", or "phatgoose+evidence" with a modifier.
+
+    A router that is one already is returned as it is.
 
     Raises ConfigError for an unknown name.
     """
@@ -216,11 +221,14 @@ def router_names() -> list[str]:
 
 
 def measuring_routers() -> dict[str, type[Router]]:
-    """Who measures each kind of signature, the cheapest kinds first; gates are trained instead."""
+    """Find the router that measures each kind of signature, the cheapest kinds first.
+
+    Gates are trained instead.
+    """
     found = {kind.measures: kind for kind in Router._known.values()}
     return {name: found[name] for name in KINDS if name in found}
 
 
 def router_kinds() -> dict[str, type[Router]]:
-    """By the names that stand alone: all but modifiers."""
+    """The classes of routers by name, without modifiers."""
     return {n: kind for n, kind in Router._known.items() if not issubclass(kind, Modifier)}

@@ -23,7 +23,7 @@ AVERAGE = "average_activation"  # the signature to start from where there is one
 class MixedRouter(Router):
     """PHATGOOSE, where an expert without gates joins with a vector derived from what it has.
 
-    That is its average activation where there is one, else its Arrow vector, turned to give
+    That is its average activation if there is one, and else its Arrow vector, turned to give
     background text a positive mean score. It competes fairly with trained gates: the vector is
     scaled, and moved along the mean μ of standardised background activations, so that on background
     text its scores have the mean and the standard deviation that the trained gates' have on average
@@ -96,9 +96,9 @@ def _standardised(v: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
 
 
 def derivations(router: Router, experts: Iterable[Expert]) -> dict[str, str]:
-    """What a router makes a vector of in place of a gate, by the name of the expert without.
+    """Say what a router made a vector of in place of a gate, by the name of each such expert.
 
-    Empty for routers that derive none; with modifiers it is the innermost router that counts.
+    It is empty for routers that derive none. With modifiers, the innermost router counts.
     """
     while isinstance(router, Modifier) and router.inner is not None:
         router = router.inner

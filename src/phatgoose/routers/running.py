@@ -1,4 +1,4 @@
-"""A prior made of what token ids are worth: `strength` times their running mean."""
+"""A prior made of what token ids are worth: `strength` times the running mean."""
 
 import torch
 from jaxtyping import Float
@@ -11,10 +11,10 @@ from phatgoose.types import TokenContext
 def prior_of(
     worth: Float[Tensor, "V E"], context: TokenContext, *, strength: float, ahead: bool, who: str
 ) -> Float[Tensor, "T E"]:
-    """Of each token of this forward, row after row; fp32.
+    """The prior of each token of this forward, row after row, in fp32.
 
     With `ahead` a token of the prompt knows the rest of it. Raises ConfigError, in the name of
-    `who`, where ids are not known that it needs.
+    `who`, if it needs ids that are not known.
     """
     if context.ids is None:
         raise ConfigError(

@@ -12,7 +12,7 @@ from phatgoose.routers.base import Router
 
 @final
 class UniformRouter(Router):
-    """Every expert at weight 1 / E: the average of their products B A, one token at a time."""
+    """Gives every expert the weight 1 / E, which is the average of their products B A."""
 
     name = "uniform"
     defaults = {"top_k": "all"}

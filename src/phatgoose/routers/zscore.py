@@ -1,4 +1,4 @@
-"""Scores relative to what each expert gives any text."""
+"""Scores relative to those that each expert gives any text."""
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -18,8 +18,8 @@ from phatgoose.routers.inputs import read_by, written_by
 class ZScoreRouter(Modifier):
     """(score - mean) / standard deviation, both over background text, by expert and module.
 
-    As "seqr+zscore" the normalisation of SEQR (arXiv:2509.18093). The background, unless given as
-    token ids, is sampled from the base.
+    "seqr+zscore" is SEQR with its normalisation (arXiv:2509.18093). The background is sampled from
+    the base, unless you give it as token ids.
     """
 
     name = "zscore"

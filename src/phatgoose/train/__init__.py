@@ -1,4 +1,4 @@
-"""Training gates, and adapters to gate."""
+"""Trains gates, and adapters that want gates."""
 
 from typing import TYPE_CHECKING
 

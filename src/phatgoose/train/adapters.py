@@ -1,4 +1,4 @@
-"""Training LoRAs: one by transformers.Trainer, or many in one pass over the base."""
+"""Trains LoRAs: one with transformers.Trainer, or many in one pass over the base."""
 
 import shutil
 import sys
@@ -128,8 +128,8 @@ def train_adapters_together(
 
     Initial values, order of the examples, schedule, clipping and rounding are `train_adapter`'s,
     with the settings `settings.of_expert(name)`; with dropout the draws differ. Each adapter is
-    saved to a PEFT folder in `output_dir`, named like its task. Returns their modules, for
-    `train_gates_together`.
+    saved to a PEFT folder in `output_dir`, named like its task. Returns the modules, which
+    `train_gates_together` takes.
 
     Args:
         model: the plain transformers base, decoder-only or encoder-decoder; comes back unchanged.

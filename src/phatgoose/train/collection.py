@@ -1,4 +1,4 @@
-"""Collections on disk: an expert for each task, or gates for many adapters, some at a time."""
+"""Trains collections on disk: an expert for each task, or gates for many adapters."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def train_experts(
         gate_batch_size: of the gate phase; default: the adapter's.
         together: how many experts to train in one pass over the base; default: all.
 
-    Raises ConfigError where a folder there is no expert of this base, and what
+    Raises ConfigError if a folder there is no expert of this base, and what
     `train_adapters_together` and `train_gates_together` raise.
     """
     out, adapter, gates = Path(out), adapter or AdapterTraining(), gates or GateTraining()

@@ -1,4 +1,4 @@
-"""Vectors for routers that need no gates, measured on some of an expert's own data."""
+"""Measures vectors for routers that need no gates, on some of an expert's own data."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def derive_signatures(
     seed: int = SignatureMeasuring.seed,
     progress: bool = True,
 ) -> dict[str, dict[str, Signatures]]:
-    """Signatures of experts, by expert and kind; `Signatures.save(folder)` keeps one.
+    """Make signatures of experts, by expert and kind. `Signatures.save(folder)` keeps one.
 
     - "average_activation": for each adapted module, the mean over examples of the mean over an
       example's tokens of the module's input, with the expert applied (arXiv:2402.05859, section 4);
@@ -46,9 +46,9 @@ def derive_signatures(
     Args:
         model: the bare base, not routed; it comes back so.
         data: examples by expert's name (`tasks.encode`), of which `examples` are drawn.
-        kinds: which; default: all of these.
+        kinds: which kinds to make; default: all of these.
 
-    Raises ConfigError for an unknown kind, or where an expert has no data that its kinds need.
+    Raises ConfigError for an unknown kind, or if an expert lacks data that its kinds need.
     """
     routers = measuring_routers()
     kinds = tuple(routers) if kinds is None else kinds

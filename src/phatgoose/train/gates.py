@@ -1,4 +1,4 @@
-"""Training gates, as published: of one adapter, or of many in one pass over the base."""
+"""Trains gates as published, for one adapter or for many in one pass over the base."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -64,9 +64,9 @@ def train_gates(
 ) -> Gates:
     """Train one gate per module of a PeftModel's active LoRA; the model comes back unchanged.
 
-    Every adapted layer computes W u + scale * B A u * sigmoid(v·u) with v starting at zero; all
-    else is frozen and LoRA dropout is off (arXiv:2402.05859, section 3.1). AdamW, linear warm-up,
-    then a constant learning rate; gates stay in fp32, also under autocast.
+    Every adapted layer computes W u + scale * B A u * sigmoid(v·u), and v starts at zero. All else
+    is frozen and LoRA dropout is off (arXiv:2402.05859, section 3.1). The optimiser is AdamW with a
+    linear warm-up and then a constant learning rate. Gates stay in fp32, also under autocast.
 
     Args:
         model: a peft.PeftModel with a trained LoRA on linear layers. It may be spread by a
@@ -138,7 +138,7 @@ def train_gates_together(
         checkpoint: a folder to save progress in every few steps, and to go on from. Experts that
             are done are not trained again.
 
-    The other settings are `train_gates`'s.
+    The other settings are those of `train_gates`.
 
     Raises what `train_gates` raises, and:
         ConfigError: names or settings that do not fit, or a model or batch that is refused.

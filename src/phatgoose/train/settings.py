@@ -45,7 +45,7 @@ class AdapterTraining:
             )
 
     def of_expert(self, name: str) -> "AdapterTraining":
-        """The settings with which one of many would be the same if it were trained alone."""
+        """The settings that give one of many experts the same result if it is trained alone."""
         if not self.seed_each:
             return self
         digest = sha256(f"{self.seed} {name}".encode()).digest()
@@ -63,7 +63,7 @@ class AdapterTraining:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def lora_config(self, *, seq2seq: bool) -> Any:
-        """PEFT's LoraConfig for it."""
+        """Make PEFT's LoraConfig of these settings."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -112,7 +112,7 @@ class GateTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class SignatureMeasuring:
-    """On how much of an expert's data signatures are measured."""
+    """How much of an expert's data signatures are measured on."""
 
     examples: int = 256
     batch_size: int = 16
