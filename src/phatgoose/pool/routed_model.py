@@ -79,7 +79,7 @@ class RoutedModel:
         self.state.keeper.close()
 
     def prepare_add(self, expert: Expert) -> None:
-        """Check an expert and make room for it. Whatever can fail does so here and changes nothing."""
+        """Check an expert and make room for it. What can fail does so here, changing nothing."""
         self._check_change(f"pool.add({expert.name})")
         self._check(expert)
         with self.state.forwards.ruled(Rules(allowed=frozenset())):
