@@ -20,7 +20,7 @@ The pool in the package, and a question to it; docs/serving.md has the rest:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(KnobOptions, PoolOptions):
-    """Serve a pool by vLLM: OpenAI's API, every token routed, experts that come and go."""
+    """Serve a pool with vLLM, behind OpenAI's API. Experts may come and go meanwhile."""
 
     router: str | None = option(
         "how tokens choose their experts: a router's name (docs/serving.md has those that can be "
