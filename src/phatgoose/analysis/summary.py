@@ -125,7 +125,8 @@ def shares(weights: Float[Tensor, "*B E"]) -> Float[Tensor, "*B E"]:
 
 def entropy(distribution: Float[Tensor, "*B E"]) -> Float[Tensor, "*B"]:
     """-Σ p log2 p of each row, in bits."""
-    return torch.special.entr(distribution).sum(-1).abs() / math.log(2)
+    nats: Tensor = torch.special.entr(distribution).sum(-1).abs()
+    return nats / math.log(2)
 
 
 def _spread(trace: Trace, module: str) -> Float[Tensor, "N E+1"]:

@@ -84,7 +84,7 @@ def _oracles(
 def _read_oracles(path: Path) -> dict[str, str]:
     """The best single expert of each task, by an evaluation's results."""
     try:
-        oracle = read_json(path, error=ConfigError)["oracle"]
+        oracle: dict[str, str] = read_json(path, error=ConfigError)["oracle"]
         if not all(isinstance(expert, str) for expert in oracle.values()):
             raise TypeError("its oracle names no experts")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

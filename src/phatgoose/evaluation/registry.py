@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import methods
@@ -141,7 +140,7 @@ def _given(expert: Expert, pool: ExpertPool) -> Expert:
     return expert
 
 
-_MAKERS: Mapping[str, Callable[[str, Inputs], Any]] = {
+_MAKERS: Mapping[str, Callable[[str, Inputs], methods.Method]] = {
     "base": lambda name, inputs: methods.Base(name),
     "own": lambda name, inputs: methods.Own(name),
     "retrieval": _retrieval,

@@ -28,7 +28,8 @@ def resampled_means(
     count = len(scores)
     # How often each draw has each example: a matrix product then gives all means at once.
     draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=resamples)
-    return draws @ scores / count
+    means: np.ndarray = draws @ scores / count
+    return means
 
 
 def interval(value: float, samples: Float[np.ndarray, " S"]) -> Interval:

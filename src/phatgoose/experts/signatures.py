@@ -210,7 +210,7 @@ def read_signatures(folder: Path, kind: Kind) -> Signatures | None:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    record = parse_json(text)
+    record: dict[str, Any] = parse_json(text)
     version = record.pop("format_version") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"format_version is {version!r}, this release reads {FORMAT_VERSION}")

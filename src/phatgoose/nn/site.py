@@ -131,7 +131,7 @@ class Site:
         if routed.down is None:
             flat = x.reshape(-1, x.shape[-1])
             mine = routed.experts[:, place], routed.weights[:, place]
-            delta = torch.ops.phatgoose.routed_lora(
+            delta: Tensor = torch.ops.phatgoose.routed_lora(
                 flat, self.bank.a[self.part], b, *mine, self.bank.backend
             )
             return output + delta.view(output.shape).to(output.dtype)

@@ -228,4 +228,6 @@ def routed_lora(
     unknown or cannot run on x's device.
     """
     chosen = choose_backend(backend, x.device.type, a.dtype)
-    return torch.ops.phatgoose.routed_lora(x, a, b, routing.experts, routing.weights, chosen)
+    operator = torch.ops.phatgoose.routed_lora
+    output: Tensor = operator(x, a, b, routing.experts, routing.weights, chosen)
+    return output

@@ -285,10 +285,11 @@ def _device(layer: nn.Module) -> torch.device:
 
 def _dtype(layer: nn.Module, model: nn.Module) -> torch.dtype:
     """The dtype to compute LoRA products in: the layer's own, or the model's if it is quantised."""
-    for dtype in (
+    found: list[torch.dtype | None] = [
         getattr(getattr(layer, "weight", None), "dtype", None),
         getattr(model, "dtype", None),
-    ):
-        if dtype in COMPUTE_DTYPES:
+    ]
+    for dtype in found:
+        if dtype is not None and dtype in COMPUTE_DTYPES:
             return dtype
     return torch.get_default_dtype()

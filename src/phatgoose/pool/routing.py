@@ -179,7 +179,8 @@ def assign(model: nn.Module, experts: Sequence[str | None]) -> Iterator[None]:
 
 def _routed(model: nn.Module) -> RoutedModel:
     try:
-        return _plain(model).__dict__[ATTRIBUTE]
+        routed: RoutedModel = _plain(model).__dict__[ATTRIBUTE]
+        return routed
     except KeyError:
         raise RoutingError(
             "this model does not route. Call phatgoose.route(model, pool) first."

@@ -260,7 +260,8 @@ class AdapterEvidence(ContextEvidence):
         values, basis = torch.linalg.svd(spaces, full_matrices=False)[1:]
         basis = basis[values > 1e-9 * values.max()]
         projection = (basis @ whitening).float()
-        return (centred @ projection.T).norm(dim=1).double()
+        norms: Tensor = (centred @ projection.T).norm(dim=1)
+        return norms.double()
 
 
 @final

@@ -137,4 +137,5 @@ def _matched(
     rest = shift**2 * qq - deviation.double() ** 2
     root_of = (linear**2 - 4 * square * rest).clamp_min(0).sqrt()
     a = (-linear + root_of) / (2 * square)
-    return (a * vector.double() + (shift + slope * a) * mu.double()).float()
+    derived: Tensor = a * vector.double() + (shift + slope * a) * mu.double()
+    return derived.float()

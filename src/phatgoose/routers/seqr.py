@@ -25,7 +25,8 @@ class SeqrRouter(Router):
     def signature(self, expert: Expert, module: str) -> Float[Tensor, " RI"]:
         lora = expert.modules[module].plain(f"seqr: {expert.name} at {module}")
         inner = torch.linalg.qr(lora.b.double(), mode="r").R
-        return (lora.scale * inner @ lora.a.double()).float().flatten()
+        product: Tensor = lora.scale * inner @ lora.a.double()
+        return product.float().flatten()
 
     def score(
         self, x: Float[Tensor, "T I"], signatures: Float[Tensor, "E RI"]

@@ -38,4 +38,5 @@ def norms(x: Float[Tensor, "T I"], signatures: Float[Tensor, "E W"]) -> Float[Te
     """‖M x‖ in fp32 for signatures that are matrices M [R I], flattened; W = R * I."""
     width = x.shape[-1]
     products = x.float() @ signatures.reshape(-1, width).T
-    return products.view(len(x), len(signatures), -1).norm(dim=-1)
+    scores: Tensor = products.view(len(x), len(signatures), -1).norm(dim=-1)
+    return scores

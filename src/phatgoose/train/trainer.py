@@ -37,7 +37,8 @@ def train_gates_from_trainer(
 
     def loss(_: nn.Module, batch: dict[str, Any]) -> Tensor:
         with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, batch)
+            value: Tensor = trainer.compute_loss(model, batch)
+            return value
 
     processing = trainer.processing_class
     processing = getattr(processing, "tokenizer", processing)  # a multimodal processor has one

@@ -105,7 +105,8 @@ class Evidence:
         if self._ahead:
             inside = (read <= prompt[which]).unsqueeze(1)
             means = torch.where(inside, self._whole[row][which], means)
-        return (self._strength * means).float()
+        prior: Tensor = (self._strength * means).float()
+        return prior
 
     def _return_to(self, request: str, first: int, known: Mapping[str, Sequence[int]]) -> None:
         """Start a request's sums anew from its first tokens."""

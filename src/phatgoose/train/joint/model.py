@@ -143,4 +143,5 @@ def _means(losses: Float[Tensor, " N"], targets: Targets, rows: Rows) -> Float[T
     owners = rows.owners[targets.rows].to(losses.device)
     sums = losses.new_zeros(2, len(rows.counts))
     total, count = sums.index_add(1, owners, torch.stack([losses, torch.ones_like(losses)]))
-    return total / count
+    means: Tensor = total / count
+    return means

@@ -65,7 +65,9 @@ class Packed:
     def norms(self) -> Float[Tensor, " E"]:
         """The norm of each expert's gradient."""
         parts = [torch.linalg.vector_norm(part, dim=1) for part in self._by_expert()]
-        return torch.linalg.vector_norm(torch.stack([p.to(parts[0].device) for p in parts]), dim=0)
+        stacked = torch.stack([part.to(parts[0].device) for part in parts])
+        norms: Tensor = torch.linalg.vector_norm(stacked, dim=0)
+        return norms
 
     def clip(self, norms: Float[Tensor, " E"], longest: float) -> None:
         """Shorten each expert's gradient to `longest`, as torch's clip_grad_norm_ does."""
