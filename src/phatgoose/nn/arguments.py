@@ -1,4 +1,4 @@
-"""What a forward of a transformers model was given, told by what it is where names change."""
+"""Reads the arguments of a transformers model's forward, by what they are if names change."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 def named(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a forward by name, those in its `**kwargs` too."""
+    """Name the arguments of a forward, those in its `**kwargs` too."""
     try:
         bound = signature.bind_partial(*args, **kwargs).arguments
     except TypeError:  # the forward will say so itself
@@ -23,7 +23,7 @@ def named(
 
 
 def shape_of(arguments: Mapping[str, Any]) -> tuple[int, int, torch.device] | None:
-    """Sequences, tokens and device of a forward; None without ids or embeddings."""
+    """Find the sequences, tokens and device of a forward; None without ids or embeddings."""
     for key in ("input_ids", "inputs_embeds"):
         if arguments.get(key) is not None:
             return (*arguments[key].shape[:2], arguments[key].device)
@@ -31,7 +31,7 @@ def shape_of(arguments: Mapping[str, Any]) -> tuple[int, int, torch.device] | No
 
 
 def cache_of(values: Iterable[Any]) -> Any:
-    """The KV cache among a forward's arguments or outputs, told by what it can do."""
+    """Find the KV cache among a forward's arguments or outputs, by what it can do."""
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 

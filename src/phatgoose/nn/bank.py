@@ -78,11 +78,11 @@ class Bank(nn.Module):
         return b
 
     def view(self, parts: range) -> tuple[Gates, Tensor]:
-        """What tokens are scored by at these parts, and a [S, C, R, I].
+        """What scores tokens at these parts, and a [S, C, R, I].
 
-        Sums over spare slots may be rounded differently, and are slow on a CPU, so they are left
-        out; but a compiled model must not depend on how many experts there are, nor need it where
-        the backend's results do not depend on spare slots.
+        Spare slots are left out, because sums over them may be rounded differently and are slow on
+        a CPU. They stay in a compiled model, which must not depend on how many experts there are,
+        and for a backend whose results do not depend on spare slots.
         """
         if torch.compiler.is_compiling():
             return self._view(parts, self.capacity)
@@ -128,7 +128,7 @@ class Bank(nn.Module):
         return self.a.shape[1]
 
     def reserve(self, capacity: int, rank: int, width: int = 0) -> None:
-        """Make room for experts of up to `rank`, signatures of up to `width`; what is stays."""
+        """Make room for experts of up to `rank`, with signatures of up to `width`; keep the rest."""
         room = self.capacity
         if width > self.signatures.shape[2]:
             self.signatures = _grown(self.signatures, (self.parts, room, width))
@@ -158,7 +158,7 @@ class Bank(nn.Module):
         self._write(slot, parts)
 
     def replace(self, slot: int, parts: Mapping[int, tuple[Float[Tensor, " I"], Delta]]) -> None:
-        """Put another expert, or none, into a slot; it must not need more room than there is."""
+        """Put another expert, or none, into a slot. It must not need more room than there is."""
         self.ranks[slot] = _rank(parts)
         self._write(slot, parts)
 
@@ -177,7 +177,7 @@ class Bank(nn.Module):
         self._refresh(slice(slot, slot + 1))
 
     def remove(self, member: int) -> None:
-        """Take the pool's expert `member` out; later ones move down, here and in the pool."""
+        """Take the pool's expert `member` out. Later ones move down, here and in the pool."""
         if member in self.members:
             slot, last = self.members.index(member), len(self.members)
             stacked = [self.signatures, self.a, self.present]

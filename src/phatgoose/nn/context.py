@@ -1,4 +1,4 @@
-"""Knowing, inside a layer, which tokens it is looking at."""
+"""Tells a layer which tokens it is looking at."""
 
 import functools
 import inspect
@@ -36,8 +36,8 @@ class ContextKeeper:
     decoder sees them ("cross").
 
     During `generate` the ids so far come from the arguments of `prepare_inputs_for_generation`,
-    which are right under beam search; in a hand-written loop from the forwards that filled the
-    cache. A `generate` holds the pool from its beginning to its end.
+    which are right under beam search. In a hand-written loop they come from the forwards that
+    filled the cache. A `generate` holds the pool from its beginning to its end.
     """
 
     def __init__(self, model: Any, forwards: Forwards | None = None) -> None:
@@ -60,9 +60,9 @@ class ContextKeeper:
     def find(
         self, module: str, x: Tensor, forward: Forward | None = None
     ) -> tuple[Stream, TokenContext | None]:
-        """The stream of `module`'s input `x`, and the context of its tokens where it is known.
+        """The stream of `module`'s input `x`, and the context of its tokens if it is known.
 
-        It is not where `module` runs outside a forward of the model, or sees a part of its tokens.
+        It is unknown if `module` runs outside a forward of the model, or sees a part of its tokens.
         """
         if torch.compiler.is_compiling():
             return "decoder", None

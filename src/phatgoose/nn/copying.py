@@ -1,4 +1,4 @@
-"""Copies of a routed model, which there are none of."""
+"""Refuses copies of a routed model."""
 
 from typing import NoReturn
 

@@ -1,4 +1,4 @@
-"""What a call of `generate` was given, and which of its tokens are its own."""
+"""What a call of `generate` was given, and which tokens it wrote itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ def setting(model: Any, name: str, arguments: Mapping[str, Any]) -> Any:
 def without_finished(context: TokenContext, ends: Any) -> TokenContext:
     """Count what `generate` appends to sequences that have ended as the padding it is.
 
-    It says so in no mask: only an end-of-sequence among the tokens it wrote before tells.
+    No mask says so. Only an end-of-sequence among the tokens that it wrote before tells.
     """
     if ends is None or context.ids is None:
         return context

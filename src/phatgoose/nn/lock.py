@@ -1,4 +1,4 @@
-"""Many forwards at once, or one change of the pool."""
+"""Lets many forwards run at once, or one change of the pool alone."""
 
 import sys
 import threading

@@ -45,16 +45,16 @@ class RoutingSettings:
         return cls(**{**router.defaults, **chosen})
 
     def kept(self, candidates: int) -> int:
-        """How many experts a token keeps of so many candidates, at most."""
+        """How many experts a token keeps at most, of so many candidates."""
         return candidates if self.top_k == "all" else self.top_k
 
     def choosing(self, slots: int) -> Choosing:
-        """As the operators want it, for a bank of so many slots."""
+        """The settings as operators take them, for a bank of so many slots."""
         unit = self.scale == "unit"
         return Choosing(self.kept(slots), self.temperature, unit, self.null_score)
 
     def note_size(self, experts: int) -> None:
-        """Say that a pool of so many experts has fewer than top_k, if it has; once a process."""
+        """Log, once a process, if a pool of so many experts has fewer than top_k."""
         if self.top_k != "all" and experts < self.top_k:
             _say_fewer(self.top_k, experts)
 

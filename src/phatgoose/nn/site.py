@@ -45,11 +45,11 @@ class Routed:
 class Site:
     """Forward hooks on one linear layer, a part of a bank. Adds to its output; changes no weight.
 
-    Before the layer runs, its input is routed and projected down; after it, what comes of that is
-    added to the layer's output in place. On the way into a CUDA graph, with few tokens, all that is
-    launched after the layer and runs beside it. The first layer of a bank does so for all that read
-    the same input; inside torch.compile a write to the input between two of them goes unnoticed.
-    Where gradients are wanted, one differentiable operator after the layer does it all.
+    Before the layer runs, its input is routed and projected down. After it, the result is added to
+    the layer's output in place. While a CUDA graph is captured with few tokens, all of this is
+    launched after the layer and runs beside it. The first layer of a bank routes for all layers
+    that read the same input. Inside torch.compile, a write to the input between two of them goes
+    unnoticed. If gradients are wanted, one differentiable operator after the layer does it all.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class RoutingState:
         return self.keeper.forwards
 
     def forward(self) -> Forward:
-        """What the layer that runs now is a part of."""
+        """The forward that the running layer belongs to."""
         if torch.compiler.is_compiling():
             _note_compiled(self._number)
             return self.keeper.forwards.traced
@@ -101,7 +101,7 @@ class RoutingState:
     def check_own(self, what: str) -> None:
         """Raise RoutingError where another thread compiled the model or captured it in a graph.
 
-        What was compiled runs without asking, so nothing can wait for it.
+        Compiled code runs without asking, so nothing can wait for it.
         """
         alive = {thread.ident for thread in threading.enumerate()}
         self.compiled_by &= alive  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What was routed where."""
+"""The record of what was routed where."""
 
 import threading
 from collections import defaultdict
@@ -67,7 +67,7 @@ class Trace:
         return [index[name] for name in names]
 
     def close(self) -> None:
-        """Put the calls together, leaving out padding."""
+        """Put the calls together, without padding."""
         every = [routing for calls in self._seen.values() for _, _, routing in calls]
         self.top_k = max([self.top_k, *(routing.experts.shape[1] for routing in every)])
         for module, calls in self._seen.items():
