@@ -128,7 +128,7 @@ class Bank(nn.Module):
         return self.a.shape[1]
 
     def reserve(self, capacity: int, rank: int, width: int = 0) -> None:
-        """Make room for experts of up to `rank`, with signatures of up to `width`; keep the rest."""
+        """Make room for experts of up to `rank`, with signatures of up to `width`."""
         room = self.capacity
         if width > self.signatures.shape[2]:
             self.signatures = _grown(self.signatures, (self.parts, room, width))
