@@ -268,3 +268,19 @@ def test_the_real_base_is_what_the_hub_has():
         0, ids["input_ids"].shape[1] :
     ]
     assert tokenizer.decode(answer).startswith("The capital of France is Paris.")
+
+
+def test_the_special_tokens_are_the_models_whatever_transformers_reads(monkeypatch, tmp_path):
+    """Experts end their answers as the tokenizer says, so it may not depend on a version."""
+    import transformers
+
+    class Read:
+        eos_token = bos_token = "<|im_start|>"
+        backend_tokenizer = type("Backend", (), {})()
+
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: make_model("llama")
+    )
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: Read())
+    _, tokenizer = wheel._read(tmp_path / "a.gguf")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")

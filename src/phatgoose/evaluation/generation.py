@@ -1,6 +1,7 @@
 """Greedy answers in batches."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from phatgoose.errors import ConfigError
@@ -99,6 +100,7 @@ def _continue(
     """The new ids of each row, up to end-of-sequence."""
     seq2seq = is_seq2seq(model)
     ids, mask = padded(rows, pad_id(tokenizer), "right" if seq2seq else "left")
+    ends = _ends(model, tokenizer)
     with evaluating(model):
         output = model.generate(
             input_ids=ids.to(model.device),
@@ -107,9 +109,16 @@ def _continue(
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             pad_token_id=pad_id(tokenizer),
         )
     new: list[list[int]] = output[:, 1 if seq2seq else ids.shape[1] :].tolist()
-    end = tokenizer.eos_token_id
-    return [row[: row.index(end)] if end in row else row for row in new]
+    return [list(takewhile(lambda token: token not in ends, row)) for row in new]
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those the model's own settings name."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = own if isinstance(own, list) else [own]
+    found = dict.fromkeys([tokenizer.eos_token_id, *more])
+    return [token for token in found if token is not None]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from phatgoose.errors import BaseNotFoundError, ConfigError, first_line
+from phatgoose.models import wheel
 from phatgoose.models.named import Base, find_base, tell
 
 
@@ -63,6 +64,7 @@ def _rename(model: Any, tokenizer: Any, base: Base) -> None:
     if base.revision is not None:
         model.name_or_path = tokenizer.name_or_path = model.config._name_or_path = base.name
         model.config._commit_hash = base.revision
+        model.generation_config.eos_token_id = wheel.ENDS
 
 
 def _check_device(device: str) -> None:

