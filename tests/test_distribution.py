@@ -40,7 +40,7 @@ def test_the_wheel_is_the_package_and_nothing_else(built: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.startswith(about)}
     assert {f"src/{name}" for name in names} == tracked("src/phatgoose")
-    assert {"phatgoose/py.typed", "phatgoose/default/demo.jsonl"} <= names
+    assert {"phatgoose/py.typed", "phatgoose/default/tiny/demo.jsonl"} <= names
 
 
 def test_the_source_distribution_has_its_tests(built: Path) -> None:

@@ -1,7 +1,7 @@
 """Every error of ours, under one base class.
 
 A message tells who, what was found, what was wanted and what to do, in one line. It may quote a
-stranger's file, so it is made fit for a terminal and a log where it is made.
+stranger's file, so it is made fit for a terminal and a log where it is read.
 """
 
 from phatgoose.text import visible
@@ -18,8 +18,9 @@ def first_line(error: BaseException) -> str:
 class PhatgooseError(Exception):
     """Base class of all errors raised by phatgoose."""
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*(_shown(a) if isinstance(a, str) else a for a in arguments))
+    # Not in __init__: torch.compile gives an error's own words only where it can make the error.
+    def __str__(self) -> str:
+        return _shown(super().__str__())
 
 
 def _shown(message: str) -> str:

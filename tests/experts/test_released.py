@@ -30,6 +30,7 @@ from phatgoose.experts import (
 )
 from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.experts.released import FLAN_NAMES, P3_NAMES, import_released
+from phatgoose.files import PARTIAL
 
 RANK = 16
 LAYER1, LAYER2 = "_addons.expert_lora.layer1__", "_addons.expert_lora.layer2__"
@@ -293,7 +294,7 @@ def test_an_interrupted_import_resumes(run, few, tmp_path, monkeypatch):
             run(few)
     assert sorted(os.listdir(out)) == ["expert_000", "expert_001"]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    leftover = out / ".expert_002.partial"  # as a killed process leaves it
+    leftover = out / f".expert_002{PARTIAL}"  # as a killed process leaves it
     leftover.mkdir()
     (leftover / "junk").write_text("half")
     assert len(run(few)) == 5

@@ -13,7 +13,7 @@ from phatgoose import ExpertPool, record, restrict, route
 from phatgoose.nn import Bank, group_siblings
 from phatgoose.nn.siblings import CROSS_ATTENTION, SIBLINGS
 from phatgoose.nn.site import Site
-from phatgoose.pool import routing
+from phatgoose.pool import routed_model
 from tests.models import LINEARS, make_batch, make_model, save_experts
 from tests.tolerances import TOLERANCE, assert_near
 
@@ -105,7 +105,7 @@ def test_the_order_of_the_names_only_orders_the_groups(names, random):
 @contextlib.contextmanager
 def no_siblings():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "group_siblings", lambda names: [(name,) for name in names])
+        patch.setattr(routed_model, "group_siblings", lambda names: [(name,) for name in names])
         yield
 
 

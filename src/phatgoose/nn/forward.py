@@ -36,6 +36,11 @@ class Rules:
         """Whether no expert is allowed."""
         return self.allowed is not None and not self.allowed
 
+    def like(self, other: "Rules") -> bool:
+        """Whether a forward under the other rules does the same, into the same trace."""
+        mine, others = (self.allowed, self.assigned), (other.allowed, other.assigned)
+        return mine == others and self.trace is other.trace
+
 
 NO_RULES = Rules()
 # By model; a thread, or a task of asyncio, has its own blocks.
@@ -142,6 +147,8 @@ class Forwards:
 
     def check(self, forward: Forward) -> None:
         """Raise RoutingError where the pool changed under layers that run outside any forward."""
+        if forward is self.traced:  # between two compiled parts of a forward; see check_own
+            return
         if not self._stack() and (self.lock.is_taken() or forward.version != self.lock.version):
             raise RoutingError(CHANGED)
 
@@ -158,7 +165,8 @@ class Forwards:
             raise RoutingError(CHANGED)
         rules = self.rules() if torch._C._current_graph_task_id() == -1 else self._rules_again()
         found: Forward | None = getattr(self._mine, "loose", None)
-        if found is None or found.rules is not rules or found.version != self.lock.version:
+        # Forwards whose blocks were alike have rules of their own each, and any may be given here.
+        if found is None or not found.rules.like(rules) or found.version != self.lock.version:
             found = self._mine.loose = Forward(rules, self.lock.version)
         found.captured = is_captured()
         return found
