@@ -31,7 +31,7 @@ class RandomEvidence(ContextEvidence):
     def require(self, expert):
         pass
 
-    def weigh(self, experts, inputs):
+    def weigh(self, experts, inputs, background):
         seeds = [int(expert.name[1:]) for expert in experts]
         random = [torch.Generator().manual_seed(seed) for seed in seeds]
         return torch.stack([torch.randn(len(inputs), generator=each) for each in random])
