@@ -14,6 +14,7 @@ from tests.serve.models import VOCABULARY, save_base, save_pool
 
 LOGPROB = 1e-4  # the most that log-probabilities may differ
 NEAR_TIE = 3e-6  # between scores of about 1
+NEAR_TIE_OF_RANKS = 1e-5
 BUDGET = 64  # tokens in a forward: longer prompts go in chunks
 
 pytestmark = pytest.mark.slow
@@ -59,9 +60,14 @@ def demo(reference):
     model, tokenizer = load_base(tiny.BASE, device="cpu")
     rows = [json.loads(line)["inputs"] for line in tiny.DEMO.read_text().splitlines()]
     prompts = [tokenizer(text).input_ids for text in [*rows, "\n".join(rows)]]
-    assert max(map(len, prompts)) > 2 * BUDGET
     pool = tiny.expert_folders()
     wanted = reference(model, pool, prompts, top_k=2)
+    # Two ranks and a compiler round by more than one rank does: a prompt that is nearer to a tie is
+    # left out, and few are.
+    kept = [i for i, answer in enumerate(wanted) if answer["gap"] >= NEAR_TIE_OF_RANKS]
+    assert len(kept) > 0.8 * len(prompts)
+    prompts, wanted = [prompts[i] for i in kept], [wanted[i] for i in kept]
+    assert max(map(len, prompts)) > 2 * BUDGET
     assert_differ(wanted, reference(model, [], prompts))
     return prompts, wanted
 

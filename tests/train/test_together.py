@@ -98,6 +98,7 @@ def test_in_groups(size):
     assert_alone(found, models, batches, **settings)
 
 
+@pytest.mark.wrong_types
 def test_shuffled_data_comes_in_the_order_it_has_alone():
     base, models = make_collection(count=3)
     batches = {name: DataLoader(make_rows(12), 2, shuffle=True) for name in models}
