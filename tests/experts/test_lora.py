@@ -18,6 +18,7 @@ from phatgoose.experts.lora import (
     refuse_unsupported,
     scale_of,
 )
+from phatgoose.experts.targets import Targets
 
 # For each base, patterns that match some of what its adapters adapt.
 RANKS = {
@@ -487,3 +488,11 @@ def test_targets_that_would_take_long_are_refused(save_adapter, edit_json, monke
     monkeypatch.setattr("phatgoose.experts.patterns.MOST_WORK", 20)
     with pytest.raises(ExpertFormatError, match="target_modules: the patterns take too long"):
         load_expert(folder)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("said", [{"q_proj": 1}, 3, True])
+def test_targets_that_are_no_names_are_refused(field, said):
+    """PEFT goes through a mapping's keys, so `{"q_proj": ...}` excludes q_proj there."""
+    with pytest.raises(ExpertFormatError, match=f"{field} is .*wanted is a list of names"):
+        Targets({field: said})

@@ -29,13 +29,9 @@ VERDICTS = ("accepted", "refused", "crashed", "wrong", "hung")
 SHOWN = 20  # bad inputs that are told at the end
 
 
-class Hung(BaseException):
-    """Too long; no handler of Exception stops it."""
-
-
 def judge(world: Any, number: int, seed: int, seconds: float) -> tuple[str, str, str]:
     """(reader, verdict, what was said) of one input, within so many seconds."""
-    from tests.fuzz.world import READERS, Wrong, run
+    from tests.fuzz.world import READERS, Hung, Wrong, run
 
     def stop(*_: Any) -> None:
         raise Hung

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from phatgoose.errors import ExpertFormatError
 from phatgoose.experts.patterns import PatternError, Patterns
 
 
@@ -15,7 +16,7 @@ class Targets:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._with, self._without = (
-            _matcher(config.get(field)) for field in ("target_modules", "exclude_modules")
+            _matcher(field, config.get(field)) for field in ("target_modules", "exclude_modules")
         )
         wanted = config.get("target_modules")
         self._in_full = wanted if isinstance(wanted, list) else []
@@ -36,11 +37,16 @@ class Targets:
         return bool(numbers) and int(numbers[0]) in self._layers
 
 
-def _matcher(said: Any) -> Any:
+def _matcher(field: str, said: Any) -> Any:
     """A function of a module's name, or None where nothing can be told."""
-    if isinstance(said, list):
+    if isinstance(said, list | tuple | set):
         return lambda module: any(module == n or module.endswith(f".{n}") for n in said)
-    if not isinstance(said, str) or not said or said.lower() == "all-linear":
+    if said and not isinstance(said, str):
+        raise ExpertFormatError(
+            f"adapter_config.json: {field} is {said!r}, wanted is a list of names, or one pattern. "
+            "Save the adapter again with PEFT."
+        )
+    if not said or said.lower() == "all-linear":
         return None
     try:
         patterns = Patterns([f"^(?:{said})"])
