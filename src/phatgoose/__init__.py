@@ -12,6 +12,7 @@ from phatgoose.lazy import on_first_use
 if TYPE_CHECKING:
     from phatgoose.experts import Expert, Gates, load_expert, save_expert, verify_expert
     from phatgoose.pool import (
+        Choice,
         ExpertPool,
         assign,
         merge_experts,
@@ -36,6 +37,7 @@ __version__ = "0.2.0"
 
 # Loaded on first use, so that `import phatgoose` and `phatgoose --help` do not load torch.
 _WHERE = {
+    "Choice": "pool",
     "Expert": "experts",
     "ExpertPool": "pool",
     "Gates": "experts",
@@ -60,6 +62,7 @@ _WHERE = {
     "verify_expert": "experts",
 }
 __all__ = [
+    "Choice",
     "Expert",
     "ExpertPool",
     "Gates",

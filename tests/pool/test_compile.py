@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from phatgoose import ExpertPool, record, restrict, route, unroute
+from phatgoose import Choice, ExpertPool, assign, record, restrict, route, unroute
 from phatgoose.errors import RoutingError
 from phatgoose.ops.backends.sorting import FEW_PAIRS
 from tests.models import LINEARS, make_batch, make_model, mixed_targets, save_experts
@@ -130,6 +130,22 @@ def test_restricted_to_nobody_is_the_base(folders):
     with restrict(both.model, []):
         assert torch.equal(both.compare(), make_base_logits())
     both.compare()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"e0": 0.7, "e1": 0.2, "e2": 1.3}, {"e2": 0.5}],
+        [{"e0": 0.7, "e1": 0.2, "e2": 1.3}, Choice(allow=["e0", "e2"], top_k=1, temperature=0.5)],
+    ],
+    ids=str,
+)
+def test_rows_that_ask_for_themselves(rows, folders):
+    both = Compiled(folders)
+    routed = both.compare()
+    with assign(both.model, rows):
+        assert not torch.equal(both.compare(), routed)
+    assert torch.equal(both.compare(), routed)
 
 
 def make_base_logits():

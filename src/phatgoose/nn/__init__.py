@@ -1,6 +1,7 @@
 """Routed layers: a bank of experts at each site, and the hooks that make a model use them."""
 
 from phatgoose.nn.bank import Bank
+from phatgoose.nn.choice import Choice
 from phatgoose.nn.context import ContextKeeper
 from phatgoose.nn.forward import NO_RULES, Forwards, Rules, Stream
 from phatgoose.nn.lock import PoolLock
@@ -13,6 +14,7 @@ from phatgoose.nn.trace import TokenTable, Trace
 __all__ = [
     "NO_RULES",
     "Bank",
+    "Choice",
     "ContextKeeper",
     "Forwards",
     "PoolLock",

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.errors import RoutingError
+from phatgoose.nn.choice import Choice
 from phatgoose.nn.lock import PoolLock, frames_of
+from phatgoose.nn.rows import Row
 from phatgoose.types import TokenContext
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Rules:
     """What the `restrict`, `assign` and `record` blocks around a forward ask of it."""
 
     allowed: frozenset[str] | None = None  # the experts it may use, by name; None: all
-    assigned: tuple[str | None, ...] | None = None  # the one expert of each row; None: the base
+    rows: tuple[Choice, ...] | None = None  # what each row asks for itself
     trace: "Trace | None" = None
 
     @property
@@ -38,7 +40,7 @@ class Rules:
 
     def like(self, other: "Rules") -> bool:
         """Whether a forward under the other rules does the same, into the same trace."""
-        mine, others = (self.allowed, self.assigned), (other.allowed, other.assigned)
+        mine, others = (self.allowed, self.rows), (other.allowed, other.rows)
         return mine == others and self.trace is other.trace
 
 
@@ -56,7 +58,7 @@ class Forward:
     # Of the rules. A compiler looks at these alone: what else changes is no reason to look again.
     bare: bool = False
     trace: "Trace | None" = None
-    assigned: tuple[int, ...] | None = None  # by the pool's indices, once they are asked for
+    rows: tuple[Row, ...] | None = None  # by the pool's indices, once they are asked for
     captured: bool = False  # into a CUDA graph
     contexts: dict[Stream, TokenContext] = field(default_factory=dict)
     unread: str = ""  # what of the arguments hides which tokens came before
@@ -190,7 +192,7 @@ class Forwards:
             learning = list(self._learning)
         if not learning:
             return self.rules()
-        kinds = {(each.rules.allowed, each.rules.assigned, each.version) for each in learning}
+        kinds = {(each.rules.allowed, each.rules.rows, each.version) for each in learning}
         if len(kinds) > 1 or learning[0].version != self.lock.version:
             raise RoutingError(
                 "gradient checkpointing runs a layer again, and the pool, or a restrict or assign "

@@ -12,8 +12,9 @@ from phatgoose.errors import RoutingError
 from phatgoose.nn.bank import Bank
 from phatgoose.nn.copying import refuse_copy
 from phatgoose.nn.forward import CHANGED, Forward
+from phatgoose.nn.rows import closed_to, owners_of, rows_of
 from phatgoose.nn.state import RoutingState
-from phatgoose.ops import Extras, Gates, choose_open, operators
+from phatgoose.ops import Extras, Gates, Rows, choose_open, operators
 from phatgoose.ops.side_stream import beside, fork, may_run_beside
 from phatgoose.types import Routing, TokenContext
 
@@ -166,20 +167,19 @@ class Site:
             opened = bank.opened(parts, slots, self.state.allowed(forward))
             gates = Gates(gates.signatures, gates.sums, opened)
         stream, context = self.state.keeper.find(self.name, x, forward)
-        assigned = self.state.assigned(forward)
-        if assigned is not None:
-            experts, weights = self._assigned(x, gates.open, assigned, context)
-            if self._learns(x):
-                return Routed(x, parts, experts, weights, None)
-            with _without_autocast(x.device.type):
-                down = operators.routed_down(flat, a, experts, weights, bank.backend)
-            return Routed(x, parts, experts, weights, down)
-        prior = self.state.prior(forward, stream, context)
+        asked, rows, prior = self.state.rows(forward), None, None
+        if asked is not None:
+            owners = self._owners(x, len(asked), context)
+            choosing = settings.choosing(slots)
+            rows = rows_of(asked, owners, members=bank.members, slots=slots, choosing=choosing)
+        fixed = asked is not None and all(row.mixture is not None for row in asked)
+        if not fixed:
+            prior = self.state.prior(forward, stream, context)
         learns = self._learns(x)
         with _without_autocast(x.device.type):
             if prior is not None:
                 prior = self._of_slots(prior, slots)
-            if self.state.router.standardises and not learns:
+            if rows is None and self.state.router.standardises and not learns:
                 experts, weights, *down = operators.gated_down(
                     flat,
                     *gates,
@@ -189,39 +189,29 @@ class Site:
                     bank.backend,
                 )
                 return Routed(x, parts, experts, weights, tuple(down))
-            routings = [
-                self._choose(flat, part, mine, prior)
-                for part, mine in zip(parts, gates.open, strict=True)
-            ]
-            experts = torch.stack([routing.experts for routing in routings], dim=1)
-            weights = torch.stack([routing.weights for routing in routings], dim=1)
+            if rows is not None and fixed:
+                routing = rows.mixtures(gates.open)
+            else:
+                if asked is not None:
+                    closed = closed_to(asked, owners, members=bank.members, slots=slots)
+                    prior = _sum(prior, closed)
+                routing = self._choose(flat, parts, gates.open, prior, rows)
+            experts, weights = routing.experts, routing.weights
             down = None
             if not learns:
                 down = operators.routed_down(flat, a, experts, weights, bank.backend)
             return Routed(x, parts, experts, weights, down)
 
-    def _assigned(
-        self,
-        x: Tensor,
-        opened: Bool[Tensor, "S C"],
-        assigned: tuple[int, ...],
-        context: TokenContext | None,
-    ) -> tuple[Int[Tensor, "T S 1"], Float[Tensor, "T S 1"]]:
-        """Each row's own expert at weight 1, where it adapts the layer."""
-        rows, given = x.shape[0] if x.dim() > 2 else 0, len(assigned)
+    def _owners(self, x: Tensor, given: int, context: TokenContext | None) -> Int[Tensor, " T"]:
+        """Which of the block's `given` choices each token follows."""
+        rows = x.shape[0] if x.dim() > 2 else 0
         rows = rows if context is None else context.batch
         if rows == 0 or rows % given:
             raise RoutingError(
                 f"assign: {given} experts for {rows or 'an unknown number of'} sequences at "
                 f"{self.name}. Name one for every row of the batch."
             )
-        places = {member: slot for slot, member in enumerate(self.bank.members)}
-        slots = torch.tensor([places.get(member, -1) for member in assigned])
-        slots = slots.repeat_interleave(rows // given)  # beams of a sequence follow one another
-        slots = slots.repeat_interleave(x.shape[:-1].numel() // rows).to(x.device)
-        present = opened[:, slots.clamp_min(0)].T & (slots >= 0).unsqueeze(1)  # [T S]
-        experts = torch.where(present, slots.unsqueeze(1), -1).unsqueeze(-1)
-        return experts, present.unsqueeze(-1).float()
+        return owners_of(given, rows, x.shape[:-1].numel()).to(x.device)
 
     def _of_slots(self, prior: Float[Tensor, "T E"], slots: int) -> Float[Tensor, "T C"]:
         """The pool's prior for the experts in the bank's slots."""
@@ -231,13 +221,23 @@ class Site:
         return nn.functional.pad(prior.float(), (0, slots - len(members)))
 
     def _choose(
-        self, x: Float[Tensor, "T I"], part: int, opened: Bool[Tensor, " C"], prior: Tensor | None
+        self,
+        x: Float[Tensor, "T I"],
+        parts: range,
+        opened: Bool[Tensor, "S C"],
+        prior: Tensor | None,
+        rows: Rows | None,
     ) -> Routing:
-        """Score by the router itself, then choose."""
-        slots = len(opened)
-        scores = self.state.router.score(x, self.bank.signatures[part, :slots])
-        choosing = self.state.settings.choosing(slots)
-        return choose_open(scores, opened, choosing, Extras(prior))
+        """Score by the router itself, part by part, then choose: [T, S, K]."""
+        slots = opened.shape[1]
+        choosing, routings = self.state.settings.choosing(slots), []
+        for part, mine in zip(parts, opened, strict=True):
+            scores = self.state.router.score(x, self.bank.signatures[part, :slots])
+            routings.append(choose_open(scores, mine, choosing, Extras(prior), rows))
+        return Routing(
+            torch.stack([routing.experts for routing in routings], dim=1),
+            torch.stack([routing.weights for routing in routings], dim=1),
+        )
 
     def _learns(self, x: Tensor) -> bool:
         """Whether gradients are wanted of anything here."""
@@ -268,6 +268,10 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
 
 
 def _version(x: Tensor) -> int | None:

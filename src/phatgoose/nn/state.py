@@ -13,6 +13,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts import Expert
 from phatgoose.nn.context import ContextKeeper
 from phatgoose.nn.forward import Forward, Forwards, Rules, Stream
+from phatgoose.nn.rows import Row
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.routers import Router
 from phatgoose.types import TokenContext
@@ -79,20 +80,17 @@ class RoutingState:
         """The pool's indices of the experts of these names that are in it."""
         return frozenset(i for i, expert in enumerate(self.experts) if expert.name in names)
 
-    def assigned(self, forward: Forward) -> tuple[int, ...] | None:
-        """The pool's index of each row's one expert, -1 for the base; None: the router chooses."""
-        if forward.assigned is None and not torch.compiler.is_compiling():
-            forward.assigned = self.assigned_by(forward.rules)
-        return forward.assigned
+    def rows(self, forward: Forward) -> tuple[Row, ...] | None:
+        """What each row asks for itself, by the pool's indices; None: all are routed alike."""
+        if forward.rows is None and not torch.compiler.is_compiling():
+            forward.rows = self.rows_by(forward.rules)
+        return forward.rows
 
-    def assigned_by(self, rules: Rules) -> tuple[int, ...] | None:
-        if rules.assigned is None:
+    def rows_by(self, rules: Rules) -> tuple[Row, ...] | None:
+        if rules.rows is None:
             return None
-        index = {expert.name: place for place, expert in enumerate(self.experts)}
-        gone = [name for name in rules.assigned if name is not None and name not in index]
-        if gone:
-            raise RoutingError(f"assign: {gone[0]} is no longer in the pool.")
-        return tuple(-1 if name is None else index[name] for name in rules.assigned)
+        names = [expert.name for expert in self.experts]
+        return tuple(Row.of(choice, names) for choice in rules.rows)
 
     def changed(self) -> None:
         """The pool's experts are other ones now."""

@@ -4,6 +4,7 @@ from phatgoose.ops.backends import BACKENDS, Backend, backend_names, choose_back
 from phatgoose.ops.backends.reference import routed_lora_reference
 from phatgoose.ops.choose import choose_experts
 from phatgoose.ops.operators import routed_lora
+from phatgoose.ops.rows import Rows
 from phatgoose.ops.scoring import EPS, Choosing, Extras, Gates, choose_open, gate_scores, pieces_of
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Choosing",
     "Extras",
     "Gates",
+    "Rows",
     "backend_names",
     "choose_backend",
     "choose_experts",

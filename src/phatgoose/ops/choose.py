@@ -15,9 +15,10 @@ def choose_experts(
     scores: Float[Tensor, "*T E"],
     top_k: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, "*T 1"] = 1.0,
     scale: Scale = "softmax",
     null_score: float | None = None,
+    keep: Int[Tensor, "*T"] | None = None,
 ) -> Routing:
     """Keep the K = min(top_k, candidates) highest scores of each token, then weigh them.
 
@@ -30,6 +31,8 @@ def choose_experts(
     `null_score` adds a candidate that stands for the base model alone. Where it is kept, it takes
     its part of the softmax and its slot is -1, so it adds nothing.
 
+    `keep` is how many of the K places each token fills; without it, all.
+
     Ties go to the lower slot, and the null candidate comes last. Scores are compared in fp32.
     """
     scores = scores.float()
@@ -38,6 +41,9 @@ def choose_experts(
         null = scores.new_full((*scores.shape[:-1], 1), null_score)
         scores = torch.cat([scores, null], dim=-1)
     order, found = _best(scores.detach(), min(top_k, scores.shape[-1]))
+    if keep is not None:
+        places = torch.arange(order.shape[-1], device=order.device)
+        found = found & (places < keep.unsqueeze(-1))
     kept = scores.gather(-1, order).masked_fill(~found, -torch.inf)
     if scale == "softmax":
         # Where nothing is found, zeros in place of -inf keep NaN out of values and gradients.

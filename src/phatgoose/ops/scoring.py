@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from phatgoose.ops.choose import choose_experts
+from phatgoose.ops.choose import Scale, choose_experts
+from phatgoose.ops.rows import Rows
 from phatgoose.types import Routing
 
 EPS = 1e-5  # of standardising, as in the authors' layer norms
@@ -34,12 +35,16 @@ class Choosing(NamedTuple):
         """K: how many of so many slots, and the null candidate, a token keeps."""
         return min(self.top_k, slots + (self.null_score is not None))
 
+    @property
+    def scale(self) -> Scale:
+        return "unit" if self.unit else "softmax"
+
     def choose(self, scores: Float[Tensor, "*T C"]) -> Routing:
         return choose_experts(
             scores,
             self.top_k,
             temperature=self.temperature,
-            scale="unit" if self.unit else "softmax",
+            scale=self.scale,
             null_score=self.null_score,
         )
 
@@ -56,12 +61,19 @@ def choose_open(
     opened: Bool[Tensor, "*S C"],
     choosing: Choosing,
     extras: Extras,
+    rows: Rows | None = None,
 ) -> Routing:
-    """Add the prior to scores, leave out slots that are not open, and choose."""
+    """Add the prior to scores, leave out slots that are not open, and choose.
+
+    Where rows ask for themselves, top_k and temperature are theirs.
+    """
     if extras.prior is not None:
         between = [1] * (scores.dim() - 2)
         scores = scores + extras.prior.view(scores.shape[0], *between, scores.shape[-1])
-    return choosing.choose(scores.masked_fill(~opened, -torch.inf))
+    scores = scores.masked_fill(~opened, -torch.inf)
+    if rows is not None:
+        return rows.choose(scores, opened, scale=choosing.scale, null_score=choosing.null_score)
+    return choosing.choose(scores)
 
 
 def gate_scores(x: Tensor, signatures: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class RoutedModel:
         traced = self.state.forwards.traced
         traced.bare, traced.trace = rules.bare, rules.trace
         with contextlib.suppress(RoutingError):  # names that are gone: its own forwards say so
-            traced.assigned = self.state.assigned_by(rules)
+            traced.rows = self.state.rows_by(rules)
         if rules.allowed != self._mirrored:
             self._mirrored = rules.allowed
             self._allow()
@@ -188,7 +188,7 @@ class RoutedModel:
         """Raise RoutingError where this thread must not change the pool; else wait for devices."""
         self.state.check_own(what)
         rules = self.state.forwards.rules()
-        for held, block in ((rules.trace, "record"), (rules.assigned, "assign")):
+        for held, block in ((rules.trace, "record"), (rules.rows, "assign")):
             if held is not None:
                 raise RoutingError(
                     f"the pool cannot change inside a {block} block of a model it routes: indices "

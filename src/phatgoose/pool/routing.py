@@ -1,14 +1,14 @@
 """Makes a transformers model route, in place, and undoes it."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from torch import nn
 
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.nn import RoutingSettings, Trace
+from phatgoose.nn import Choice, RoutingSettings, Trace
 from phatgoose.ops import choose_backend
 from phatgoose.ops.choose import Scale
 from phatgoose.pool.pool import ExpertPool
@@ -148,33 +148,76 @@ def restrict(model: nn.Module, experts: Iterable[str]) -> Iterator[None]:
         raise ConfigError(f"restrict wants a list of names, got {experts!r} alone.")
     allowed = frozenset(routed.pool[name].name for name in experts)
     rules = replace(routed.state.forwards.rules(), allowed=allowed)
+    for row in dict.fromkeys(rules.rows or ()) if allowed else ():
+        _check_allowed(row, routed.pool.names, allowed)
     with routed.ruled(rules, "restrict"):
         yield
 
 
 @contextlib.contextmanager
-def assign(model: nn.Module, experts: Sequence[str | None]) -> Iterator[None]:
-    """Have row i of every forward inside the block use the expert `experts[i]` alone, at weight 1.
+def assign(
+    model: nn.Module, experts: Sequence[str | Mapping[str, float] | Choice | None]
+) -> Iterator[None]:
+    """Have row i of every forward inside the block follow `experts[i]`, whatever others do.
 
-    None stands for the bare base. The router is not asked: it is one ordinary LoRA for each row,
-    so sequences for different experts share a batch. With beams or several returned sequences,
-    each row's expert serves all that come of it.
+    What stands for a row may be
 
-    Raises ConfigError for a name that is not in the pool, or where no name is given;
-    RoutingError, in a forward, where the number of rows is no multiple of the number of names.
+    - an expert's name: that expert alone at weight 1, one ordinary LoRA;
+    - weights, `{"a": 0.7, "b": 0.3}`: a fixed mixture of any number of experts, which adds
+      Σ w_e · scale_e · B_e A_e at every layer. The weights are used as they are, so they need not
+      sum to 1;
+    - a `Choice`, which may also restrict the router's choice for this row, or give it a scale, a
+      top_k or a temperature of its own. `Choice()` is routed as outside the block;
+    - None: the bare base.
+
+    The router is not asked about rows with a name, weights or None. With beams or several returned
+    sequences, each row's choice serves all that come of it. One entry serves a batch of any size.
+
+    Raises ConfigError for a name that is not in the pool or not allowed by `restrict`, for weights
+    that are negative or not finite, for settings that contradict each other, or where nothing is
+    given; RoutingError, in a forward, where the number of rows is no multiple of that of entries.
     """
     routed = _routed(model)
     rules = routed.state.forwards.rules()
-    if isinstance(experts, str) or not len(experts):
+    if isinstance(experts, str | Mapping | Choice) or not len(experts):
         raise ConfigError(f"assign wants a list with a name for every row, got {experts!r}.")
-    for name in dict.fromkeys(name for name in experts if name is not None):
-        routed.pool.index(name)
-        if rules.allowed is not None and name not in rules.allowed:
+    rows = tuple(map(_choice, experts))
+    for row in dict.fromkeys(rows):
+        row.check_router(scale=routed.state.settings.scale)
+        _check_allowed(row, routed.pool.names, rules.allowed)
+    with routed.ruled(replace(rules, rows=rows), "assign"):
+        yield
+
+
+def _check_allowed(row: Choice, names: Sequence[str], allowed: frozenset[str] | None) -> None:
+    """Raise ConfigError for experts that are not there, or that `restrict` leaves out."""
+    left = row.routed(names)
+    if allowed is None or row.base:
+        return
+    named = left if row.weights is not None or row.allow is not None else ()
+    for name in named:
+        if name not in allowed:
             raise ConfigError(
                 f"assign: {name} is not among the experts this block is restricted to."
             )
-    with routed.ruled(replace(rules, assigned=tuple(experts)), "assign"):
-        yield
+    if allowed.isdisjoint(left):
+        raise ConfigError(
+            "assign: a row denies all experts that this block is restricted to. Give None for the "
+            "bare base."
+        )
+
+
+def _choice(row: object) -> Choice:
+    """What stands for a row, as a choice."""
+    if row is None:
+        return Choice(base=True)
+    if isinstance(row, Choice):
+        return row
+    if isinstance(row, str):
+        return Choice(weights={row: 1.0})
+    if isinstance(row, Mapping):
+        return Choice(weights=row)
+    raise ConfigError(f"assign: a row is a name, weights, a Choice or None, got {row!r}.")
 
 
 def _routed(model: nn.Module) -> RoutedModel:
