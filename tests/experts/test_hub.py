@@ -8,10 +8,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from phatgoose.errors import ExpertNotFoundError
+from phatgoose.errors import ExpertNotFoundError, UnsupportedAdapterError
 from phatgoose.experts import load_expert
-from phatgoose.experts.hub import files, locate, push, signature_files
+from phatgoose.experts.hub import HubId, files, locate, pull, push, signature_files
 from phatgoose.experts.signatures import KINDS, vectors_hash
+from phatgoose.experts.sources import hub_name
 
 OTHERS = ["adapter_model.bin", "training_args.bin", "optimizer.pt", "model.pkl", "run.py"]
 
@@ -27,13 +28,26 @@ def hub(monkeypatch, expert_dir, tmp_path):
             (expert_dir / name).write_bytes(b"\x80\x04.")
         target = Path(local_dir or tmp_path / "cache")
         target.mkdir(exist_ok=True)
-        for path in expert_dir.iterdir():
-            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
-                shutil.copy(path, target)
+        for path in expert_dir.rglob("*"):
+            name = path.relative_to(expert_dir).as_posix()
+            if path.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / name)
         return str(target)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return calls
+
+
+@pytest.fixture
+def listing(monkeypatch):
+    """listing(name, ...): the files that the Hub says a repository has."""
+
+    def lists(*names):
+        api = type("Api", (), {"list_repo_files": lambda self, *_, **__: list(names)})
+        monkeypatch.setattr(huggingface_hub, "HfApi", api)
+
+    return lists
 
 
 @pytest.fixture
@@ -78,6 +92,74 @@ def test_a_revision_is_passed_on(hub, tmp_path):
     assert load_expert("owner/na.me-1@v1").name == "owner/na.me-1"
 
 
+def test_a_folder_of_a_repository(hub, expert, expert_dir):
+    """Only its files are downloaded, at that revision, and it is called by all of its id."""
+    for name in ("law", "law/civil", "code"):
+        (expert_dir / name).mkdir()
+        for path in expert_dir.iterdir():
+            if path.is_file():
+                shutil.copy(path, expert_dir / name)
+    found = load_expert("owner/name/law/civil@v1")
+    assert found.name == "owner/name/law/civil"
+    assert found.folder.parts[-2:] == ("law", "civil")
+    assert {path.name for path in found.folder.iterdir()} <= set(files())
+    top = found.folder.parent.parent
+    assert {p.parent for p in top.rglob("*") if p.is_file()} == {found.folder}
+    assert [call["revision"] for call in hub] == ["v1"]
+    assert set(found.modules) == set(expert.modules)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "name"),
+    [
+        ("owner/name@v1", "owner/name"),
+        ("owner/name/law", "owner/name/law"),
+        ("owner/name/law/checkpoint-500@v1", "owner/name/law"),
+        ("owner/name/checkpoint-500", "owner/name"),
+        ("owner/checkpoint-500", "owner/checkpoint-500"),
+    ],
+)
+def test_names_of_hub_ids(hub_id, name):
+    assert hub_name(hub_id) == name
+    assert HubId.parse(hub_id).repository == "/".join(hub_id.partition("@")[0].split("/")[:2])
+
+
+def test_a_pull_of_a_folder_is_flat(hub, expert, expert_dir, tmp_path):
+    sub = expert_dir / "law"
+    shutil.copytree(expert_dir, tmp_path / "copy")
+    shutil.copytree(tmp_path / "copy", sub)
+    out = pull("owner/name/law", tmp_path / "pulled")
+    assert {path.name for path in out.iterdir()} == {p.name for p in sub.iterdir()} & set(files())
+    assert set(load_expert(out).modules) == set(expert.modules)
+
+
+def test_a_repository_with_a_pickle_alone(hub, expert_dir, listing, one_line):
+    (expert_dir / "adapter_model.safetensors").unlink()
+    listing("README.md", "adapter_config.json", "adapter_model.bin")
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"owner/name: has adapter_model\.bin"
+    ) as info:
+        load_expert("owner/name")
+    assert "experts convert owner/name --out FOLDER --bin" in one_line(info)
+
+
+def test_a_pickle_alone_may_be_why_without_a_network(hub, expert_dir, one_line):
+    """Nothing can be listed here, since tests are offline."""
+    (expert_dir / "adapter_model.safetensors").unlink()
+    with pytest.raises(ExpertNotFoundError, match=r"may have adapter_model\.bin") as info:
+        load_expert("owner/name")
+    one_line(info)
+
+
+def test_a_repository_without_an_adapter_says_what_it_has(hub, expert_dir, listing, one_line):
+    for path in expert_dir.iterdir():
+        path.unlink()
+    listing("law/adapter_config.json", "config.json", "model.safetensors")
+    with pytest.raises(ExpertNotFoundError, match="it is no adapter.*law/adapter_config") as info:
+        load_expert("owner/name")
+    one_line(info)
+
+
 def test_a_local_folder_wins(hub, expert_dir, monkeypatch):
     (expert_dir.parent / "owner").mkdir()
     shutil.copytree(expert_dir, expert_dir.parent / "owner" / "name")
@@ -87,9 +169,29 @@ def test_a_local_folder_wins(hub, expert_dir, monkeypatch):
     assert hub == []
 
 
+BAD_FOLDERS = [
+    *("a/b/", "a/b//c", "a/b/..", "a/b/../c", "a/b/c/../../..", "a/b/.git", "a/b/c.", "a/b/ c"),
+    *("a/b/*", "a/b/c?", "a/b/[c]", "a/b/c\\d", "a/b/C:", "a/b/c=d", "a/b/c\n", "a/b/\u202ec"),
+    *("a/b/c@", "a/b/c@../d", "a/b@main/c/..", "a/b@v1@v2", "a/b/c@d@e"),
+]
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "name", "a/b/c", "/a/b", "./a", "../a/b", "~/a", "a b/c", "a/b@", "-a/b", "a/b\n", "a\0b"],
+    [
+        "",
+        "name",
+        *BAD_FOLDERS,
+        "/a/b",
+        "./a",
+        "../a/b",
+        "~/a",
+        "a b/c",
+        "a/b@",
+        "-a/b",
+        "a/b\n",
+        "a\0b",
+    ],
 )
 def test_what_is_no_hub_id_is_not_asked_for(text, hub, monkeypatch, tmp_path):
     empty = tmp_path / "empty"
@@ -179,9 +281,18 @@ def test_push_uploads_the_files_of_an_expert(private, api, expert_dir):
     assert upload[:2] == ("upload", "owner/name")
     assert upload[2] == {
         "folder_path": expert_dir,
+        "path_in_repo": None,
+        "revision": None,
         "allow_patterns": files(),
         "delete_patterns": signature_files(),
     }
+
+
+def test_push_into_a_folder(api, expert_dir):
+    push(expert_dir, "owner/name/law@draft")
+    create, upload = api[1]
+    assert create[1] == upload[1] == "owner/name"
+    assert upload[2]["path_in_repo"] == "law" and upload[2]["revision"] == "draft"
 
 
 def test_every_kind_of_signature_is_pulled(hub, complete_dir, expert_dir):

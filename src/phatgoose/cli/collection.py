@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from phatgoose.cli.arguments.collection import Derive, GateMany, TrainMany
-from phatgoose.cli.sources import by_name
+from phatgoose.cli.sources import by_name, experts_by_name
 from phatgoose.cli.training import encode_examples
-from phatgoose.errors import ConfigError, ExpertNotFoundError, TaskFormatError
-from phatgoose.experts import GateRecord, expert_sources, load_expert
+from phatgoose.errors import ConfigError, TaskFormatError
+from phatgoose.experts import GateRecord, load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import read_config
 from phatgoose.models import DEFAULT, load_base
@@ -44,7 +44,7 @@ def train(asked: TrainMany) -> None:
 def gate(asked: GateMany) -> None:
     """Train the gates of many adapter folders, each on the task of its name."""
     gates = asked.gate_training()
-    folders = by_name(map(_local, expert_sources(asked.adapters)))
+    folders = experts_by_name(asked.adapters)
     base = asked.base or _common_base(folders)
     tasks = by_name(task_folders(asked.tasks, "train"))
     for name, folder in folders.items():
@@ -70,7 +70,7 @@ def gate(asked: GateMany) -> None:
 
 def derive(asked: Derive) -> None:
     """Measure signatures of expert folders, and write them into the folders."""
-    folders = by_name(map(_local, expert_sources(asked.adapters)))
+    folders = experts_by_name(asked.adapters)
     experts = {name: load_expert(folder, name=name) for name, folder in folders.items()}
     tasks = by_name(task_folders(asked.tasks, "train")) if asked.tasks else {}
     missing = [name for name in folders if name not in tasks]
@@ -114,15 +114,6 @@ def _encode(
     return {
         name: encode_examples(rows, model, tokenizer, max_length) for name, rows in examples.items()
     }
-
-
-def _local(source: str | Path) -> Path:
-    if not Path(source).is_dir():
-        raise ExpertNotFoundError(
-            f"{source}: not a folder. Gates are written beside adapters, so pull those of the Hub "
-            "first: phatgoose experts pull"
-        )
-    return Path(source)
 
 
 def _common_base(folders: Mapping[str, Path]) -> str:

@@ -64,8 +64,8 @@ class PoolOptions(BaseOption):
 
     TITLE: ClassVar = MODEL
     experts: Sequence[str] | None = option(
-        "experts: their folders, folders that hold such folders, or Hub ids; without it, those in "
-        "the package",
+        "experts: their folders, trees of such folders, or Hub ids "
+        "(owner/name[/folder][@revision]); NAME=EXPERT names one; without it, those in the package",
         default=None,
         metavar="EXPERT",
     )

@@ -12,6 +12,7 @@ from phatgoose.experts.hub import locate
 from phatgoose.experts.kinds import GATES
 from phatgoose.experts.lora import read_adapter
 from phatgoose.experts.signatures import Gates, Signatures, load_signatures
+from phatgoose.experts.sources import default_name, split_name
 from phatgoose.text import visible
 
 
@@ -57,10 +58,11 @@ class Expert:
 
 
 def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Expert:
-    """Load an expert from a folder or a Hub id ("owner/name" or "owner/name@revision").
+    """Load an expert from a folder or a Hub id ("owner/name[/sub/folder][@revision]").
 
-    Its name is the folder's or the Hub id's, unless you give one. An adapter without gates loads,
-    too; the router says whether it needs them.
+    Its name is the folder's or the Hub id's, unless you give one, also as "NAME=PATH". A folder
+    called checkpoint-N has the name of the run that it is in. An adapter without gates loads, too;
+    the router says whether it needs them.
 
     Raises:
         ExpertNotFoundError: no such folder, and the Hub does not give it.
@@ -70,14 +72,13 @@ def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Exper
             the others.
         ConfigError: its name has characters that cannot be seen.
     """
-    folder = locate(path_or_hub_id)
-    if not name:
-        is_local = Path(path_or_hub_id).is_dir()
-        name = folder.resolve().name if is_local else str(path_or_hub_id).partition("@")[0]
+    given, place = split_name(path_or_hub_id)
+    folder = locate(place)
+    name = name or given or default_name(place)
     if visible(name) != name:
         raise ConfigError(
             f"{name}: the expert's name has characters that cannot be seen. Rename its folder, or "
-            "pass load_expert(path, name=...)."
+            "name it: NAME=PATH."
         )
     config, modules = read_adapter(folder)
     return Expert(

@@ -22,6 +22,7 @@ from phatgoose.text import visible
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 LARGEST_INPUT = 65504.0  # of a layer: the largest of float16
 
@@ -159,10 +160,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Delta]]:
     """
     config = read_config(folder)
     path = folder / WEIGHTS_FILE
-    if not path.exists() and (folder / "adapter_model.bin").exists():
+    if not path.exists() and (folder / PICKLE).exists():
         raise UnsupportedAdapterError(
-            f"{folder}/adapter_model.bin: a pickle, which can run code when opened, so it is never "
-            "loaded. Ask its owner for adapter_model.safetensors."
+            f"{folder}/{PICKLE}: a pickle, which can run code when opened, so it is never loaded. "
+            f"Ask its owner for {WEIGHTS_FILE}, or convert it by torch's reader for weights alone: "
+            f"phatgoose experts convert {folder} --out FOLDER --bin"
         )
     tensors, _ = read_tensors(path)
     return config, split_modules(config, tensors, str(path))

@@ -1,6 +1,6 @@
 """The experts of one base."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,12 +45,17 @@ class ExpertPool:
             self.add(expert)
 
     @classmethod
-    def load(cls, sources: str | Path | Iterable[str | Path]) -> "ExpertPool":
+    def load(
+        cls, sources: str | Path | Iterable[str | Path] | Mapping[str, str | Path]
+    ) -> "ExpertPool":
         """Load experts from folders or Hub ids; see `load_expert` for what it raises.
 
-        A folder of expert folders stands for all of them, in the order of their names.
+        A mapping names them, and so does "NAME=PATH". A tree of expert folders, on this disk or on
+        the Hub, stands for all of them, in the order of their names.
         """
-        sources = expert_sources([sources] if isinstance(sources, str | Path) else [*sources])
+        if isinstance(sources, str | Path):
+            sources = [sources]
+        sources = expert_sources(sources if isinstance(sources, Mapping) else [*sources])
         pool = cls()
         # Reading, hashing and checking leave Python to others.
         with _one_thread_each(), ThreadPoolExecutor() as threads:
@@ -130,8 +135,8 @@ class ExpertPool:
     def _check(self, expert: Expert) -> None:
         if expert.name in self.names:
             raise ConfigError(
-                f"{expert.name}: two experts of this name. Rename a folder, or pass "
-                "load_expert(path, name=...)."
+                f"{expert.name}: two experts of this name. Rename a folder, or name "
+                "the expert: NAME=PATH, or load_expert(path, name=...)."
             )
         for other in self._experts:
             difference = _difference(expert, other)

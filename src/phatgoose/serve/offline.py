@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.experts.sources import default_name, split_name
 from phatgoose.serve.names import REQUEST
 from phatgoose.serve.pool.choice import Choice
 
@@ -64,10 +65,9 @@ class ServedPool:
 
         Raises RoutingError with the reason of the first rank that cannot.
         """
-        name = name or (
-            Path(source).resolve().name if Path(source).is_dir() else str(source).partition("@")[0]
-        )
-        answers = self._call("phatgoose_prepare", name, str(source))
+        given, place = split_name(source)
+        name = name or given or default_name(place)
+        answers = self._call("phatgoose_prepare", name, str(place))
         try:
             _check(answers)
             if len({answer["sha256"] for answer in answers}) > 1:

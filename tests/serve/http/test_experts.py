@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from phatgoose.errors import ConfigError
+from phatgoose.experts import hub
 from phatgoose.serve.http import Access, access
 from phatgoose.serve.http.recent import WINDOW, Recent, Totals
 from tests.serve.http.fake import CAPACITY, FakeEngine, Server
@@ -181,12 +182,23 @@ async def test_hub_ids_on_the_list(root, monkeypatch, tmp_path):
 
     monkeypatch.setattr(access, "download", download)
     async with Server() as server:
-        for source in ("friendly/x", "someone/other", "someone", "friend", "x/friend"):
+        refused = ("friendly/x", "someone/other", "someone", "friend", "x/friend")
+        folders = (
+            "friendly/x/law",
+            "someone/other/theirs",
+            "x/someone/theirs",
+            "x/friend/law@main",
+        )
+        for source in (*refused, *folders):
             assert (await add(server, source)).status == 403
         assert (await add(server, "friend/x@main")).json["id"] == "friend/x"
         assert (await add(server, "someone/theirs")).json["id"] == "someone/theirs"
         assert asked == ["friend/x@main", "someone/theirs"]
-        assert (await remove(server, "friend/x")).status == 200
+        for name in ("friend/x", "someone/theirs"):
+            assert (await remove(server, name)).status == 200
+        assert (await add(server, "friend/x/law@main")).json["id"] == "friend/x/law"
+        code = await add(server, "someone/theirs/code/checkpoint-5")
+        assert code.json["id"] == "someone/theirs/code"
 
 
 NO_HUB_IDS = [
@@ -197,7 +209,21 @@ NO_HUB_IDS = [
     "friend/.",
     "friend//x",
     "friend/",
-    "friend/x/y",
+    "friend/x//y",
+    "friend/x/y/",
+    "friend/x/./y",
+    "friend/x/y/..",
+    "friend/x/y/../../../outside",
+    "friend/x/../../outside@main",
+    "friend/x/*",
+    "friend/x/y=z",
+    "friend/x/y@",
+    "friend/x/y@../../refs",
+    "friend/x@main/../y",
+    "mine=friend/x",
+    "mine=friend/x/y@main",
+    "Friend/x/y",
+    "x/friend/x",
     "/friend/x",
     "./friend/x",
     "../friend/x",
@@ -244,13 +270,19 @@ async def test_what_is_no_hub_id_is_not_taken_for_one(beside, monkeypatch, sourc
         assert "phatgoose_prepare" not in server.engine.calls
 
 
-@pytest.mark.parametrize("source", ["friend/mine", "friend/linked", "friend/mine@main"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("friend/mine", "friend/linked", "friend/mine@main"),
+        *("friend/mine/sub", "friend/x/mine@main", "friend/x/mine/checkpoint-5"),
+    ],
+)
 async def test_a_hub_id_is_never_a_folder(beside, monkeypatch, source):
     """Though there is one of that name: the Hub is asked."""
     asked = []
 
     def snapshot_download(repository, **more):
-        asked.append((repository, more["revision"]))
+        asked.append((repository, more["revision"], more["allow_patterns"]))
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -258,8 +290,11 @@ async def test_a_hub_id_is_never_a_folder(beside, monkeypatch, source):
         reply = await add(server, source, name="x")
         assert reply.status == 404
         assert "phatgoose_prepare" not in server.engine.calls
-    name, _, revision = source.partition("@")
-    assert asked == [(name, revision or None)]
+    path, _, revision = source.partition("@")
+    owner, name, *folder = path.split("/")
+    prefix = "/".join([*folder, ""])
+    patterns = [prefix + name for name in hub.files()]
+    assert asked == [(f"{owner}/{name}", revision or None, patterns)]
 
 
 @pytest.mark.parametrize(

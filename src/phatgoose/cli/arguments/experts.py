@@ -7,7 +7,10 @@ from pathlib import Path
 from phatgoose.cli.fields import Command, argument, option
 from phatgoose.cli.options import JsonOption
 
-EXPERTS = "experts: their folders, folders that hold such folders, or Hub ids"
+EXPERTS = (
+    "experts: their folders, trees of such folders, or Hub ids (owner/name[/folder][@revision]); "
+    "NAME=EXPERT names one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class Push(JsonOption):
     """Upload an expert to the Hub."""
 
     expert: Path = argument("the expert's folder")
-    hub_id: str = argument("where to put it, as owner/name")
+    hub_id: str = argument("where to put it, as owner/name[/folder][@branch]")
     private: bool = option("make the repository private, if it is new", default=False)
 
 
@@ -83,7 +86,7 @@ class Push(JsonOption):
 class Pull(JsonOption):
     """Download an expert from the Hub."""
 
-    hub_id: str = argument("the expert, as owner/name or owner/name@revision")
+    hub_id: str = argument("the expert, as owner/name[/folder][@revision]")
     out: Path = option("folder to put it in")
 
 

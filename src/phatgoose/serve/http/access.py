@@ -13,8 +13,9 @@ from pathlib import Path
 
 from starlette.datastructures import Headers
 
-from phatgoose.errors import ConfigError, ExpertNotFoundError
-from phatgoose.experts.hub import download, is_hub_id, is_repository
+from phatgoose.errors import ConfigError, ExpertNotFoundError, UnsupportedAdapterError
+from phatgoose.experts.hub import HubId, download, is_repository
+from phatgoose.experts.sources import folder_name, hub_name
 from phatgoose.serve.http.refusal import Refusal
 
 ADMIN_KEY = "PHATGOOSE_ADMIN_KEY"
@@ -114,11 +115,11 @@ class Access:
         if self.root is not None and "\0" not in source:
             folder = _resolve(self.root / source)
             if folder is not None and os.path.isdir(folder):  # Path.is_dir raises on long names
-                return folder.name, self._below(folder, source)
+                return folder_name(self.root / source), self._below(folder, source)
         if self._allows(source):
             try:
-                return source.partition("@")[0], download(source)
-            except ExpertNotFoundError as error:
+                return hub_name(source), download(source)
+            except (ExpertNotFoundError, UnsupportedAdapterError) as error:
                 raise Refusal(404, str(error), reason="source", param="source") from error
         # Whether there is such a folder elsewhere is nobody's business.
         raise self._no(source)
@@ -132,9 +133,10 @@ class Access:
         return folder
 
     def _allows(self, source: str) -> bool:
-        name = source.partition("@")[0]
-        owner = name.partition("/")[0]
-        return is_hub_id(source) and (owner in self.hub or name in self.hub)
+        asked = HubId.parse(source)
+        if asked is None:
+            return False
+        return asked.repository in self.hub or asked.repository.partition("/")[0] in self.hub
 
     def _no(self, source: str) -> Refusal:
         ways = ["a folder below the root that the server was started with"] if self.root else []
