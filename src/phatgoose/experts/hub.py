@@ -164,8 +164,9 @@ def _check_whole(hub_id: str, asked: HubId, folder: Path) -> None:
     if there is None and (folder / lora.CONFIG_FILE).is_file():
         raise ExpertNotFoundError(
             f"{hub_id}: what is here of it has {lora.CONFIG_FILE} and no {lora.WEIGHTS_FILE}, and "
-            f"the Hub is not in reach. It may have {lora.PICKLE} alone, as adapters of 2023 do; that "
-            f"is never downloaded. With a network: phatgoose experts convert {hub_id} --out FOLDER --bin"
+            f"the Hub is not in reach. It may have {lora.PICKLE} alone, as adapters of 2023 do, "
+            "which is never downloaded unless you ask for it, with a network: "
+            f"phatgoose experts convert {hub_id} --out FOLDER --bin"
         )
     if there and lora.PICKLE in there and lora.WEIGHTS_FILE not in there:
         raise UnsupportedAdapterError(
