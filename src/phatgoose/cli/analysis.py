@@ -54,7 +54,7 @@ def _settings(asked: Analyze) -> dict[str, Any]:
 
 def _sample(folder: Path, name: str, asked: Analyze) -> list[Example]:
     """A seeded subset of a task's test split, in its order."""
-    everything = load_examples(folder, "test")
+    everything = load_examples(folder, "test", chat=asked.chat)
     count = min(asked.limit, len(everything))
     lines = random.Random(f"{asked.seed} {name}").sample(range(len(everything)), count)
     return [everything[line] for line in sorted(lines)]

@@ -26,7 +26,7 @@ def train(asked: TrainMany) -> None:
     """Train an expert for each task folder."""
     gates, adapter = asked.gate_training(), asked.adapter_training()
     folders = by_name(task_folders(asked.tasks, "train"))
-    examples = {name: load_examples(folder) for name, folder in folders.items()}
+    examples = {name: load_examples(folder, chat=asked.chat) for name, folder in folders.items()}
     model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=torch.float32)
     made = train_experts(
         model,
@@ -53,7 +53,7 @@ def gate(asked: GateMany) -> None:
                 f"{folder}: no task is named {name}. Name adapter and task alike, or train it "
                 f"alone: phatgoose gate {folder}"
             )
-    examples = {name: load_examples(tasks[name]) for name in folders}
+    examples = {name: load_examples(tasks[name], chat=asked.chat) for name in folders}
     model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
     made = gate_experts(
         model,
@@ -79,7 +79,7 @@ def derive(asked: Derive) -> None:
             f"{folders[missing[0]]}: no task is named {missing[0]}. Name adapter and task alike."
         )
     examples = {
-        name: draw(load_examples(tasks[name]), asked.examples, asked.seed)
+        name: draw(load_examples(tasks[name], chat=asked.chat), asked.examples, asked.seed)
         for name in folders
         if tasks
     }
@@ -112,7 +112,8 @@ def _encode(
     examples: Mapping[str, list[Example]], model: Any, tokenizer: Any, max_length: int
 ) -> dict[str, list[Encoded]]:
     return {
-        name: encode_examples(rows, model, tokenizer, max_length) for name, rows in examples.items()
+        name: encode_examples(rows, model, tokenizer, max_length, who=name)
+        for name, rows in examples.items()
     }
 
 

@@ -33,7 +33,7 @@ def evaluate(asked: Evaluate) -> None:
     names = [name for given in asked.methods for name in given.split(",") if name]
     whole = ExpertPool.load(expert_sources(asked.experts, asked.base))
     pool = less_general(whole, asked.general)
-    training = training_examples(asked.train_tasks, pool)
+    training = training_examples(asked.train_tasks, pool, chat=asked.chat)
     dtype = getattr(torch, asked.dtype) if asked.dtype else None
     model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=dtype)
     inputs = method_inputs(
@@ -56,6 +56,7 @@ def evaluate(asked: Evaluate) -> None:
         seed=asked.seed,
         training=training,
         cards=_cards(whole),
+        chat=asked.chat,
     )
     results = run_evaluation(
         model,

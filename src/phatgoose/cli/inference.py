@@ -12,7 +12,7 @@ from phatgoose import analysis
 from phatgoose.cli.arguments.inference import Demo, Generate, Trace
 from phatgoose.cli.fields import flag
 from phatgoose.cli.methods import load_pool, method_inputs, training_examples
-from phatgoose.cli.options import RoutedOptions
+from phatgoose.cli.options import AnswerOptions, RoutedOptions
 from phatgoose.default import smollm2, tiny
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import (
@@ -27,7 +27,7 @@ from phatgoose.evaluation import (
 from phatgoose.models import DEFAULT, TINY, load_base
 from phatgoose.pool import ExpertPool
 from phatgoose.routers import derivations, make_router
-from phatgoose.tasks import SEPARATOR
+from phatgoose.tasks import SEPARATOR, Example, one_turn
 
 WITH_EVIDENCE = "phatgoose+prompt_evidence"
 LONGEST = 64  # tokens of an answer in the demo
@@ -92,9 +92,9 @@ def _print_demo(answers: Sequence[Mapping[str, Any]], ways: Mapping[str, str]) -
 
 def generate(asked: Generate) -> None:
     """Answer prompts by a router, or by any other method of an evaluation."""
-    prompts = _prompts(asked.prompt, raw=asked.raw)
+    prompts = _prompts(asked.prompt, asked)
     pool = load_pool(asked)
-    training = training_examples(asked.train_tasks, pool)
+    training = training_examples(asked.train_tasks, pool, chat=asked.chat)
     model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device)
     inputs = method_inputs(asked, pool, model, tokenizer, training=training)
     method, knobs = make_method(asked.router, inputs), asked.routing()
@@ -119,7 +119,7 @@ def generate(asked: Generate) -> None:
 
 def trace(asked: Trace) -> None:
     """Answer one prompt, print which experts each token used, and draw it."""
-    prompts = _prompts([asked.prompt], raw=asked.raw)
+    prompts = _prompts([asked.prompt], asked)
     model, tokenizer, _ = routed_model(asked)
     with phatgoose.record(model) as trace:
         (answer,) = generate_text(model, tokenizer, prompts, max_new_tokens=asked.max_new_tokens)
@@ -164,10 +164,14 @@ def _tell_derived(router: str, pool: ExpertPool) -> None:
         )
 
 
-def _prompts(given: Sequence[str], *, raw: bool) -> list[str]:
+def _prompts(given: Sequence[str], asked: AnswerOptions) -> list[Example]:
     if not all(given):
         raise ConfigError("prompt: is empty. Give some text.")
-    return list(given) if raw else [prompt + SEPARATOR for prompt in given]
+    if asked.chat and asked.raw:
+        raise ConfigError("--raw gives the prompt as it is, and --chat as a turn. Leave one out.")
+    if asked.chat:
+        return [one_turn(prompt) for prompt in given]
+    return [Example(prompt if asked.raw else prompt + SEPARATOR, "") for prompt in given]
 
 
 def _pictures(

@@ -26,7 +26,9 @@ def less_general(pool: ExpertPool, general: Sequence[str] | None) -> ExpertPool:
     return ExpertPool(subtract_general(pool, ExpertPool.load(expert_sources(general))))
 
 
-def training_examples(folder: str | None, pool: ExpertPool) -> dict[str, list[Example]]:
+def training_examples(
+    folder: str | None, pool: ExpertPool, *, chat: bool = False
+) -> dict[str, list[Example]]:
     """The training examples of every expert, by name; none without a folder."""
     if folder is None:
         return {}
@@ -38,7 +40,7 @@ def training_examples(folder: str | None, pool: ExpertPool) -> dict[str, list[Ex
             f"every expert ({len(lacking)} of {len(pool)} lack them). Name task folders like "
             "experts."
         )
-    return {name: load_examples(path) for name, path in found.items()}
+    return {name: load_examples(path, chat=chat) for name, path in found.items()}
 
 
 def method_inputs(

@@ -147,6 +147,10 @@ class AnswerOptions(Options):
 
     max_new_tokens: int = option("length that an answer may have, in tokens", default=64, least=1)
     raw: bool = option("give the prompt as it is, without a newline after it", default=False)
+    chat: bool = option(
+        "give the prompt as a user's turn, as the tokenizer's chat template writes it",
+        default=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +172,17 @@ class MethodOptions(Options):
         "for multitask: a LoRA that was trained on all experts' data",
         default=None,
         metavar="FOLDER",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOption(Options):
+    """How examples that are texts are read."""
+
+    chat: bool = option(
+        "make chats of examples that are texts: a user's turn of the prompt and the assistant's of "
+        "the answer, as the tokenizer's chat template writes them",
+        default=False,
     )
 
 

@@ -1,6 +1,7 @@
 """gate, train."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from phatgoose.cli.options import GateOptions
 from phatgoose.errors import ConfigError
 from phatgoose.experts.lora import read_adapter
 from phatgoose.models import DEFAULT, load_base
-from phatgoose.tasks import Encoded, Example, batches, encode, load_examples
+from phatgoose.tasks import Encoded, Example, batches, encode_example, load_examples, within
 from phatgoose.train import train_adapter, train_gates
 from phatgoose.train.gates import check_adapter
 
@@ -28,10 +29,10 @@ def gate(asked: Gate) -> None:
     base = asked.base or config.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{folder}: its config names no base model. Pass --base.")
-    examples = load_examples(asked.data)
+    examples = load_examples(asked.data, chat=asked.chat)
     model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
     check_adapter(folder.name, modules, model)  # PEFT would load what fits, with a warning
-    encoded = encode_examples(examples, model, tokenizer, asked.max_length)
+    encoded = encode_examples(examples, model, tokenizer, asked.max_length, who=asked.data)
     peft_model = PeftModel.from_pretrained(model, folder)
     _train_gates(asked, peft_model, tokenizer, encoded, folder, json_wanted=asked.json)
 
@@ -45,28 +46,39 @@ def train(asked: Train) -> None:
             f"{out}: is no empty folder. Give a new folder, or empty this one; if its adapter is "
             f"trained and only its gates are missing: phatgoose gate {out}"
         )
-    examples = load_examples(asked.data)
+    examples = load_examples(asked.data, chat=asked.chat)
     model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=torch.float32)
-    encoded = encode_examples(examples, model, tokenizer, asked.max_length)
+    encoded = encode_examples(examples, model, tokenizer, asked.max_length, who=asked.data)
     peft_model = train_adapter(model, encoded, out, settings, pad=tokenizer.pad_token_id)
     _train_gates(asked, peft_model, tokenizer, encoded, out, json_wanted=asked.json)
 
 
 def encode_examples(
-    examples: list[Example], model: Any, tokenizer: Any, max_length: int
+    examples: list[Example], model: Any, tokenizer: Any, max_length: int, *, who: str
 ) -> list[Encoded]:
-    """Token ids, no longer than asked for and than the base can read."""
+    """Token ids, no longer than asked for and than the base can read.
+
+    Says on stderr how many examples of `who` are longer. Raises ConfigError where an answer has no
+    token, or an example is a conversation that the tokenizer's chat template does not take.
+    """
     longest = getattr(model.config, "max_position_embeddings", None) or max_length
-    return [
-        encode(
-            tokenizer,
-            example.prompt,
-            example.target,
-            max_length=min(max_length, longest),
-            seq2seq=model.config.is_encoder_decoder,
+    longest, seq2seq = min(max_length, longest), model.config.is_encoder_decoder
+    found, cut = [], 0
+    for example in examples:
+        whole = encode_example(tokenizer, example, max_length=sys.maxsize, seq2seq=seq2seq)
+        if not whole.target:
+            raise ConfigError(
+                f"{who}: the answer to {example.prompt[:40]!r} has no token to learn. Remove it."
+            )
+        found.append(within(whole, longest, seq2seq=seq2seq))
+        cut += found[-1] != whole
+    if cut:
+        print(
+            f"phatgoose: {who}: {cut} of {len(examples)} examples have more than {longest} tokens "
+            "and are cut to so many",
+            file=sys.stderr,
         )
-        for example in examples
-    ]
+    return found
 
 
 def _train_gates(

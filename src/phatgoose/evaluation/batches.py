@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from phatgoose.errors import ConfigError
 from phatgoose.pool import assign
-from phatgoose.tasks import Encoded, encode
+from phatgoose.tasks import Encoded, Example, encode_example, encode_prompt
 
 # Bars on stderr or none, or a function that is told how many examples more are answered.
 Progress = bool | Callable[[int], object]
@@ -93,14 +93,32 @@ def longest_input(model: Any, tokenizer: Any) -> int:
 
 
 def encode_within(
-    tokenizer: Any, prompt: str, target: str, *, max_length: int, seq2seq: bool
+    tokenizer: Any,
+    example: Example,
+    answer: str | None = None,
+    *,
+    max_length: int,
+    seq2seq: bool,
 ) -> Encoded:
-    """`tasks.encode`; raises ConfigError where nothing of the prompt is there to answer."""
-    encoded = encode(tokenizer, prompt, target, max_length=max_length, seq2seq=seq2seq)
+    """`tasks.encode_example`; ConfigError too where nothing of the prompt is there to answer."""
+    encoded = encode_example(tokenizer, example, answer, max_length=max_length, seq2seq=seq2seq)
     if not encoded.prompt:
-        reason = f"fits before an answer within {max_length} tokens" if prompt else "is there"
-        raise ConfigError(f"nothing of the prompt {reason}: {prompt[:40]!r} -> {target[:40]!r}.")
+        target = example.target if answer is None else answer
+        raise ConfigError(f"{_missing(example, max_length)} -> {target[:40]!r}.")
     return encoded
+
+
+def prompt_within(tokenizer: Any, example: Example, *, max_length: int, seq2seq: bool) -> list[int]:
+    """`tasks.encode_prompt`; ConfigError too where nothing of the prompt is there to answer."""
+    ids = encode_prompt(tokenizer, example, max_length=max_length, seq2seq=seq2seq)
+    if not ids:
+        raise ConfigError(f"{_missing(example, max_length)} -> ''.")
+    return ids
+
+
+def _missing(example: Example, max_length: int) -> str:
+    reason = f"fits before an answer within {max_length} tokens" if example.prompt else "is there"
+    return f"nothing of the prompt {reason}: {example.prompt[:40]!r}"
 
 
 class Remembering:
@@ -108,6 +126,8 @@ class Remembering:
 
     def __init__(self, tokenizer: Any) -> None:
         self.eos_token_id = tokenizer.eos_token_id
+        self.chat_template = getattr(tokenizer, "chat_template", None)
+        self.name_or_path = getattr(tokenizer, "name_or_path", "")
         self._tokenizer = tokenizer
         self._known: dict[tuple[str, bool], Any] = {}
 
@@ -116,6 +136,9 @@ class Remembering:
         if key not in self._known:
             self._known[key] = self._tokenizer(text, add_special_tokens=add_special_tokens)
         return self._known[key]
+
+    def apply_chat_template(self, *arguments: Any, **settings: Any) -> Any:
+        return self._tokenizer.apply_chat_template(*arguments, **settings)
 
 
 @contextmanager

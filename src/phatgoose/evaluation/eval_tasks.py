@@ -13,7 +13,15 @@ from phatgoose.evaluation.batches import Remembering, encode_within, is_seq2seq,
 from phatgoose.evaluation.evaluate import grade
 from phatgoose.evaluation.suites import SUITES, load_suite
 from phatgoose.reading import read_json
-from phatgoose.tasks import Example, read_examples, split_file, task_folders
+from phatgoose.tasks import (
+    SEPARATOR,
+    Conversation,
+    Example,
+    one_turn,
+    read_examples,
+    split_file,
+    task_folders,
+)
 
 INDEX = "INDEX.json"
 SPARE_TOKENS, BOUND_STEP = 4, 32  # answers may be this much longer than a task's longest target
@@ -72,6 +80,7 @@ def read_tasks(
     seed: int = 0,
     training: Mapping[str, Sequence[Example]] | None = None,
     cards: Mapping[str, str] | None = None,
+    chat: bool = False,
 ) -> list[EvalTask]:
     """The tasks that `sources` name, each with a seeded subset of its test split.
 
@@ -81,6 +90,7 @@ def read_tasks(
         limit: examples per task (None: all).
         training: what experts were trained on, where it is known, by the expert's name.
         cards: the experts' model cards; one that names a held-out task as its data contaminates it.
+        chat: whether prompts that are texts are a user's turns; see `tasks.parse_row`.
 
     Raises TaskFormatError for a source without tasks, an empty split or a bad line (a target that
     is not among its choices, say), ConfigError for a name twice or a limit below 1.
@@ -88,7 +98,7 @@ def read_tasks(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}.")
     found: dict[str, _Source] = {}
-    for source in _sources(sources):
+    for source in _sources(sources, chat=chat):
         if source.name in found:
             raise ConfigError(f"{source.name}: two tasks of this name. Rename or leave out one.")
         found[source.name] = source
@@ -120,11 +130,11 @@ def read_tasks(
     return tasks
 
 
-def _sources(given: Sequence[str | Path]) -> Iterator[_Source]:
+def _sources(given: Sequence[str | Path], *, chat: bool) -> Iterator[_Source]:
     for source in given:
         if str(source) in SUITES:
             for name, examples, metric in load_suite(str(source)):
-                yield _Source(name, examples, metric)
+                yield _Source(name, list(map(_as_chat, examples)) if chat else examples, metric)
             continue
         for folder in task_folders([source], "test"):
             path = split_file(folder, "test")
@@ -133,10 +143,14 @@ def _sources(given: Sequence[str | Path]) -> Iterator[_Source]:
             record = _record(folder)
             yield _Source(
                 folder.name,
-                read_examples(path),
+                read_examples(path, chat=chat),
                 record.get("metric"),
                 record.get("near_task") or (),
             )
+
+
+def _as_chat(example: Example) -> Example:
+    return one_turn(example.prompt.removesuffix(SEPARATOR), example.target, example.choices)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -211,11 +225,18 @@ def _unanswerable(
     if not seq2seq and bound + 1 >= room and any(e.choices is None for e in examples):
         return f"answers of {bound} tokens leave no room for a prompt in {room} tokens"
     for example in examples:
+        if isinstance(example, Conversation):
+            if (example.answer or {}).get("tool_calls"):
+                return f"an answer calls tools, which no metric knows: {example.prompt[:40]!r}"
+            try:
+                example.asked(tokenizer)
+            except PhatgooseError as error:
+                return str(error)
         for choice in example.choices or ():
             if len(tokenizer(choice, add_special_tokens=False)["input_ids"]) >= room:
                 return f"a choice is longer than the {room} tokens the model reads: {choice[:40]!r}"
             try:
-                encode_within(tokenizer, example.prompt, choice, max_length=room, seq2seq=seq2seq)
+                encode_within(tokenizer, example, choice, max_length=room, seq2seq=seq2seq)
             except PhatgooseError as error:
                 return str(error)
     return None

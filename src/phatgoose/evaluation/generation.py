@@ -9,12 +9,12 @@ from phatgoose.evaluation.batches import (
     Experts,
     Progress,
     counting,
-    encode_within,
     evaluating,
     is_seq2seq,
     longest_input,
     pad_id,
     padded,
+    prompt_within,
     using,
 )
 from phatgoose.tasks import Example
@@ -45,7 +45,7 @@ def generate_answers(
         max_new_tokens = [max_new_tokens] * len(examples)
     bounds = list(max_new_tokens)
     prompts = [
-        _prompt_ids(model, tokenizer, example.prompt, bound)
+        _prompt_ids(model, tokenizer, example, bound)
         for example, bound in zip(examples, bounds, strict=True)
     ]
     # A batch goes on until its largest bound, so examples of one bound belong together.
@@ -66,7 +66,7 @@ def generate_answers(
 
 
 def generate_text(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int
+    model: Any, tokenizer: Any, prompts: Sequence[str | Example], *, max_new_tokens: int
 ) -> list[str]:
     """The greedy continuation of each prompt, stripped, all in one batch and in this order.
 
@@ -79,7 +79,9 @@ def generate_text(
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
 
 
-def _prompt_ids(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> list[int]:
+def _prompt_ids(
+    model: Any, tokenizer: Any, prompt: str | Example, max_new_tokens: int
+) -> list[int]:
     """A prompt's ids, as training encodes them, cut to leave room for the answer."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -91,7 +93,8 @@ def _prompt_ids(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) ->
             f"max_new_tokens is {max_new_tokens}, which leaves no room for a prompt: the model "
             f"reads {longest_input(model, tokenizer)} tokens. Lower it."
         )
-    return encode_within(tokenizer, prompt, "", max_length=room, seq2seq=seq2seq).prompt
+    example = Example(prompt, "") if isinstance(prompt, str) else prompt
+    return prompt_within(tokenizer, example, max_length=room, seq2seq=seq2seq)
 
 
 def _continue(

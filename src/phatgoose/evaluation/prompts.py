@@ -15,7 +15,7 @@ def answer_prompts(
     model: Any,
     tokenizer: Any,
     pool: ExpertPool,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Example],
     method: Method,
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -32,7 +32,7 @@ def answer_prompts(
             f"{method.name}: is told by an example's task which expert to use, and a prompt has "
             "none. Choose single:NAME, retrieval or a router; phatgoose eval knows tasks."
         )
-    examples = [Example(prompt, "") for prompt in prompts]
+    examples = [Example(p, "") if isinstance(p, str) else p for p in prompts]
     asked = EvalTask(
         "prompts", "heldout", "exact_match", range(len(prompts)), examples, max_new_tokens
     )

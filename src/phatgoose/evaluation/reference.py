@@ -20,10 +20,7 @@ from phatgoose.tasks import IGNORED, Encoded, Example
 def encode_references(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
     """Prompts and reference answers as ids; raises as `encode_within`."""
     seq2seq, longest = is_seq2seq(model), longest_input(model, tokenizer)
-    return [
-        encode_within(tokenizer, e.prompt, e.target, max_length=longest, seq2seq=seq2seq)
-        for e in examples
-    ]
+    return [encode_within(tokenizer, e, max_length=longest, seq2seq=seq2seq) for e in examples]
 
 
 def reference_batches(rows: Sequence[Encoded], max_tokens: int) -> Iterator[list[Encoded]]:

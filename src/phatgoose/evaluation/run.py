@@ -24,6 +24,7 @@ from phatgoose.experts import identify_base
 from phatgoose.files import write_bytes, write_json
 from phatgoose.locks import claimed
 from phatgoose.pool import ExpertPool
+from phatgoose.tasks import Conversation
 
 
 def run_evaluation(
@@ -102,6 +103,7 @@ class Evaluation:
                 "base": self.identity["base"]["weights"],
                 "device": model.device.type,
                 "share_prompts": settings.share_prompts,
+                **_template(tokenizer, asked),
             },
             size=self.sizes["part"],
             progress=settings.progress,
@@ -164,6 +166,12 @@ class Evaluation:
             if pictures:
                 draw(results, self.out)
         return results
+
+
+def _template(tokenizer: Any, tasks: Sequence[EvalTask]) -> dict[str, str]:
+    """The chat template, where an answer depends on it."""
+    chats = any(isinstance(e, Conversation) for task in tasks for e in task.examples)
+    return {"chat_template": str(tokenizer.chat_template)} if chats else {}
 
 
 def _reasons(

@@ -123,9 +123,7 @@ def _groups(model: Any, tokenizer: Any, examples: Sequence[Any], *, share: bool)
     groups: dict[Any, _Group] = {}
     for index, example in enumerate(examples):
         for number, choice in enumerate(example.choices):
-            encoded = encode_within(
-                tokenizer, example.prompt, choice, max_length=longest, seq2seq=seq2seq
-            )
+            encoded = encode_within(tokenizer, example, choice, max_length=longest, seq2seq=seq2seq)
             key = (index, len(encoded.prompt) if share else number)
             group = groups.setdefault(key, _Group(encoded.prompt, [], []))
             group.targets.append(encoded.target)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phatgoose.errors import ConfigError, TaskFormatError, first_line
-from phatgoose.tasks import Example, parse_example
+from phatgoose.tasks import Example, parse_row
 
 P3, BIG_BENCH, BBH = "bigscience/P3", "tasksource/bigbench", "lukaemon/bbh"
 Named = tuple[str, list[Example], str]  # name, examples, metric
@@ -193,4 +193,5 @@ def _example(prompt: str, right: Sequence[str], choices: list[str] | None, where
     if choices is not None:
         wrong = set(choices) - set(right)
         choices = [c for c in dict.fromkeys(choices) if c == right[0] or c in wrong]
-    return parse_example({"inputs": prompt, "targets": right[0], "choices": choices}, where)
+    row = {"inputs": prompt, "targets": right[0], "choices": choices}
+    return parse_row(row, where)[0]

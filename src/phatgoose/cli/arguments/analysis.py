@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.cli.fields import Command, option
-from phatgoose.cli.options import RoutedOptions
+from phatgoose.cli.options import ChatOption, RoutedOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analyze(RoutedOptions):
+class Analyze(ChatOption, RoutedOptions):
     """Draw where the tokens of tasks go, and whether they find their expert."""
 
     tasks: Sequence[str] = option(

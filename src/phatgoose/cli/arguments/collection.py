@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phatgoose.cli.fields import Command, Options, argument, option
+from phatgoose.cli.fields import Command, argument, option
 from phatgoose.cli.options import (
     AdaptersBaseOption,
+    ChatOption,
     DeviceOption,
     GatingOptions,
     JsonOption,
@@ -16,7 +17,7 @@ from phatgoose.train.settings import AdapterTraining, SignatureMeasuring
 
 
 @dataclass(frozen=True, kw_only=True)
-class Together(Options):
+class Together(ChatOption):
     """The experts' tasks, and how many experts share a pass over the base."""
 
     tasks: Sequence[str] = option(
@@ -55,7 +56,7 @@ class GateMany(Together, GatingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Derive(AdaptersBaseOption, DeviceOption, JsonOption):
+class Derive(ChatOption, AdaptersBaseOption, DeviceOption, JsonOption):
     """Measure what routers without gates need of experts, on some of their data."""
 
     adapters: Sequence[str] = argument(

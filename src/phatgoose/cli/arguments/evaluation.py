@@ -7,6 +7,7 @@ from typing import Literal
 
 from phatgoose.cli.fields import Command, option
 from phatgoose.cli.options import (
+    ChatOption,
     DeviceOption,
     ExpertsOptions,
     JsonOption,
@@ -15,7 +16,7 @@ from phatgoose.cli.options import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(MethodOptions, ExpertsOptions, DeviceOption, JsonOption):
+class Evaluate(ChatOption, MethodOptions, ExpertsOptions, DeviceOption, JsonOption):
     """Score methods on tasks, and write a table, pictures and every answer."""
 
     tasks: Sequence[str] = option(

@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from phatgoose.cli.fields import Command, Options, argument, option
-from phatgoose.cli.options import GatingOptions, TrainingOptions
+from phatgoose.cli.fields import Command, argument, option
+from phatgoose.cli.options import ChatOption, GatingOptions, TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOption(Options):
+class DataOption(ChatOption):
     """The examples of one expert."""
 
     data: str = option(
-        "examples to train on: a .jsonl file, a task folder, or a Hub data set; of the latter two, "
-        "the train split"
+        "examples to train on: a .jsonl or .json file, a task folder, or a Hub data set; of the "
+        "latter two, the train split"
     )
 
 

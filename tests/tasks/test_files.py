@@ -1,4 +1,4 @@
-"""Task files, good and bad, and their examples as token ids."""
+"""Task files, good and bad."""
 
 import gzip
 import json
@@ -12,14 +12,10 @@ import pytest
 
 from phatgoose.errors import TaskFormatError
 from phatgoose.tasks import (
-    IGNORED,
     LONGEST_LINE,
     MOST_BLANK,
-    Encoded,
     Example,
-    batches,
-    collate,
-    encode,
+    load_examples,
     read_examples,
     split_file,
     task_folders,
@@ -93,6 +89,40 @@ def test_a_file_without_examples(content: bytes, tmp_path: Path) -> None:
         read_examples(path)
 
 
+def test_what_an_editor_on_windows_writes(tmp_path: Path) -> None:
+    path, line = tmp_path / "a.jsonl", json.dumps({"prompt": "é", "completion": "x\ny"})
+    path.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n{line}\r\n".encode())
+    assert read_examples(path) == [Example("é", "x\ny")] * 2
+    path.write_bytes(path.read_bytes() * 2)  # two such files, one after the other
+    assert len(read_examples(path)) == 4
+    path.write_bytes(line.encode("utf-16"))
+    with pytest.raises(TaskFormatError, match="after line 0: cannot be read .* in UTF-8"):
+        read_examples(path)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_one_array(name: str, indent: int | None, tmp_path: Path) -> None:
+    """As Alpaca's and ShareGPT's own files are."""
+    rows = [{"text": "one"}, GOOD]
+    path = write(tmp_path / name, "", json.dumps(rows, indent=indent))
+    assert load_examples(path) == [Example("", "one"), Example("Is it?\n", "yes", ("yes", "no"))]
+    write(path, json.dumps([{"text": "one"}, {"texts": "two"}], indent=indent))
+    with pytest.raises(TaskFormatError, match=r"item 2: has the fields texts; wanted"):
+        read_examples(path)
+    assert len(read_examples(path, limit=1)) == 1
+    write(path, "[]")
+    with pytest.raises(TaskFormatError, match="holds no examples"):
+        read_examples(path)
+
+
+def test_an_array_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phatgoose.tasks.files.LONGEST_ARRAY", 30)
+    path = write(tmp_path / "a.json", json.dumps([{"text": "one"}] * 9, indent=1))
+    with pytest.raises(TaskFormatError, match="one array of more than 30 characters"):
+        read_examples(path)
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TaskFormatError, match=r"a\.jsonl: no such file"):
         read_examples(tmp_path / "a.jsonl")
@@ -145,56 +175,6 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(TaskFormatError, match="cannot be read") as raised:
         read_examples(path)
     assert str(path) in str(raised.value)
-
-
-class Characters:
-    """A tokenizer whose ids are code points; a prompt begins with 2, an answer ends with 1."""
-
-    eos_token_id = 1
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [2] * add_special_tokens + [ord(c) for c in text]}
-
-
-def test_prompt_and_target_are_encoded_apart() -> None:
-    a, b, c = map(ord, "abc")
-    tokenizer = Characters()
-    assert encode(tokenizer, "ab", "c", max_length=9) == Encoded([2, a, b], [c, 1])
-    assert encode(tokenizer, "ab", "c", max_length=4) == Encoded([a, b], [c, 1])
-    assert encode(tokenizer, "ab", "c", max_length=2) == Encoded([], [c, 1])
-    assert encode(tokenizer, "ab", "cc", max_length=2) == Encoded([], [c, c])
-    assert encode(tokenizer, "", "c", max_length=9) == Encoded([], [c, 1])
-    # The two stacks of an encoder-decoder each have the whole length.
-    assert encode(tokenizer, "ab", "c", max_length=2, seq2seq=True) == Encoded([a, b], [c, 1])
-    assert encode(tokenizer, "", "c", max_length=2, seq2seq=True) == Encoded([2], [c, 1])
-
-
-def test_batches_have_their_loss_on_targets() -> None:
-    rows = [Encoded([5, 6, 7], [8, 1]), Encoded([5], [1])]
-    batch = {key: value.tolist() for key, value in collate(rows, pad=0).items()}
-    x = IGNORED
-    assert batch == {
-        "input_ids": [[5, 6, 7, 8, 1], [5, 1, 0, 0, 0]],
-        "attention_mask": [[1] * 5, [1, 1, 0, 0, 0]],
-        "labels": [[x, x, x, 8, 1], [x, 1, x, x, x]],
-    }
-    batch = {key: value.tolist() for key, value in collate(rows, pad=0, seq2seq=True).items()}
-    assert batch == {
-        "input_ids": [[5, 6, 7], [5, 0, 0]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-        "labels": [[8, 1], [1, x]],
-    }
-
-
-def test_the_seed_alone_orders_training_batches() -> None:
-    rows = [Encoded([i], [1]) for i in range(10)]
-
-    def order(seed: int) -> list[Any]:
-        return [b["input_ids"][:, 0].tolist() for b in batches(rows, 3, pad=0, seed=seed)]
-
-    assert order(0) == order(0) != order(1)
-    assert [len(batch) for batch in order(0)] == [3, 3, 3]
-    assert len(list(batches(rows[:2], 3, pad=0))) == 1  # fewer rows than a batch are one batch
 
 
 def test_task_folders_are_found(tmp_path: Path) -> None:
