@@ -15,6 +15,8 @@
 #   make stress   changes of a pool beside 8 threads of 500 forwards, and of generate, in minutes
 #   make fuzz     200,000 bad files for every reader, on all cores: out/fuzz.json (FUZZ_ARGS=--help)
 #   make crash    every writer killed at every step of its way to the disk
+#   make mutants  small faults put into the code one by one: do tests catch each? In hours; a part of
+#                    them with MUTANTS='phatgoose.ops.*'
 #   make dist     the wheel and the source distribution, in dist, checked
 #   make clean    remove .venv, .venv-oldest, .venv-newest, .venv-vllm, dist and caches
 #
@@ -30,7 +32,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test stress crash fuzz test-vllm soak check docs shapes study bench format clean test-oldest test-newest dist
+.PHONY: demo test stress crash fuzz test-vllm soak check docs shapes study bench format mutants clean test-oldest test-newest dist
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -65,7 +67,7 @@ VLLM := .venv-vllm
 VLLM_ARGS ?= -m "not thorough"
 test-vllm: $(VLLM)/.ready
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-	$(VLLM)/bin/pytest tests/serve --numprocesses=2 --dist=loadfile --durations=25 $(VLLM_ARGS)
+	$(VLLM)/bin/pytest tests/serve -W default --numprocesses=2 --dist=loadfile --durations=25 $(VLLM_ARGS)
 
 # An hour of load and faults on a server of the default pool: see the script for what they are.
 SOAK_ARGS ?= --minutes 60
@@ -89,6 +91,18 @@ shapes: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	PYTHONPATH=. $(BIN)/pytest -p tests.shapes --jaxtyping-packages=$(SHAPED),tests.shapes.check \
 	--numprocesses=logical --maxprocesses=8 -m "not gpu and not slow and not wrong_types" $(SHAPES)
+
+# Ends well if at least nine in ten were caught, and lists the others.
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	$(WORKERS) $(BIN)/mutmut run $(MUTANTS)
+	$(BIN)/mutmut results
+	$(BIN)/mutmut export-cicd-stats
+	@$(BIN)/python -c 'import json; \
+	n = json.load(open("mutants/mutmut-cicd-stats.json")); \
+	caught, missed = n["killed"] + n["timeout"], n["survived"] + n["no_tests"]; \
+	print(f"{caught} of {caught + missed} caught"); \
+	exit(caught < 9 * missed)'
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
@@ -118,7 +132,7 @@ format: $(READY)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist mutants
 
 # The stamp comes last and goes first, so a set-up that was cut short starts again from nothing.
 # A complete one is only brought up to date.
