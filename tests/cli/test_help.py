@@ -17,6 +17,7 @@ import phatgoose
 from phatgoose.cli import options
 from phatgoose.cli.arguments import COMMANDS, NOUNS
 from phatgoose.cli.fields import Options, add_options, argument, flag, option
+from phatgoose.cli.inference import method_name
 from phatgoose.cli.main import EXIT_CODES, build_parser, parse
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import RunSettings
@@ -220,7 +221,9 @@ def test_defaults_are_the_librarys():
     asked = generate(prompt=["x"])
     assert asked.routing() == {}
     router = inspect.signature(phatgoose.route).parameters["router"].default
-    assert (asked.router, asked.max_new_tokens) == (router, MAX_NEW_TOKENS)
+    (trace,) = (command.options for command in COMMANDS if command.words == "trace")
+    routers = trace(prompt="x").router, method_name(asked)
+    assert (*routers, asked.max_new_tokens) == (router, router, MAX_NEW_TOKENS)
     assert asked.encoder == BASE_ENCODER
     assert get_args(options.Scale) == get_args(Scale)
     assert set(options.KNOBS) <= {each.name for each in fields(RoutingSettings)}

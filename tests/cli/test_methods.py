@@ -55,9 +55,12 @@ def test_generate_answers_as_eval_does(run, world, pool, monkeypatch):
     (asked / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = [name for name in method_names() if name not in ON_TASKS]
     names += ["single:two", "arrow+evidence+adapter_evidence"]
-    more = ("--train-tasks", world.tasks, "--multitask", world.three)
+    few, mixture = world.tasks / "one" / "train.jsonl", ("--weights", "one=0.5,three=1.25")
+    more = ("--train-tasks", world.tasks, "--multitask", world.three, "--examples", few)
     out = ("--out", world.out)
-    scored = run("eval", *pool, *more, "--tasks", asked, *out, "--methods", ",".join(names))
+    scored = run(
+        "eval", *pool, *more, *mixture, "--tasks", asked, *out, "--methods", ",".join(names)
+    )
     assert scored.code == 0, scored.err
     results = json.loads((world.out / "results.json").read_text())
     assert results["failed"] == results["left_out"] == {}
@@ -67,8 +70,8 @@ def test_generate_answers_as_eval_does(run, world, pool, monkeypatch):
         folder = world.out / "answers" / name.replace("single:", "single-")
         lines = "".join(path.read_text() for path in folder.glob("*.jsonl")).splitlines()
         by_line = {row["line"]: row["prediction"] for row in map(json.loads, lines)}
-        done = run("generate", *PROMPTS, *pool, *more, "--router", name, "--json",
-                   "--max-new-tokens", NEW)  # fmt: skip
+        how = mixture if name == "weights" else ("--router", name)
+        done = run("generate", *PROMPTS, *pool, *more, *how, "--json", "--max-new-tokens", NEW)
         assert done.code == 0, done.err
         found[name] = [row["answer"] for row in json.loads(done.out)]
         assert found[name] == [by_line[line] for line in range(len(PROMPTS))], name
@@ -101,6 +104,17 @@ def test_what_a_prompt_cannot_be_answered_by(refuses, pool):
         refuses(*given, name, says=[name, "phatgoose eval", "single:NAME"])
     refuses(*given, "retrieval", says=["retrieval", "--train-tasks"])
     refuses(*given, "multitask", says=["multitask", "--multitask FOLDER"])
+    refuses(*given, "lorahub", says=["lorahub", "--examples FILE"])
+    refuses(*given, "weights", says=["weights", "--weights a=0.7,b=0.3"])
+    says = ["--weights: fix the mixture", "--router arrow"]
+    refuses(*given, "arrow", "--weights", "one=1", says=says)
+    for weights, words in (
+        ("one=-1", "the weight of one must be at least 0"),
+        ("one=nan", "must be at least 0 and finite"),
+        ("one=1e99", "must be at least 0 and finite"),
+        ("one=1,four=1", "four: no expert of this name"),
+    ):
+        refuses(*given[:-1], "--weights", weights, says=[words])
     refuses(*given, "single:four", says=["four", "one, two, three"])
     refuses(*given, "all", says=["'all'", "single:NAME"])
     refuses(*given, "zscore", says=["zscore modifies another router"])

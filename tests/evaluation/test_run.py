@@ -292,11 +292,14 @@ def test_all_methods_that_the_inputs_allow(world: World) -> None:
     made, left_out = make_methods(["all"], Inputs(world.pool))
     assert {"base", "own", "phatgoose", "oracle"} <= {method.name for method in made}
     assert "--train-tasks" in left_out["retrieval"] and "--multitask" in left_out["multitask"]
+    assert "--weights" in left_out["weights"] and "--examples" in left_out["lorahub"]
     training = {name: load_examples(world.root / "tasks" / name) for name in EXPERTS}
     inputs = Inputs(
         world.pool,
         index=lambda: build_index(training, world.model, world.tokenizer),
         multitask=world.root / "experts" / "spare",
+        weights={"spare": 1.0},
+        examples=training["copy"],
     )
     results = world.run("out", ["all", "single:spare"], inputs=inputs)
     assert set(results["left_out"]) == {"phatgoose_mixed"}
@@ -306,6 +309,8 @@ def test_all_methods_that_the_inputs_allow(world: World) -> None:
     assert all(
         results["results"][n]["multitask"] == results["results"][n]["single:spare"] for n in TASKS
     )
+    for name in TASKS:
+        assert results["results"][name]["weights"] == results["results"][name]["single:spare"]
     for name, words in (
         ("retrieval", "--train-tasks"),
         ("flight", "none is called 'flight'"),

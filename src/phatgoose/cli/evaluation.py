@@ -5,7 +5,7 @@ import json
 import torch
 
 from phatgoose.cli.arguments.evaluation import Evaluate
-from phatgoose.cli.methods import less_general, method_inputs, training_examples
+from phatgoose.cli.methods import less_general, method_inputs, tell_found, training_examples
 from phatgoose.evaluation import (
     RunSettings,
     make_methods,
@@ -42,10 +42,13 @@ def evaluate(asked: Evaluate) -> None:
         model,
         tokenizer,
         training=training,
+        chat=asked.chat,
         seed=asked.seed,
         cache=asked.out,
         probe=asked.oracle_limit,
     )
+    if asked.weights is not None and not {"weights", "all"} & set(names):
+        names.append("weights")
     methods, left_out = make_methods(names, inputs)
     tasks = read_tasks(
         asked.tasks,
@@ -68,6 +71,8 @@ def evaluate(asked: Evaluate) -> None:
         settings=settings,
         left_out=left_out,
     )
+    for method in methods:
+        tell_found(method)
     print(json.dumps(results, ensure_ascii=False) if asked.json else table(results))
 
 

@@ -4,7 +4,7 @@ import argparse
 import inspect
 import operator
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -138,6 +138,8 @@ def _by_type(hint: Any, default: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction if default is True else "store_true"}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
+    if issubclass(get_origin(hint) or hint, Mapping):  # then `how` says how it is read
+        return {}
     if issubclass(get_origin(hint) or hint, Sequence) and hint is not str:
         return {"nargs": "+", "type": get_args(hint)[0]}
     return {"type": hint}

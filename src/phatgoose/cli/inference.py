@@ -11,8 +11,8 @@ import phatgoose
 from phatgoose import analysis
 from phatgoose.cli.arguments.inference import Demo, Generate, Trace
 from phatgoose.cli.fields import flag
-from phatgoose.cli.methods import load_pool, method_inputs, training_examples
-from phatgoose.cli.options import AnswerOptions, RoutedOptions
+from phatgoose.cli.methods import load_pool, method_inputs, tell_found, training_examples
+from phatgoose.cli.options import ROUTER, AnswerOptions, RoutedOptions
 from phatgoose.default import smollm2, tiny
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import (
@@ -92,12 +92,12 @@ def _print_demo(answers: Sequence[Mapping[str, Any]], ways: Mapping[str, str]) -
 
 def generate(asked: Generate) -> None:
     """Answer prompts by a router, or by any other method of an evaluation."""
-    prompts = _prompts(asked.prompt, asked)
+    prompts, name = _prompts(asked.prompt, asked), method_name(asked)
     pool = load_pool(asked)
     training = training_examples(asked.train_tasks, pool, chat=asked.chat)
     model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device)
-    inputs = method_inputs(asked, pool, model, tokenizer, training=training)
-    method, knobs = make_method(asked.router, inputs), asked.routing()
+    inputs = method_inputs(asked, pool, model, tokenizer, training=training, chat=asked.chat)
+    method, knobs = make_method(name, inputs), asked.routing()
     if isinstance(method, Routed):
         method = replace(method, options=knobs)
     elif knobs:
@@ -109,12 +109,25 @@ def generate(asked: Generate) -> None:
         model, tokenizer, pool, prompts, method, max_new_tokens=asked.max_new_tokens
     )
     if isinstance(method, Routed):
-        _tell_derived(asked.router, pool)
+        _tell_derived(name, pool)
+    tell_found(method)
     if asked.json:
         rows = [{"prompt": p, "answer": a} for p, a in zip(asked.prompt, answers, strict=True)]
         print(json.dumps(rows, ensure_ascii=False))
     else:
         print("\n".join(answers))
+
+
+def method_name(asked: Generate) -> str:
+    """What answers. Raises ConfigError for weights that would change nothing."""
+    if asked.weights is None:
+        return asked.router or ROUTER
+    if asked.router not in (None, "weights"):
+        raise ConfigError(
+            f"--weights: fix the mixture, so --router {asked.router} would not be asked. Leave one "
+            "of the two out."
+        )
+    return "weights"
 
 
 def trace(asked: Trace) -> None:

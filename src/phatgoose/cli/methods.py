@@ -1,5 +1,6 @@
 """The pool and the methods that a command line names."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from phatgoose.cli.options import ExpertsOptions, MethodOptions
 from phatgoose.errors import TaskFormatError
-from phatgoose.evaluation import Inputs
+from phatgoose.evaluation import Inputs, LoraHub, Method
 from phatgoose.experts import expert_sources
 from phatgoose.pool import ExpertPool, subtract_general
 from phatgoose.pool.retrieval import build_index
@@ -43,6 +44,13 @@ def training_examples(
     return {name: load_examples(path, chat=chat) for name, path in found.items()}
 
 
+def tell_found(method: Method) -> None:
+    """Say on stderr which weights were found, in the words of --weights."""
+    if isinstance(method, LoraHub) and method.found:
+        weights = ",".join(f"{name}={weight:.4g}" for name, weight in method.found.items())
+        print(f"phatgoose: {method.name}: --weights {weights}", file=sys.stderr)
+
+
 def method_inputs(
     asked: MethodOptions,
     pool: ExpertPool,
@@ -50,6 +58,7 @@ def method_inputs(
     tokenizer: Any,
     *,
     training: Mapping[str, Sequence[Example]],
+    chat: bool = False,
     seed: int = 0,
     cache: Path | None = None,
     probe: int | None = None,
@@ -69,4 +78,7 @@ def method_inputs(
         index=index if training else None,
         multitask=asked.multitask,
         probe=probe,
+        weights=asked.weights,
+        examples=load_examples(asked.examples, chat=chat) if asked.examples else (),
+        seed=seed,
     )

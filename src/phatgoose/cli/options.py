@@ -1,7 +1,7 @@
 """Options that several commands share, by groups. Nothing heavy is imported here."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -94,6 +94,22 @@ def _top_k(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"wanted a number or all, got {text!r}") from None
 
 
+def _weights(text: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        try:
+            weight = float(number) if equals and name else None
+        except ValueError:
+            weight = None
+        if weight is None:
+            raise argparse.ArgumentTypeError(f"wanted NAME=WEIGHT, got {part.strip()!r}")
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{name} has two weights")
+        found[name] = weight
+    return found
+
+
 KNOBS = ("top_k", "temperature", "scale", "null_score")
 
 
@@ -158,6 +174,18 @@ class MethodOptions(Options):
     """What methods other than routers are made of."""
 
     TITLE: ClassVar = "other methods"
+    weights: Mapping[str, float] | None = option(
+        "for weights: a fixed mixture, NAME=WEIGHT for each of its experts, with commas between; "
+        "the weights are used as they are",
+        default=None,
+        type=_weights,
+        metavar="NAME=WEIGHT,...",
+    )
+    examples: Path | None = option(
+        "for lorahub: file of a few examples, by which it finds the weights of a mixture",
+        default=None,
+        metavar="FILE",
+    )
     train_tasks: str | None = option(
         "for retrieval: folder with the experts' training examples, as NAME/train.jsonl",
         default=None,

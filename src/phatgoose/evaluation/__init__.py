@@ -4,9 +4,11 @@ from phatgoose.evaluation.diagnosis import OwnShare, own_share
 from phatgoose.evaluation.eval_tasks import EvalTask, read_tasks
 from phatgoose.evaluation.evaluate import Answer, evaluate, grade, predict
 from phatgoose.evaluation.generation import generate_answers, generate_text
+from phatgoose.evaluation.lorahub import search_weights
 from phatgoose.evaluation.methods import (
     Base,
     BestIndividual,
+    LoraHub,
     Method,
     Oracle,
     Own,
@@ -14,6 +16,7 @@ from phatgoose.evaluation.methods import (
     Routed,
     Single,
     Static,
+    Weighted,
 )
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.evaluation.prompts import answer_prompts
@@ -40,6 +43,7 @@ __all__ = [
     "Evaluation",
     "Inputs",
     "Interval",
+    "LoraHub",
     "Method",
     "Oracle",
     "Own",
@@ -49,6 +53,7 @@ __all__ = [
     "RunSettings",
     "Single",
     "Static",
+    "Weighted",
     "answer_prompts",
     "evaluate",
     "generate_answers",
@@ -67,5 +72,6 @@ __all__ = [
     "resampled_means",
     "run_evaluation",
     "score_choices",
+    "search_weights",
     "table",
 ]

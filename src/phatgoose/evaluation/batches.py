@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from phatgoose.errors import ConfigError
-from phatgoose.pool import assign
+from phatgoose.pool.routing import Asked, assign
 from phatgoose.tasks import Encoded, Example, encode_example, encode_prompt
 
 # Bars on stderr or none, or a function that is told how many examples more are answered.
 Progress = bool | Callable[[int], object]
-# The one expert that answers each example, None being the bare base; see `phatgoose.assign`.
-Experts = Sequence[str | None]
+# What answers each example: an expert, a mixture, or None for the bare base; see `assign`.
+Experts = Sequence[Asked]
 UNLIMITED = 1 << 20  # tokenizers without a limit name an enormous one
 
 

@@ -1,22 +1,26 @@
 """Ways to answer a stream of examples with a pool: routers, single experts, merges, references."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import phatgoose
 from phatgoose.errors import ConfigError
-from phatgoose.evaluation.batches import Progress
+from phatgoose.evaluation.batches import Experts, Progress
 from phatgoose.evaluation.eval_tasks import Item, Role
 from phatgoose.evaluation.evaluate import predict
+from phatgoose.evaluation.lorahub import SHOTS, STEPS, search_weights
 from phatgoose.experts import Expert, adapter_hash
 from phatgoose.experts.kinds import GATES
 from phatgoose.experts.signatures import vectors_hash
 from phatgoose.pool import ExpertPool
 from phatgoose.pool.retrieval import ExampleIndex
 from phatgoose.routers import Router, derivations, make_router
+from phatgoose.tasks import Example
 
 Answering = Callable[[Sequence[Item]], list[str]]
 ASSIGNED = "uniform"  # routers are not asked where every row has its expert; this one needs nothing
@@ -35,10 +39,8 @@ class Bench:
     rows: int = 64  # a batch of generation
     progress: Progress = False
 
-    def answer(
-        self, items: Sequence[Item], experts: Sequence[str | None] | None = None
-    ) -> list[str]:
-        """Answers by the model as it stands; or, if it routes, each by one expert at weight 1."""
+    def answer(self, items: Sequence[Item], experts: Experts | None = None) -> list[str]:
+        """Answers by the model as it stands; or, if it routes, each by what `assign` takes."""
         return predict(
             self.model,
             self.tokenizer,
@@ -135,8 +137,8 @@ class Routed(Method):
 @contextmanager
 def together(
     bench: Bench, pool: ExpertPool
-) -> Iterator[Callable[[Sequence[Item], Sequence[str | None]], list[str]]]:
-    """The model set up to answer each example by an expert of its own at weight 1."""
+) -> Iterator[Callable[[Sequence[Item], Experts], list[str]]]:
+    """The model set up to answer each example by an expert, or a mixture, of its own."""
     phatgoose.route(bench.model, pool, ASSIGNED)
     try:
         yield bench.answer
@@ -145,16 +147,20 @@ def together(
 
 
 class OneExpert(Method):
-    """Each example by one expert at weight 1: the plain adapter."""
+    """Each example by one expert at weight 1, the plain adapter, or by one fixed mixture."""
 
     @abstractmethod
-    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
-        """The expert of each example; None is the bare base."""
+    def choose(self, items: Sequence[Item], bench: Bench) -> Experts:
+        """The expert, or the weights, of each example; None is the bare base."""
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Answering]:
+        self.settle_first(bench)
         with together(bench, self.experts(bench)) as answer:
             yield lambda items: answer(items, self.choose(items, bench))
+
+    def settle_first(self, bench: Bench) -> None:
+        """What has to be done while the model is plain."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class Own(OneExpert):
     def settings(self, bench: Bench) -> dict[str, Any]:
         return {"kind": "own", "adapters": adapter_hashes(self.experts(bench))}
 
-    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+    def choose(self, items: Sequence[Item], bench: Bench) -> Experts:
         return [item.task.name for item in items]
 
 
@@ -180,8 +186,60 @@ class Single(OneExpert):
         adapter = adapter_hash(self.experts(bench)[self.expert].modules)
         return {"kind": "single", "expert": self.expert, "adapter": adapter}
 
-    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+    def choose(self, items: Sequence[Item], bench: Bench) -> Experts:
         return [self.expert] * len(items)
+
+
+@dataclass(frozen=True)
+class Weighted(OneExpert):
+    """One fixed mixture for everything."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        used = {name: adapter_hash(self.experts(bench)[name].modules) for name in self.weights}
+        return {"kind": "weights", "weights": dict(self.weights), "adapters": used}
+
+    def choose(self, items: Sequence[Item], bench: Bench) -> Experts:
+        return [self.weights] * len(items)
+
+
+@dataclass(frozen=True)
+class LoraHub(OneExpert):
+    """One mixture for everything, whose weights suit a few examples best (arXiv:2307.13269)."""
+
+    examples: Sequence[Example] = ()
+    shots: int = SHOTS
+    steps: int = STEPS
+    seed: int = 0
+    found: dict[str, float] = field(default_factory=dict, compare=False)  # once it was ready
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        texts = json.dumps([asdict(example) for example in self.examples])
+        return {
+            "kind": "lorahub",
+            "examples": hashlib.sha256(texts.encode()).hexdigest(),
+            "shots": self.shots,
+            "steps": self.steps,
+            "seed": self.seed,
+            "adapters": adapter_hashes(self.experts(bench)),
+        }
+
+    def settle_first(self, bench: Bench) -> None:
+        if not self.found:
+            weights = search_weights(
+                bench.model,
+                bench.tokenizer,
+                self.experts(bench),
+                self.examples,
+                shots=self.shots,
+                steps=self.steps,
+                seed=self.seed,
+            )
+            self.found.update(weights)
+
+    def choose(self, items: Sequence[Item], bench: Bench) -> Experts:
+        return [self.found] * len(items)
 
 
 @dataclass(frozen=True)
@@ -194,7 +252,7 @@ class PerTask(OneExpert):
         used = {name: adapter_hash(self.experts(bench)[name].modules) for name in self.names}
         return {"kind": "per task", "experts": dict(self.chosen), "adapters": used}
 
-    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+    def choose(self, items: Sequence[Item], bench: Bench) -> Experts:
         return [self.chosen[item.task.name] for item in items]
 
     @property
@@ -217,7 +275,7 @@ class Retrieval(OneExpert):
             "adapters": adapter_hashes(self.experts(bench)),
         }
 
-    def choose(self, items: Sequence[Item], bench: Bench) -> list[str | None]:
+    def choose(self, items: Sequence[Item], bench: Bench) -> Experts:
         prompts = [item.example.prompt for item in items]
         return [*self._index().choose(prompts, bench.model, bench.tokenizer)]
 

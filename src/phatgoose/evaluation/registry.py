@@ -8,9 +8,10 @@ from pathlib import Path
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import methods
 from phatgoose.experts import Expert, adapter_hash, load_expert
-from phatgoose.pool import ExpertPool, merge_experts
+from phatgoose.pool import Choice, ExpertPool, merge_experts
 from phatgoose.pool.retrieval import ExampleIndex
 from phatgoose.routers import MixedRouter, make_router, router_names
+from phatgoose.tasks import Example
 
 SINGLE = "single:"
 COMBINED = (  # of routers with modifiers, in "all"
@@ -30,6 +31,9 @@ class Inputs:
     index: Callable[[], ExampleIndex] | None = None  # of the experts' training prompts
     multitask: Path | None = None  # an adapter trained on the union of the experts' data
     probe: int | None = None  # examples a task that oracle and best_individual choose by
+    weights: Mapping[str, float] | None = None  # of the method of this name
+    examples: Sequence[Example] = ()  # a few, which lorahub finds weights by
+    seed: int = 0  # of which examples lorahub takes
 
 
 def method_names() -> list[str]:
@@ -110,6 +114,20 @@ def _retrieval(name: str, inputs: Inputs) -> methods.Method:
     return methods.Retrieval(name, index=functools.cache(inputs.index))
 
 
+def _weights(name: str, inputs: Inputs) -> methods.Method:
+    if inputs.weights is None:
+        raise _LacksInput("needs the experts' weights: --weights a=0.7,b=0.3")
+    choice = Choice(weights=inputs.weights)
+    choice.routed(inputs.pool.names)
+    return methods.Weighted(name, weights=choice.mixture())
+
+
+def _lorahub(name: str, inputs: Inputs) -> methods.Method:
+    if not inputs.examples:
+        raise _LacksInput("needs a few examples of the task: --examples FILE")
+    return methods.LoraHub(name, examples=inputs.examples, seed=inputs.seed)
+
+
 def _multitask(name: str, inputs: Inputs) -> methods.Method:
     if inputs.multitask is None:
         raise _LacksInput("needs an adapter trained on all experts' data: --multitask FOLDER")
@@ -147,6 +165,8 @@ _MAKERS: Mapping[str, Callable[[str, Inputs], methods.Method]] = {
     "best_individual": lambda name, inputs: methods.BestIndividual(name, probe=inputs.probe),
     "oracle": lambda name, inputs: methods.Oracle(name, probe=inputs.probe),
     "multitask": _multitask,
+    "weights": _weights,
+    "lorahub": _lorahub,
     "merged": functools.partial(_merged, "average"),
     "merged_svd": _merged_svd,
     "peft_linear": functools.partial(_merged, "linear"),

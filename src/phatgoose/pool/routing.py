@@ -16,6 +16,7 @@ from phatgoose.pool.routed_model import RoutedModel
 from phatgoose.routers import Router, make_router
 
 ATTRIBUTE = "_phatgoose"
+Asked = str | Mapping[str, float] | Choice | None  # what stands for a row; see `assign`
 
 
 def route(
@@ -155,9 +156,7 @@ def restrict(model: nn.Module, experts: Iterable[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def assign(
-    model: nn.Module, experts: Sequence[str | Mapping[str, float] | Choice | None]
-) -> Iterator[None]:
+def assign(model: nn.Module, experts: Sequence[Asked]) -> Iterator[None]:
     """Have row i of every forward inside the block follow `experts[i]`, whatever others do.
 
     What stands for a row may be

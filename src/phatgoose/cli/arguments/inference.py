@@ -20,10 +20,11 @@ class Generate(AnswerOptions, RoutedOptions, MethodOptions):
     """Answer prompts by a router, or by another method."""
 
     prompt: Sequence[str] = argument("one or more prompts, answered in one batch")
-    router: str = option(
+    router: str | None = option(  # type: ignore[assignment]  # a method may stand for it
         "what answers: a router's name, or base, single:NAME, retrieval, merged, peft_ties, "
-        "multitask and so on (docs/routers.md has all of them)",
-        default=ROUTER,
+        f"multitask and so on (docs/routers.md has all of them); without it, {ROUTER}, or weights "
+        "where --weights says some",
+        default=None,
     )
 
 
