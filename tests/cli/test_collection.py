@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from phatgoose.experts import load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.train.collection import GROUP, WORK
 from phatgoose.train.loop import loop
 from tests.tolerances import TOLERANCE, assert_near
 
@@ -278,3 +279,84 @@ class TestGateRefuses:
     def test_an_adapter_of_another_base(self, refuses, world, tasks, adapters):
         argv = ("experts", "gate", adapters, "--tasks", tasks, "--base", world.other)
         refuses(*argv, says=["its LoRA of model.layers.0", "another base"])
+
+
+@pytest.fixture
+def on_two(train):
+    """The command over two processes; --device and --devices exclude each other."""
+
+    def words(pool, *more):
+        given = list(train(pool, *more))
+        at = given.index("--device")
+        return (*given[:at], *given[at + 2 :], "--devices", "cpu", "cpu")
+
+    return words
+
+
+def test_two_devices_train_what_one_does(run, world, train, on_two):
+    wanted, pool = world.root / "wanted", world.root / "pool"
+    assert run(*train(wanted, "--together", 2)).code == 0
+    result = run(*on_two(pool, "--json"))
+    assert result.code == 0, result.err
+    assert len(json.loads(result.out)["trained"]) == 3
+    assert "1/2: " in result.err and "2/2: " in result.err  # two and one, without --together
+    assert files(pool).keys() == files(wanted).keys()
+    for name in TASKS:
+        near(pool / name, wanted / name, WEIGHTS_FILE, KINDS["gates"].file)
+        assert record(pool / name) == record(wanted / name)
+    again = run(*on_two(pool))
+    assert again.code == 0 and again.out.count(": there already") == 3
+
+
+def test_two_devices_go_on_where_one_was_stopped(run, world, train, on_two, monkeypatch):
+    wanted, pool = world.root / "wanted", world.root / "pool"
+    assert run(*train(wanted, "--together", 2)).code == 0
+    step = loop.Loop._step
+
+    def stopping(self, stream, forward, done):
+        if self.what == "gates" and done.step == 11:
+            raise KeyboardInterrupt
+        return step(self, stream, forward, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_step", stopping)
+        assert run(*train(pool, "--together", 2)).code == 130
+    (begun,) = (pool / WORK).glob(f"*/{GROUP}")
+    checkpoints = {path.name for path in begun.parent.glob("*.safetensors")}
+    assert any(name.startswith("adapters-") for name in checkpoints)
+    result = run(*on_two(pool))
+    assert result.code == 0, result.err
+    assert {path.name for path in pool.iterdir()} == set(TASKS)  # nothing of the progress is left
+    for name in TASKS:
+        near(pool / name, wanted / name, WEIGHTS_FILE, KINDS["gates"].file)
+
+
+def test_what_goes_wrong_on_one_of_two_devices_is_told(run, world, tasks, on_two):
+    pool = world.root / "pool"
+    result = run(*on_two(pool, "--target-modules", "nowhere"))
+    assert result.code == 1
+    assert "nowhere" in result.err and "Traceback" not in result.err
+    assert [path.name for path in pool.iterdir()] == [WORK]  # to go on with
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--device", "cpu", "--devices", "cpu", "cpu"), "in place of --device"),
+        (("--devices", "all"), "no GPU"),
+        (("--devices", "abacus"), "abacus: no device"),
+    ],
+)
+def test_devices_that_cannot_be(run, world, tasks, words, told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    argv = ("experts", "train", "--tasks", tasks, "--base", world.base, "--out", world.root / "p")
+    result = run(*argv, *words)
+    assert result.code == 1
+    assert told in result.err
+
+
+def test_processes_that_were_launched_together_take_no_devices(run, world, on_two, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(*on_two(world.root / "pool"))
+    assert result.code == 1
+    assert "accelerate launch" in result.err

@@ -69,6 +69,7 @@ experts list
 experts list a b --json
 experts verify a b --base c --json
 experts train --base b --out o --tasks a b --together 2 --rank 3 --gate-steps 4 --seed-each
+experts train --out o --tasks a --devices cuda:0 cuda:1
 experts gate a b --base c --tasks d e --together 3
 experts derive a b --base c --tasks d --examples 2 --max-length 3 --batch-size 4 --seed 5
 experts merge a b --out o --method ties --rank 1 --weights 1 2 --density 0.1 --seed 2 --base b

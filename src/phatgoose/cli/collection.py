@@ -1,8 +1,9 @@
 """experts train, experts gate, experts derive: many experts at once."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from phatgoose.experts.lora import read_config
 from phatgoose.models import DEFAULT, load_base
 from phatgoose.routers.base import measuring_routers
 from phatgoose.tasks import Encoded, Example, load_examples, task_folders
-from phatgoose.train import derive_signatures, gate_experts, train_experts
+from phatgoose.train import derive_signatures, gate_experts, train_experts, train_experts_on
 from phatgoose.train.derive import draw
 
 
@@ -27,18 +28,36 @@ def train(asked: TrainMany) -> None:
     gates, adapter = asked.gate_training(), asked.adapter_training()
     folders = by_name(task_folders(asked.tasks, "train"))
     examples = {name: load_examples(folder, chat=asked.chat) for name, folder in folders.items()}
-    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=torch.float32)
-    made = train_experts(
-        model,
-        tokenizer,
-        _encode(examples, model, tokenizer, asked.max_length),
-        asked.out,
-        adapter=adapter,
-        gates=gates,
-        gate_batch_size=asked.gate_batch_size,
-        together=asked.together,
-    )
+    opened = partial(_opened, examples, asked.base or DEFAULT, asked.max_length)
+    settings: dict[str, Any] = {
+        "adapter": adapter,
+        "gates": gates,
+        "gate_batch_size": asked.gate_batch_size,
+        "together": asked.together,
+    }
+    if asked.devices:
+        made = train_experts_on(_every(asked.devices), opened, list(folders), asked.out, **settings)
+    else:
+        made = train_experts(*opened(asked.device), asked.out, **settings)
     _print({name: asked.out / name for name in folders}, made, as_json=asked.json)
+
+
+def _opened(
+    examples: Mapping[str, list[Example]], base: str, max_length: int, device: str | None
+) -> tuple[Any, Any, dict[str, list[Encoded]]]:
+    """The base on a device, its tokenizer, and the examples for it."""
+    model, tokenizer = load_base(base, device=device, dtype=torch.float32)
+    return model, tokenizer, _encode(examples, model, tokenizer, max_length)
+
+
+def _every(devices: Sequence[str]) -> list[str]:
+    """The devices that were named, or every GPU; ConfigError where there is none."""
+    if list(devices) != ["all"]:
+        return list(devices)
+    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if not found:
+        raise ConfigError("--devices all: torch sees no GPU here. Name the devices, or none.")
+    return found
 
 
 def gate(asked: GateMany) -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from phatgoose.train.derive import derive_signatures
     from phatgoose.train.gates import train_gates, train_gates_together
     from phatgoose.train.settings import AdapterTraining, GateTraining
+    from phatgoose.train.spread import train_experts_on
     from phatgoose.train.trainer import train_gates_from_trainer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "train_adapter",
     "train_adapters_together",
     "train_experts",
+    "train_experts_on",
     "train_gates",
     "train_gates_from_trainer",
     "train_gates_together",
@@ -36,6 +38,7 @@ __getattr__ = on_first_use(
         "train_adapter": "adapters",
         "train_adapters_together": "adapters",
         "train_experts": "collection",
+        "train_experts_on": "spread",
         "train_gates": "gates",
         "train_gates_from_trainer": "trainer",
         "train_gates_together": "gates",

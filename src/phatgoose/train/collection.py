@@ -1,6 +1,7 @@
 """Trains collections on disk: an expert for each task, or gates for many adapters."""
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -67,40 +68,93 @@ def train_experts(
     Raises ConfigError if a folder there is no expert of this base, and what
     `train_adapters_together` and `train_gates_together` raise.
     """
-    out, adapter, gates = Path(out), adapter or AdapterTraining(), gates or GateTraining()
-    check_model(model)
-    base = identify_base(model, tokenizer)
-    todo = [name for name in _by_length(tasks) if not _is_done(out / name, base)]
-    accelerator, pad = Accelerator(), tokenizer.pad_token_id
+    collection = Collection(
+        model,
+        tokenizer,
+        tasks,
+        Path(out),
+        adapter=adapter or AdapterTraining(),
+        gates=gates or GateTraining(),
+        gate_batch_size=gate_batch_size,
+        progress=progress,
+    )
+    todo, accelerator = collection.todo(), collection.accelerator
     made: dict[str, GateRecord] = {}
-    with _alone(out / WORK, accelerator):
+    with _alone(collection.work, accelerator):
         groups = _groups(
-            todo, together, out / WORK, known=tasks, accelerator=accelerator, progress=progress
+            todo, together, collection.work, known=tasks, accelerator=accelerator, progress=progress
         )
         for names, work in groups:
-            group = {name: tasks[name] for name in names}
-            modules = train_adapters_together(
-                model, group, work, adapter, pad=pad, checkpoint=work, progress=progress
-            )
-            gates_of = _train_gates(
-                model,
-                tokenizer,
-                modules,
-                group,
-                gates,
-                batch_size=gate_batch_size or adapter.batch_size,
-                autocast=torch.bfloat16 if adapter.bf16 else None,
-                work=work,
-                progress=progress,
-            )
-            if accelerator.is_main_process:
-                for name in names:
-                    if not (out / name).exists():  # published before an interrupt
-                        card = _card(name, len(tasks[name]), adapter, gates_of[name].record)
-                        _publish(work / name, out / name, gates_of[name], card)
-            made |= {name: gates_of[name].record for name in names}
-            _finish(work, accelerator)
+            made |= collection.train(names, work)
     return made
+
+
+class Collection:
+    """What `train_experts` trains, on one device; raises ConfigError for what it cannot train."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        tasks: Tasks,
+        out: Path,
+        *,
+        adapter: AdapterTraining,
+        gates: GateTraining,
+        gate_batch_size: int | None,
+        progress: bool,
+    ) -> None:
+        check_model(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tasks = tasks
+        self.out = out
+        self.adapter = adapter
+        self.gates = gates
+        self.gate_batch_size = gate_batch_size or adapter.batch_size
+        self.progress = progress
+        self.accelerator = Accelerator()
+
+    @property
+    def work(self) -> Path:
+        """Where the progress of all groups is."""
+        return self.out / WORK
+
+    def todo(self) -> list[str]:
+        """The tasks without an expert yet, those of like length beside each other."""
+        base = identify_base(self.model, self.tokenizer)
+        return [name for name in _by_length(self.tasks) if not _is_done(self.out / name, base)]
+
+    def train(self, names: Sequence[str], work: Path) -> dict[str, GateRecord]:
+        """Train a group, whose progress is in `work`, and publish its experts."""
+        group = {name: self.tasks[name] for name in names}
+        modules = train_adapters_together(
+            self.model,
+            group,
+            work,
+            self.adapter,
+            pad=self.tokenizer.pad_token_id,
+            checkpoint=work,
+            progress=self.progress,
+        )
+        gates_of = _train_gates(
+            self.model,
+            self.tokenizer,
+            modules,
+            group,
+            self.gates,
+            batch_size=self.gate_batch_size,
+            autocast=torch.bfloat16 if self.adapter.bf16 else None,
+            work=work,
+            progress=self.progress,
+        )
+        if self.accelerator.is_main_process:
+            for name in names:
+                if not (self.out / name).exists():  # published before an interrupt
+                    card = _card(name, len(self.tasks[name]), self.adapter, gates_of[name].record)
+                    _publish(work / name, self.out / name, gates_of[name], card)
+        _finish(work, self.accelerator)
+        return {name: gates_of[name].record for name in names}
 
 
 def _publish(made: Path, folder: Path, gates: Gates, card: str) -> None:
@@ -249,7 +303,31 @@ def _groups(
     accelerator: Accelerator,
     progress: bool,
 ) -> Iterator[tuple[list[str], Path]]:
-    """Groups, each with a folder for its progress; those that were begun come first, as begun."""
+    """Groups as `plan` has them, each noted on disk when its turn comes."""
+    groups = plan(names, together, work, known=known)
+    accelerator.wait_for_everyone()  # nobody writes until all have looked
+    for number, (group, folder) in enumerate(groups, start=1):
+        if accelerator.is_main_process:
+            note(group, folder)
+            if progress and len(groups) > 1:
+                print(f"{number}/{len(groups)}: {', '.join(group)}", file=sys.stderr)
+        yield group, folder
+    if accelerator.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def plan(
+    names: Sequence[str],
+    together: int | None,
+    work: Path,
+    *,
+    known: Container[str],
+    devices: int = 1,
+) -> list[tuple[list[str], Path]]:
+    """Groups, each with a folder for its progress; those that were begun come first, as begun.
+
+    Where `together` does not say how large they are, there is a new one for each device.
+    """
     begun = []
     for path in sorted(work.glob(f"*/{GROUP}")):
         group = json.loads(path.read_text())
@@ -258,17 +336,14 @@ def _groups(
             begun.append((group, path.parent))
     taken = {name for group, _ in begun for name in group}
     rest = [name for name in names if name not in taken]
-    new = [(group, work / group_name(group)) for group in in_groups(rest, together)]
-    accelerator.wait_for_everyone()  # nobody writes until all have looked
-    groups = [*begun, *new]
-    for number, (group, folder) in enumerate(groups, start=1):
-        if accelerator.is_main_process:
-            write_json(folder / GROUP, group)
-            if progress and len(groups) > 1:
-                print(f"{number}/{len(groups)}: {', '.join(group)}", file=sys.stderr)
-        yield group, folder
-    if accelerator.is_main_process:
-        shutil.rmtree(work, ignore_errors=True)
+    size = together or max(1, math.ceil(len(rest) / devices))
+    new = [(group, work / group_name(group)) for group in in_groups(rest, size)]
+    return [*begun, *new]
+
+
+def note(group: Sequence[str], folder: Path) -> None:
+    """Note on disk that a group is begun."""
+    write_json(folder / GROUP, group)
 
 
 @contextmanager

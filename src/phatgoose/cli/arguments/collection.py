@@ -13,6 +13,7 @@ from phatgoose.cli.options import (
     JsonOption,
     TrainingOptions,
 )
+from phatgoose.errors import ConfigError
 from phatgoose.train.settings import AdapterTraining, SignatureMeasuring
 
 
@@ -40,6 +41,17 @@ class TrainMany(Together, TrainingOptions):
         "give each expert a seed of its own, as strangers would have, made of --seed and its name",
         default=AdapterTraining.seed_each,
     )
+    devices: Sequence[str] | None = option(
+        "devices to train on at once, a share of the experts on each: cuda:0 cuda:1, or all for "
+        "every GPU; without it, one device, that of --device",
+        default=None,
+        metavar="DEVICE",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.devices and self.device:
+            raise ConfigError("--devices stands in place of --device. Give one of them.")
 
     def adapter_training(self) -> AdapterTraining:
         return replace(super().adapter_training(), seed_each=self.seed_each)
