@@ -11,7 +11,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from phatgoose.nn import Bank, RoutingSettings
-from phatgoose.serve.engine import operators  # noqa: F401  (defines them)
+from phatgoose.serve.engine import operators
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules
 # Of the bank's buffers, those that all banks of a model share; see `Batch` and `Usage`, and for
@@ -56,7 +56,7 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
         whole = None
         if self.shared and self.router is None:
             signatures = bank.signatures[:, : gates.open.shape[1]].flatten(0, 1)
-            whole = torch.ops.phatgoose.gate_statistics(flat, signatures)
+            whole = operators.gate_statistics(flat, signatures)
             whole = tensor_model_parallel_all_reduce(whole)
         elif self.shared:
             whole = tensor_model_parallel_all_gather(flat)
