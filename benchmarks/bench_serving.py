@@ -5,10 +5,12 @@
 
 One server after the other, on the same machine and with the same options, under the load of vLLM's
 own serving benchmark: random prompts of one length, answers of one length, so many requests at a
-time. With --together all servers start at once, each on a GPU of its own, and idle until their
-turn. Prefix caching is off. The base is a Llama with the sizes of Llama 3 8B and vLLM's dummy
-weights; the LoRA, and each expert, adapts every linear layer but the head at rank 16, and two
-experts serve every token at every layer.
+time. With --gpus 1 2 each is measured on one GPU and again over two, tensor parallel. With
+--together all servers start at once and idle until their turn: each on GPUs of its own, or with
+--share wherever there is room, which --more has to see to (--gpu-memory-utilization 0.05
+--kv-cache-memory-bytes 7G). Prefix caching is off. The base is a Llama with the sizes of Llama 3
+8B and vLLM's dummy weights; the LoRA, and each expert, adapts every linear layer but the head at
+rank 16, and two experts serve every token at every layer.
 
 Experts share one file of random LoRA factors, which is loaded into a slot of its own for each;
 their gates differ. Answers are sampled at temperature 1, which with such weights means any token,
@@ -18,7 +20,7 @@ so that the requests of a batch do not come to say the same, and to choose the s
 (on demand) does not record them. --more is for vLLM's options, the same for all, as in
 --more="--max-num-seqs 64"; --table prints the Markdown of an earlier run's file. --profile loads
 servers once more afterwards, all or those it names, and says what GPU kernels decoding and prompts
-spend their time in.
+spend their time in; of several numbers of GPUs, with the first.
 """
 
 import argparse
@@ -67,10 +69,10 @@ TARGETS = (  # what, of which measure, against whom, and the bound
     ("median time to first token over the bare base's", "ttft_median_ms", "base", "<=", 1.3),
     ("median time to first token over one LoRA's", "ttft_median_ms", "lora", "<=", 1.3),
 )
-# vLLM's command line for it also imports what this needs not.
+# vLLM's command line for it also imports what this needs not. It waits for a line before it begins.
 CLIENT = (
-    "import argparse; from vllm.benchmarks import serve; parser = argparse.ArgumentParser(); "
-    "serve.add_cli_args(parser); serve.main(parser.parse_args())"
+    "import argparse, sys; from vllm.benchmarks import serve; parser = argparse.ArgumentParser(); "
+    "serve.add_cli_args(parser); sys.stdin.readline(); serve.main(parser.parse_args())"
 )
 
 PROFILED = {  # the prompts of one wave of requests, and steps of decoding after them
@@ -132,18 +134,33 @@ def make_experts(folder: Path, base: LlamaForCausalLM, count: int, dtype: torch.
 # ---------------------------------------------------------------- servers
 
 
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A kind of server, and over how many GPUs it is spread."""
+
+    name: str
+    gpus: int
+
+    @property
+    def key(self) -> str:
+        """Names its files."""
+        return self.name if self.gpus == 1 else f"{self.name}-{self.gpus}"
+
+
 def server_words(
-    name: str, base: Path, experts: Path, folder: Path, args: argparse.Namespace
+    one: Contender, base: Path, experts: Path, folder: Path, args: argparse.Namespace
 ) -> list[str]:
     """The command of a contender's server, without port."""
-    profiler = {**PROFILED, "torch_profiler_dir": str(folder / f"{name}-trace")}
+    name = one.name
+    profiler = {**PROFILED, "torch_profiler_dir": str(folder / f"{one.key}-trace")}
     vllm = [
         *("--dtype", args.dtype, "--max-model-len", str(args.length), "--no-enable-prefix-caching"),
         *(
             "--served-model-name",
             "served",
             *(["--enforce-eager"] if args.eager else []),
-            *(["--profiler-config", json.dumps(profiler)] if name in args.profile else []),
+            *(["--tensor-parallel-size", str(one.gpus)] if one.gpus > 1 else []),
+            *(["--profiler-config", json.dumps(profiler)] if profiles(one, args) else []),
             *args.more,
         ),
     ]
@@ -160,6 +177,25 @@ def server_words(
         words += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(RANK)]
         words += ["--lora-modules", f"adapter={experts / '0'}"]
     return words
+
+
+def profiles(one: Contender, args: argparse.Namespace) -> bool:
+    return one.name in args.profile and one.gpus == args.gpus[0]
+
+
+def places(contenders: Sequence[Contender], gpus: int) -> dict[Contender, str]:
+    """Which GPUs each of those that run beside each other gets, as CUDA_VISIBLE_DEVICES.
+
+    Where they share GPUs, a pool weighs as much as two others.
+    """
+    taken = [0] * gpus
+    found = {}
+    for one in sorted(contenders, key=lambda one: (-one.gpus, not one.name.startswith("phat"))):
+        mine = sorted(range(gpus), key=lambda gpu: taken[gpu])[: one.gpus]
+        for gpu in mine:
+            taken[gpu] += 2 if one.name.startswith("phat") else 1
+        found[one] = ",".join(map(str, sorted(mine)))
+    return found
 
 
 @dataclasses.dataclass
@@ -181,12 +217,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(words: Sequence[str], log: Path, gpu: int | None) -> Iterator[Server]:
-    """A server that is starting, on this GPU of those there are if one is named."""
+def server(words: Sequence[str], log: Path, gpus: str | None) -> Iterator[Server]:
+    """A server that is starting, on these GPUs of those there are if some are named."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    on = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    on = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, *words, "--port", str(port)],
@@ -225,10 +261,10 @@ def _get(url: str) -> bytes:
 
 
 def client_words(
-    name: str, url: str, base: Path, folder: Path, args: argparse.Namespace
+    key: str, url: str, base: Path, folder: Path, args: argparse.Namespace
 ) -> list[str]:
     """The command of vLLM's own serving benchmark."""
-    served = "adapter" if name.startswith("lora") else "served"
+    served = "adapter" if key.startswith("lora") else "served"
     flags: dict[str, Any] = {
         "--base-url": url,
         "--model": served,
@@ -241,10 +277,44 @@ def client_words(
         "--num-warmups": args.concurrency,
         "--temperature": 1,
         "--result-dir": folder,
-        "--result-filename": f"{name}.json",
+        "--result-filename": f"{key}.json",
     }
     words = [str(word) for pair in flags.items() for word in pair]
     return ["-c", CLIENT, *words, "--ignore-eos", "--save-result", "--disable-tqdm"]
+
+
+@dataclasses.dataclass
+class Client:
+    """vLLM's own serving benchmark, which has been imported while its server starts."""
+
+    process: subprocess.Popen[str]
+    out: Path  # what it says
+
+    def run(self, args: argparse.Namespace) -> None:
+        """Raises RuntimeError with what it said if it fails."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.close()
+        if self.process.wait(args.load_seconds):
+            raise RuntimeError(f"the load failed\n{self.out.read_text()[-6000:]}")
+
+
+@contextlib.contextmanager
+def client(words: Sequence[str], out: Path) -> Iterator[Client]:
+    with out.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        yield Client(process, out)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def row_of(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -269,35 +339,51 @@ def row_of(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load(
-    name: str, served: Server, base: Path, folder: Path, args: argparse.Namespace
-) -> dict[str, Any]:
+@dataclasses.dataclass
+class Run:
+    """A contender's server, and who loads it."""
+
+    one: Contender
+    server: Server
+    loads: Client
+    profiled: Client | None
+
+
+@contextlib.contextmanager
+def begun(
+    one: Contender, base: Path, experts: Path, folder: Path, gpus: str | None, args: Any
+) -> Iterator[Run]:
+    """A contender's server and clients, which are starting."""
+    with contextlib.ExitStack() as until_end:
+        words = server_words(one, base, experts, folder, args)
+        served = until_end.enter_context(server(words, folder / f"{one.key}.log", gpus))
+
+        def begin(key: str, *more: str) -> Client:
+            words = [*client_words(key, served.url, base, folder, args), *more]
+            return until_end.enter_context(client(words, folder / f"{key}-load.log"))
+
+        profiled = None
+        if profiles(one, args):
+            wave = ("--profile", "--num-prompts", str(args.concurrency))
+            profiled = begin(f"{one.key}-profiled", *wave)
+        yield Run(one, served, begin(one.key), profiled)
+
+
+def load(run: Run, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """A contender's row."""
-    client = [sys.executable, *client_words(name, served.url, base, folder, args)]
-    _run(client, args)
-    row = row_of(json.loads((folder / f"{name}.json").read_text()), args)
-    if name == "phatgoose":
+    run.loads.run(args)
+    row = row_of(json.loads((folder / f"{run.one.key}.json").read_text()), args)
+    if run.one.name == "phatgoose":
         time.sleep(EVERY + 1)  # until the server has counted the last answers
-        row |= spread_of(json.loads(_get(f"{served.url}/v1/experts")))
+        row |= spread_of(json.loads(_get(f"{run.server.url}/v1/experts")))
     return row
 
 
-def profile(
-    name: str, served: Server, base: Path, folder: Path, args: argparse.Namespace
-) -> dict[str, list[dict[str, Any]]]:
+def profile(run: Run, folder: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """The kernels of a contender's steps, in a load of its own; see `kernels_of`."""
-    client = [sys.executable, *client_words(f"{name}-profiled", served.url, base, folder, args)]
-    _run([*client, "--profile", "--num-prompts", str(args.concurrency)], args)
-    return kernels_of(folder / f"{name}-trace")
-
-
-def _run(client: list[str], args: argparse.Namespace) -> None:
-    """Raises RuntimeError with what it said if it fails."""
-    done = subprocess.run(
-        client, capture_output=True, text=True, timeout=args.load_seconds, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the load failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    assert run.profiled is not None
+    run.profiled.run(args)
+    return kernels_of(folder / f"{run.one.key}-trace")
 
 
 def kernels_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -375,6 +461,7 @@ def spread_of(pool: dict[str, Any]) -> dict[str, Any]:
 
 COLUMNS = {
     "contender      ": lambda r: r["contender"],
+    "GPUs": lambda r: str(r.get("gpus", 1)),
     "experts": lambda r: str(r["experts"] or "-"),
     "output tokens/s": lambda r: _number(r, "output_tokens_per_s", 0),
     "/base": lambda r: _number(r, "over_base", 2),
@@ -393,9 +480,11 @@ def _number(row: dict[str, Any], key: str, digits: int) -> str:
 
 
 def over(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Output tokens/s over those of the base and of the LoRA, where they were measured."""
+    """Output tokens/s over those of the base and of the LoRA on as many GPUs, if measured."""
     measured = {
-        r["contender"]: r["output_tokens_per_s"] for r in rows if "output_tokens_per_s" in r
+        r["contender"]: r["output_tokens_per_s"]
+        for r in rows
+        if "output_tokens_per_s" in r and r.get("gpus", 1) == row.get("gpus", 1)
     }
     return {
         f"over_{name}": row["output_tokens_per_s"] / measured[name]
@@ -405,14 +494,21 @@ def over(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, float
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every target, what was measured (None: it was not), and whether it is met."""
-    by_name = {row["contender"]: row for row in rows}
+    """Every target, what was measured (None: it was not), and whether it is met.
+
+    Each by as many GPUs as there are rows of.
+    """
     found = []
-    for what, key, rival, sign, bound in TARGETS:
-        ours, theirs = (by_name.get(name, {}).get(key) for name in ("phatgoose", rival))
-        ratio = ours / theirs if ours and theirs else None
-        met = None if ratio is None else (ratio >= bound if sign == ">=" else ratio <= bound)
-        found.append({"target": what, "wanted": f"{sign} {bound}", "measured": ratio, "met": met})
+    for gpus in sorted({row.get("gpus", 1) for row in rows}):
+        by_name = {row["contender"]: row for row in rows if row.get("gpus", 1) == gpus}
+        for what, key, rival, sign, bound in TARGETS:
+            ours, theirs = (by_name.get(name, {}).get(key) for name in ("phatgoose", rival))
+            ratio = ours / theirs if ours and theirs else None
+            met = None if ratio is None else (ratio >= bound if sign == ">=" else ratio <= bound)
+            wanted = f"{sign} {bound}"
+            found.append(
+                {"target": what, "gpus": gpus, "wanted": wanted, "measured": ratio, "met": met}
+            )
     return found
 
 
@@ -431,13 +527,16 @@ def markdown(value: dict[str, Any]) -> str:
             for row in value["rows"]
         ),
         "",
-        "| target | wanted | measured | verdict |",
-        "| --- | ---: | ---: | --- |",
+        "| target | GPUs | wanted | measured | verdict |",
+        "| --- | ---: | ---: | ---: | --- |",
     ]
     says = {None: "not measured", True: "met", False: "**missed**"}
     for one in verdicts(value["rows"]):
         measured = "-" if one["measured"] is None else f"{one['measured']:.2f}"
-        lines.append(f"| {one['target']} | {one['wanted']} | {measured} | {says[one['met']]} |")
+        lines.append(
+            f"| {one['target']} | {one['gpus']} | {one['wanted']} | {measured} | "
+            f"{says[one['met']]} |"
+        )
     for key, what in (("kernels", "a step of decoding"), ("prompt_kernels", "1,000 prompt tokens")):
         profiled = [row for row in value["rows"] if row.get(key)]
         if profiled:
@@ -460,7 +559,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, help="64, or 4 on a CPU")
     parser.add_argument("--input-len", type=int, help="tokens (512, or 24 on a CPU)")
     parser.add_argument("--output-len", type=int, help="tokens (256, or 8 on a CPU)")
-    parser.add_argument("--together", action="store_true", help="start all at once, a GPU for each")
+    parser.add_argument(
+        "--gpus", nargs="+", type=int, default=[1], help="GPUs of a server, one number or several"
+    )
+    parser.add_argument("--together", action="store_true", help="start all at once, on own GPUs")
+    parser.add_argument("--share", action="store_true", help="start all at once, on shared GPUs")
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture graphs")
     parser.add_argument(
         "--profile", nargs="*", choices=CONTENDERS, help="also say what kernels take, of these"
@@ -487,8 +590,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     # vLLM takes a text for too long by its characters, and the spaces between words are none of a
     # token's: hence twice the input.
     args.length = 2 * args.input_len + args.output_len
-    if args.together and gpu and torch.cuda.device_count() < len(args.contenders):
-        parser.error(f"--together wants {len(args.contenders)} GPUs")
+    there = torch.cuda.device_count() if gpu else max(args.gpus)  # workers on a CPU share it
+    wanted = sum(args.gpus) * len(args.contenders) if args.together and not args.share else 0
+    if gpu and there < max(wanted, *args.gpus):
+        parser.error(f"that wants {max(wanted, *args.gpus)} GPUs, and there are {there}")
+    args.together = args.together or args.share
+    args.there = there
     return args
 
 
@@ -500,39 +607,50 @@ def bench(folder: Path, results: Results, args: argparse.Namespace) -> None:
     )
     say(f"{args.experts} experts: made in {time.perf_counter() - begin:.1f} s")
 
-    def start(name: str, gpu: int | None = None) -> contextlib.AbstractContextManager[Server]:
-        return server(server_words(name, base, experts, folder, args), folder / f"{name}.log", gpu)
+    contenders = [Contender(name, gpus) for gpus in args.gpus for name in args.contenders]
+    where = places(contenders, args.there) if args.together and args.device == "cuda" else {}
+
+    def start(one: Contender) -> contextlib.AbstractContextManager[Run]:
+        return begun(one, base, experts, folder, where.get(one), args)
 
     with contextlib.ExitStack() as until_end:
-        begun: dict[str, Server] = {}
+        runs: dict[Contender, Run] = {}
         if args.together:
-            for number, name in enumerate(args.contenders):
-                gpu = number if args.device == "cuda" else None
-                begun[name] = until_end.enter_context(start(name, gpu))
+            for one in contenders:
+                runs[one] = until_end.enter_context(start(one))
             with ThreadPoolExecutor() as threads:  # no load while another still compiles
-                waits = [threads.submit(one.wait, args.start_seconds) for one in begun.values()]
+                waits = [threads.submit(r.server.wait, args.start_seconds) for r in runs.values()]
             say(f"started: {sum(wait.exception() is None for wait in waits)} of {len(waits)}")
-        for name in args.contenders:
+        for one in contenders:
             if results.spent():
-                say(f"time is up: {name} is left out")
+                say(f"time is up: {one.key} is left out")
                 continue
-            count = {"base": 0, "lora": 1}.get(name, args.experts)
-            row: dict[str, Any] = {"contender": name, "experts": count}
+            count = {"base": 0, "lora": 1}.get(one.name, args.experts)
+            row: dict[str, Any] = {"contender": one.name, "gpus": one.gpus, "experts": count}
             try:
-                with contextlib.nullcontext(begun[name]) if begun else start(name) as served:
-                    row["start_s"] = served.wait(args.start_seconds)
-                    say(f"{name}: started in {row['start_s']} s")
-                    row |= load(name, served, base, folder, args)
+                with contextlib.nullcontext(runs[one]) if runs else start(one) as run:
+                    row["start_s"] = run.server.wait(args.start_seconds)
+                    say(f"{one.key}: started in {row['start_s']} s")
+                    row |= load(run, folder, args)
                     row |= over(row, [*results.rows, row])
                     results.add(row)
-                    if name in args.profile:
-                        row |= profile(name, served, base, folder, args)
+                    if run.profiled is not None and not args.together:
+                        row |= profile(run, folder, args)
             except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others go on
-                say(f"{name}: {error}")
+                say(f"{one.key}: {error}")
                 row["note"] = str(error).splitlines()[0]
                 if "output_tokens_per_s" not in row:
                     results.add(row)
             results.save()
+        for row in results.rows:  # those that run beside each other: first all loads
+            run = runs.get(Contender(row["contender"], row["gpus"]))
+            if run and run.profiled and "note" not in row and not results.spent():
+                try:
+                    row |= profile(run, folder, args)
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
+                    say(f"{run.one.key}: {error}")
+                    row["note"] = str(error).splitlines()[0]
+                results.save()
     for row in results.rows:  # whoever came before its rivals
         if "output_tokens_per_s" in row:
             row |= over(row, results.rows)
@@ -560,7 +678,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             key: getattr(args, key)
             for key in ("requests", "concurrency", "input_len", "output_len")
         },
-        **{key: getattr(args, key) for key in ("eager", "together", "more", "profile")},
+        **{key: getattr(args, key) for key in ("gpus", "eager", "together", "share", "more")},
+        profile=args.profile,
     )
     with contextlib.ExitStack() as kept:
         where = args.folder or Path(kept.enter_context(tempfile.TemporaryDirectory(dir=_shared())))

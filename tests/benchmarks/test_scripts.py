@@ -343,3 +343,77 @@ def test_serving_makes_experts_of_its_base(script, tmp_path):
 def verify_problems(expert, base):
     verify = importlib.import_module("phatgoose.experts.verify")
     return [*verify.check_modules(expert, base), *verify.check_numbers(expert)]
+
+
+def test_serving_judges_each_number_of_gpus_by_itself(script):
+    serving = script("bench_serving")
+    rows = [
+        {"contender": name, "gpus": gpus, "output_tokens_per_s": speed, "ttft_median_ms": 10.0}
+        for gpus, speeds in ((2, (200.0, 150.0, 120.0)), (1, (100.0, 80.0, 75.0)))
+        for name, speed in zip(("base", "lora", "phatgoose"), speeds, strict=True)
+    ]
+    assert serving.over(rows[2], rows) == {"over_base": 0.6, "over_lora": 0.8}
+    found = {
+        (one["gpus"], one["wanted"]): one["measured"]
+        for one in serving.verdicts(rows)
+        if one["target"].startswith("output")
+    }
+    assert found == {
+        (1, ">= 1.0"): 0.9375,
+        (1, ">= 0.7"): 0.75,
+        (2, ">= 1.0"): 0.8,
+        (2, ">= 0.7"): 0.6,
+    }
+
+
+def test_serving_shares_gpus_out(script):
+    serving = script("bench_serving")
+    one = [serving.Contender(name, 1) for name in ("base", "lora", "phatgoose")]
+    both = [serving.Contender(name, 2) for name in ("base", "lora", "phatgoose")]
+    found = serving.places([*one, *both], 2)
+    assert {found[each] for each in both} == {"0,1"}
+    assert [found[each] for each in one] == ["1", "1", "0"]  # the pool is the largest
+    assert set(serving.places(one, 3).values()) == {"0", "1", "2"}
+
+
+def test_training_on_two_devices_makes_the_same_experts(run, tmp_path):
+    options = f"--experts 2 --steps 1 --gate-steps 1 --folder {tmp_path / 'made'}"
+    rows = run("bench_train", options)["rows"]
+    assert [(row["devices"], row["together"]) for row in rows] == [(1, 1), (2, 1), (1, 2)]
+    assert all(row["files"] == 4 and row["worst"] < 1e-4 for row in rows)
+    assert [row["equal_files"] for row in rows[:2]] == [4, 4]
+
+
+def test_answers_of_ranks_are_judged(script):
+    ranks = script("check_ranks")
+    right = {"tokens": [1, 2], "logprobs": [-1.0, -2.0], "gap": 1.0}
+    near = {**right, "gap": 1e-7}
+    other = {**right, "tokens": [1, 3]}
+    found = ranks.compare([right, other, right], [right, near, near])
+    assert found == {"prompts": 1, "equal": 1, "logprob": 0.0, "near": 2, "near_equal": 1}
+    wanted = {pool: [right, right] for pool in ranks.POOLS}
+    answers = {key: [{**right, "cached": 1}] * 2 * len(ranks.CHOICES) for key in ("mixed", "again")}
+    keys = ("alone", "during add", "after add", "during remove", "after remove")
+    answers |= {key: [right, right] for key in keys} | {"add": None, "remove": None}
+    assert all(row["good"] for row in ranks.rows_in_float32(answers, wanted))
+    for key, value in (("after add", [right, other]), ("remove", "nobody: no expert")):
+        rows = ranks.rows_in_float32({**answers, key: value}, wanted)
+        assert [row["good"] for row in rows].count(False) == 1
+    off = [{**right, "logprobs": [-1.0, -2.001]}] * 2
+    assert not all(row["good"] for row in ranks.rows_in_float32({**answers, "alone": off}, wanted))
+    far = {pool: [right, near] for pool in ranks.POOLS}
+    assert all(row["good"] for row in ranks.rows_in_float32(answers, far))
+    too_few = {pool: [near, near] for pool in ranks.POOLS}
+    assert not any(row["good"] for row in ranks.rows_in_float32(answers, too_few) if "equal" in row)
+
+
+def test_readings_of_ranks_are_judged_by_the_base_s(script):
+    ranks = script("check_ranks")
+
+    def read(base, pool):
+        return {"base": [{"read": base}], "all": [{"read": pool}]}
+
+    one, many = read([-1.0, -2.0], [-1.0, -3.0]), read([-1.1, -2.1], [-1.1, -3.3])
+    assert [row["good"] for row in ranks.rows_in_bfloat16(one, many)] == [True, True]
+    many = read([-1.1, -2.1], [-1.1, -4.0])
+    assert [row["good"] for row in ranks.rows_in_bfloat16(one, many)] == [True, False]
