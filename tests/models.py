@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -20,6 +22,8 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -33,6 +37,8 @@ PAD = 0
 LINEARS = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "gemma3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "qwen3-moe": ("q_proj", "k_proj", "v_proj", "o_proj"),  # beside its batched experts
     "gpt2": ("c_attn", "c_fc", "c_proj"),  # Conv1D; queries, keys and values in one
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
@@ -73,6 +79,12 @@ def make_model(family: str, *, seed: int = 0, hidden: int = 24, layers: int = 2)
         model = LlamaForCausalLM(LlamaConfig(**grouped, head_dim=6))
     elif family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**grouped, head_dim=10))
+    elif family == "gemma3":  # its embedding scales what it gives, and is the output head too
+        config = Gemma3TextConfig(**grouped, head_dim=6, sliding_window=8)
+        model = Gemma3ForCausalLM(config)
+    elif family == "qwen3-moe":
+        mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**grouped, head_dim=10, **mixture))
     elif family == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(n_embd=hidden, n_layer=layers, n_head=3, n_positions=64, **tokens)

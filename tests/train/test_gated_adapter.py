@@ -277,7 +277,7 @@ def refused(model):
         ({"lora_bias": True}, "lora_bias"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "model.embed_tokens"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -6,11 +6,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from phatgoose.errors import UnsupportedAdapterError
+from phatgoose.experts.base import linear_sizes
 
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module of the base: what `add_rest` may need beside the numbers."""
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,10 @@ class Delta(ABC):
 
     A new kind is a file with a subclass, and a line in `DELTAS`. The kernels compute the low-rank
     product (of rank 0 where a kind has none); `add_rest` computes what else there is in plain
-    torch. It must be linear in the tensors of `rest`, so that zeros add nothing, and sums over
+    torch. It should be linear in the tensors of `rest`, so that zeros add nothing, and sums over
     experts are what merging takes them for.
+
+    A kind that depends on the weights of its layer says what it comes to there by `on`.
     """
 
     a: Float[Tensor, "R I"]
@@ -29,11 +41,20 @@ class Delta(ABC):
 
     kind: ClassVar[str]  # for people
     keys: ClassVar[frozenset[str]]  # what follows the module's name in the keys of its tensors
+    optional: ClassVar[frozenset[str]] = frozenset()  # keys that it may have besides
     fields: ClassVar[Mapping[str, Any]] = {}  # what adapter_config.json says of it
+
+    place: ClassVar[str] = "linear layer"  # where it belongs
+    targeted: ClassVar[bool] = True  # whether the config must name its module as a target
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    @property
+    def alpha_rank(self) -> int:
+        """The rank that PEFT divides alpha by; 0 where there is no alpha."""
+        return self.rank
 
     @property
     def in_features(self) -> int:
@@ -43,10 +64,32 @@ class Delta(ABC):
     def out_features(self) -> int:
         return self.b.shape[0]
 
+    @property
+    def gate_features(self) -> int | None:
+        """How long its gate is; None where only the base can tell."""
+        return self.in_features
+
+    @classmethod
+    def fits(cls, keys: frozenset[str], module: str, config: Mapping[str, Any]) -> bool:
+        """Whether a module with exactly these tensors is of this kind."""
+        return cls.keys <= keys <= cls.keys | cls.optional
+
+    @classmethod
+    def rank_in(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> int | None:
+        """The rank that PEFT divides alpha by; None where there is no alpha."""
+        return len(tensors[LORA_A]) if LORA_A in cls.keys else None
+
     @classmethod
     @abstractmethod
     def read(cls, tensors: Mapping[str, Tensor], scale: float) -> "Delta":
         """Make one of a module's tensors, by `keys`. The factors' shapes were checked."""
+
+    @classmethod
+    def read_of(
+        cls, tensors: Mapping[str, Tensor], scale: float, module: str, config: Mapping[str, Any]
+    ) -> "Delta":
+        """Like `read`, for a kind that needs its module's name or the config to be read."""
+        return cls.read(tensors, scale)
 
     @classmethod
     @abstractmethod
@@ -59,8 +102,53 @@ class Delta(ABC):
         return {}
 
     @property
+    def hashed(self) -> Mapping[str, Tensor]:
+        """Those of `others` that tell one adapter from another."""
+        return self.others
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it says what it adds only `on` its layer."""
+        return False
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """Tensors that are all zero where it was never trained."""
+        return (self.b, *self.rest.values())
+
+    @property
     def rest(self) -> Mapping[str, Tensor]:
-        """What it adds beside the low-rank product, by name, of one shape for all experts."""
+        """What it adds beside the low-rank product, by name."""
+        return {}
+
+    def setting(self, module: str) -> Mapping[str, Any]:
+        """What adapter_config.json says of it at `module`; lists of several are put together."""
+        return {"target_modules": [module], **self.fields}
+
+    def on(self, layer: nn.Module, who: str) -> "Delta":
+        """What it comes to on this layer of the base; it may cost memory.
+
+        Raises IncompatibleExpertError or UnsupportedAdapterError in the name of `who`.
+        """
+        return self
+
+    def problem(self, layer: nn.Module) -> str | None:
+        """Why a layer of the base cannot be the one that it was trained at, in words, or None.
+
+        Told by sizes alone; `on` looks closer.
+        """
+        sizes = linear_sizes(layer)
+        if sizes is None:
+            return f"no {self.place}"
+        if sizes != (self.in_features, self.out_features):
+            return (
+                f"maps {self.in_features} to {self.out_features} features, the base maps "
+                f"{sizes[0]} to {sizes[1]}"
+            )
+        return None
+
+    def also(self, module: str, model: nn.Module) -> Mapping[str, "Delta"]:
+        """What it adds at other modules of a base because their weights are tied to `module`'s."""
         return {}
 
     @staticmethod
@@ -71,11 +159,12 @@ class Delta(ABC):
         rest: Mapping[str, Tensor],
         experts: Int[Tensor, "T K"],
         weights: Float[Tensor, "T K"],
+        call: Call,
     ) -> Tensor:
         """The output with the weighted rest of each token's experts added; it may be written to.
 
-        `base` is what the base alone gives. The tensors of `rest` are [C, ...], by slot; a slot of
-        -1 adds nothing.
+        `base` is what the base alone gives, by `call`. The tensors of `rest` are [C, ...], and
+        `experts` say which of the C; -1 adds nothing.
         """
         raise NotImplementedError
 
@@ -84,7 +173,7 @@ class Delta(ABC):
 
         Raises UnsupportedAdapterError.
         """
-        if self.rest or not self.rank:
+        if self.needs_base or self.rest or not self.rank:
             raise UnsupportedAdapterError(
                 f"{who}: takes plain LoRA only, and this is {self.kind}. Leave the expert out, or "
                 "train a plain LoRA."

@@ -1,10 +1,11 @@
 """Reading a PEFT LoRA folder: which matrices, which scale, and what we refuse."""
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
 from phatgoose.experts.delta import LORA_A, LORA_B, Delta
 from phatgoose.experts.deltas import kind_of, split_key, supported_fields
+from phatgoose.experts.embeddings import EMBEDDING_A, EMBEDDING_B
+from phatgoose.experts.lora_parts import LORA_BIAS, MAGNITUDE
 from phatgoose.experts.low_rank import LoraModule
 from phatgoose.experts.patterns import PatternError, Patterns
 from phatgoose.experts.targets import Targets
@@ -43,7 +46,9 @@ UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
 }
 # Initialisations that also change the base's weights, so the adapter alone is not the difference.
-MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# PiSSA and OLoRA can be computed again from the base (see `initial`); these drew random numbers or
+# read data.
+MOVES_THE_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -191,13 +196,14 @@ def lora_of(layer: Any, adapter: str) -> LoraModule:
 def split_modules(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], who: str
 ) -> dict[str, Delta]:
-    """Pair lora_A and lora_B of each module; `who` names the source in errors."""
+    """What an adapter's tensors add at each module; `who` names the source in errors."""
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if _is_twice(key, tensors):
+            continue
         known = split_key(key.removeprefix(PREFIX))
         if known is None:
-            _refuse_key(key, tensor, who)
-            continue
+            _refuse_key(key, who)
         module, half = known
         if not key.startswith(PREFIX):
             raise ExpertFormatError(
@@ -207,39 +213,108 @@ def split_modules(
         halves.setdefault(module, {})[half] = tensor
     if not halves:
         raise ExpertFormatError(f"{who}: holds no lora_A and lora_B matrices.")
-    targets, ranks = Targets(config), _Setting(config, "rank_pattern", "r")
-    alphas = _Setting(config, "alpha_pattern", "lora_alpha")
-    modules = {}
-    for module, found in sorted(halves.items()):
-        kind = kind_of(found)
-        if kind is None:
-            missing = " nor ".join(
-                half.removesuffix(".weight") for half in (LORA_A, LORA_B) if half not in found
-            )
-            raise ExpertFormatError(
-                f"{who}: {module} has no {missing or 'other tensors that go with these'}. Save "
-                "the adapter again."
-            )
-        if LORA_A in kind.keys:
-            _check_shapes(found[LORA_A], found[LORA_B], module, who)
-        try:
-            named = targets.name(module)
-        except PatternError as error:
-            raise ExpertFormatError(f"{CONFIG_FILE}: target_modules: {error}.") from None
-        if not named:
-            raise ExpertFormatError(
-                f"{who}: holds matrices of {module}, which {CONFIG_FILE} does not name as a "
-                "target, so PEFT would leave them out. Correct target_modules, or save the adapter "
-                "again."
-            )
-        scale = 1.0
-        if LORA_A in kind.keys:
-            rank = len(found[LORA_A])
-            _check_rank(ranks.of(module), module, rank, who)
-            scale = _scale(config, module, rank, alphas)
-        modules[module] = kind.read(found, scale)
+    settings = _Settings(config)
+    for module, found in halves.items():
+        _check_promises(module, found, config, who)
+    modules = {
+        module: _read_module(module, found, settings, who)
+        for module, found in sorted(halves.items())
+    }
+    _check_kept(modules, config, who)
     check_values(modules, who)
     return modules
+
+
+def _is_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is a bias that PEFT saved once more, or the base's own, of modules_to_save."""
+    for wrapped in (".modules_to_save.", ".original_module."):
+        if wrapped in key and key.replace(wrapped, ".") in tensors:
+            return True
+    return False
+
+
+class _Settings:
+    """What a config says for each module."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.targets = Targets(config)
+        self.ranks = _Setting(config, "rank_pattern", "r")
+        self.alphas = _Setting(config, "alpha_pattern", "lora_alpha")
+
+
+# What a config says of every LoRA, and the tensor that a file then has for each.
+PROMISES = {"use_dora": MAGNITUDE, "lora_bias": LORA_BIAS}
+
+
+def _check_promises(
+    module: str, found: Mapping[str, Tensor], config: Mapping[str, Any], who: str
+) -> None:
+    """Raise UnsupportedAdapterError where PEFT would compute something else than was trained."""
+    for field, key in PROMISES.items():
+        said = bool(config.get(field)) and field in supported_fields()
+        adapted = LORA_B in found or (EMBEDDING_B in found and field == "use_dora")
+        if adapted and said != (key in found) and not config.get("target_parameters"):
+            raise UnsupportedAdapterError(
+                f"{who}: {module} has {'a' if key in found else 'no'} {key}, and {CONFIG_FILE} "
+                f"says {field}: {json.dumps(config.get(field))}, so PEFT would compute something "
+                "else than was trained. Correct the config, or save the adapter again."
+            )
+
+
+def _check_kept(modules: Mapping[str, Delta], config: Mapping[str, Any], who: str) -> None:
+    """Raise UnsupportedAdapterError where the config names what the file holds nothing of."""
+    kept = {field for delta in modules.values() for field in delta.fields}
+    for field in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if config.get(field) and field not in kept:
+            raise UnsupportedAdapterError(
+                f"{who}: {CONFIG_FILE} has {field} ({UNSUPPORTED[field]}), and the file holds "
+                "nothing of that. Save the adapter again."
+            )
+
+
+def _read_module(module: str, found: dict[str, Tensor], settings: _Settings, who: str) -> Delta:
+    kind = kind_of(found, module, settings.config)
+    if kind is None:
+        raise ExpertFormatError(f"{who}: {module} {_why_no_kind(found)}. Save the adapter again.")
+    if LORA_A in kind.keys:
+        _check_shapes(found[LORA_A], found[LORA_B], module, who)
+    # With this, PEFT adapts the output head along with the embedding.
+    if kind.targeted and not settings.config.get("ensure_weight_tying"):
+        _check_target(module, settings.targets, who)
+    rank, scale = kind.rank_in(found, settings.config), 1.0
+    if rank is not None:
+        if kind.targeted:
+            _check_rank(settings.ranks.of(module), module, rank, who)
+        scale = _scale(settings.config, module, rank, settings.alphas)
+    try:
+        return kind.read_of(found, scale, module, settings.config)
+    except (ExpertFormatError, UnsupportedAdapterError) as error:
+        raise type(error)(f"{who}: {error}") from None
+
+
+def _why_no_kind(found: Mapping[str, Tensor]) -> str:
+    """What is missing, or too much, of a module's tensors."""
+    for pair in ((LORA_A, LORA_B), (EMBEDDING_A, EMBEDDING_B)):
+        missing = [half.removesuffix(".weight") for half in pair if half not in found]
+        if len(missing) == 1:
+            return f"has no {missing[0]}"
+    if not any(half.startswith("lora_embedding") for half in found):
+        return "has no lora_A nor lora_B beside " + ", ".join(sorted(found))
+    return "has tensors that do not go together: " + ", ".join(sorted(found))
+
+
+def _check_target(module: str, targets: Targets, who: str) -> None:
+    try:
+        named = targets.name(module)
+    except PatternError as error:
+        raise ExpertFormatError(f"{CONFIG_FILE}: target_modules: {error}.") from None
+    if not named:
+        raise ExpertFormatError(
+            f"{who}: holds matrices of {module}, which {CONFIG_FILE} does not name as a "
+            "target, so PEFT would leave them out. Correct target_modules, or save the adapter "
+            "again."
+        )
 
 
 def _check_shapes(a: Tensor, b: Tensor, module: str, who: str) -> None:
@@ -287,20 +362,10 @@ def _check_rank(wanted: Any, module: str, rank: int, who: str) -> None:
         )
 
 
-def _refuse_key(key: str, tensor: Tensor, who: str) -> None:
-    if "lora_embedding_" in key:
-        feature = "LoRA on an embedding"
-    elif "lora_magnitude_vector" in key:
-        feature = "DoRA"
-    elif key.endswith("bias"):
-        if not torch.any(tensor):
-            return  # a bias of zero adds nothing
-        feature = "a non-zero bias"
-    else:
-        feature = "a tensor that is not part of a plain LoRA"
+def _refuse_key(key: str, who: str) -> NoReturn:
     raise UnsupportedAdapterError(
-        f"{who}: {key} is {feature}, which is not supported. Train a plain LoRA on linear layers "
-        'with bias="none".'
+        f"{who}: {key} is a tensor that no kind of adapter has which is supported: see "
+        "docs/adapters.md for those. Train a plain LoRA on linear layers."
     )
 
 
@@ -313,7 +378,7 @@ def adapter_hash(modules: Mapping[str, Delta]) -> str:
             digest.update(f" {list(matrix.shape)} ".encode())
             values = matrix.detach().to("cpu", torch.float32).contiguous()
             digest.update(values.flatten().numpy().data)  # of one dimension, it need not be copied
-        for key, tensor in sorted(module.others.items()):
+        for key, tensor in sorted(module.hashed.items()):
             values = tensor.detach().to("cpu", torch.float32).contiguous()
             digest.update(f" {key} {list(tensor.shape)} ".encode() + values.numpy().tobytes())
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,38 @@ def peft_config(expert: Expert, task_type: str | None = None) -> Any:
     """The LoraConfig that PEFT itself would have for this adapter."""
     from peft import LoraConfig
 
-    low_rank = {name: lora for name, lora in expert.modules.items() if lora.rank}
-    ranks = {name: lora.rank for name, lora in low_rank.items()}
-    alphas = {name: _alpha(lora.scale, lora.rank) for name, lora in low_rank.items()}
+    ranks: dict[str, Number] = {}
+    alphas: dict[str, Number] = {}
+    for name, delta in expert.modules.items():
+        if delta.alpha_rank:
+            ranks[name] = delta.alpha_rank
+            alphas[name] = _alpha(delta.scale, delta.alpha_rank)
     rank, alpha = _most_common(ranks), _most_common(alphas)
+    settings = _together(delta.setting(name) for name, delta in expert.modules.items())
     return LoraConfig(
         task_type=task_type,
         r=int(rank),
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with floats as well
         rank_pattern=_pattern(ranks, rank),
         alpha_pattern=_pattern(alphas, alpha),
-        target_modules=sorted(expert.modules),
         base_model_name_or_path=expert.base_name,
         inference_mode=True,
-        **{field: value for d in expert.modules.values() for field, value in d.fields.items()},
+        **{"target_modules": [], **settings},
     )
+
+
+def _together(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of all modules as one; lists and mappings are joined."""
+    joined: dict[str, Any] = {}
+    for each in settings:
+        for field, value in each.items():
+            before = joined.get(field)
+            if isinstance(value, list):
+                value = sorted({*(before or []), *value})
+            elif isinstance(value, dict):
+                value = {**(before or {}), **value}
+            joined[field] = value
+    return joined
 
 
 def _alpha(scale: float, rank: int) -> Number:
@@ -74,7 +91,7 @@ def _alpha(scale: float, rank: int) -> Number:
 
 
 def _most_common(values: Mapping[str, Number]) -> Number:
-    return Counter(values.values()).most_common(1)[0][0]
+    return Counter(values.values()).most_common(1)[0][0] if values else 8  # as PEFT's default
 
 
 def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Any]:

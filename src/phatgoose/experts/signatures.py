@@ -78,7 +78,7 @@ class Signatures:
                 "they were made for, in the dtype that it had."
             )
         for name, vector in self.vectors.items():
-            features = modules[name].in_features if name in modules else None
+            features = modules[name].gate_features if name in modules else None
             if vector.ndim != 1 or (kind.follows_adapter and features not in (None, len(vector))):
                 raise IncompatibleExpertError(
                     f"{folder}: the {kind.words} at {name} have shape {list(vector.shape)}, wanted "

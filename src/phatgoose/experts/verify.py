@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from phatgoose.errors import IncompatibleExpertError, PhatgooseError
-from phatgoose.experts.base import identify_base, linear_modules
+from phatgoose.experts.base import identify_base
 from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import problem_of
+from phatgoose.experts.resolve import modules_of
 from phatgoose.experts.tensors import is_finite, largest
 
 # A gate whose largest entry is below this has not moved from zero in any way that could route.
@@ -47,7 +48,7 @@ def check_numbers(expert: Expert) -> Iterator[str]:
 
 def _check_values(expert: Expert) -> Iterator[str]:
     yield from check_numbers(expert)
-    if not any(torch.any(v) for m in expert.modules.values() for v in (m.b, *m.rest.values())):
+    if not any(torch.any(v) for m in expert.modules.values() for v in m.trained):
         yield f"{expert.name}: every lora_B is zero, so the adapter is untrained. Train it first."
     if expert.gates is None:
         yield f"{expert.name}: has no gates. Train them: phatgoose gate {expert.folder}"
@@ -62,20 +63,17 @@ def _check_values(expert: Expert) -> Iterator[str]:
 
 def check_modules(expert: Expert, base: nn.Module) -> Iterator[str]:
     """Sentences on modules the base does not have, or has in other sizes."""
-    sizes = linear_modules(base)
-    for name, module in expert.modules.items():
-        wanted = sizes.get(name)
-        if wanted is None:
+    layers = modules_of(base)
+    for name, delta in expert.modules.items():
+        layer = layers.get(name)
+        problem = f"no {delta.place}" if layer is None else delta.problem(layer)
+        if problem is not None and problem.startswith("no "):
             yield (
-                f"{expert.name}: adapts {name}, which is no linear layer of the base model. Was "
+                f"{expert.name}: adapts {name}, which is {problem} of the base model. Was "
                 "it trained on another base, or on another class of it?"
             )
-        elif wanted != (module.in_features, module.out_features):
-            yield (
-                f"{expert.name}: its LoRA of {name} maps {module.in_features} to "
-                f"{module.out_features} features, the base maps {wanted[0]} to {wanted[1]}. It was "
-                "trained on another base."
-            )
+        elif problem is not None:
+            yield f"{expert.name}: its LoRA of {name} {problem}. It was trained on another base."
 
 
 def check_range(expert: Expert, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from phatgoose.nn.forward import NO_RULES, Forwards, Rules, Stream
 from phatgoose.nn.lock import PoolLock
 from phatgoose.nn.settings import RoutingSettings
 from phatgoose.nn.siblings import group_siblings
-from phatgoose.nn.site import Site
+from phatgoose.nn.site import Site, WholeSite
 from phatgoose.nn.state import RoutingState
 from phatgoose.nn.trace import TokenTable, Trace
 
@@ -25,5 +25,6 @@ __all__ = [
     "Stream",
     "TokenTable",
     "Trace",
+    "WholeSite",
     "group_siblings",
 ]

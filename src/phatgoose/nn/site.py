@@ -1,14 +1,16 @@
 """One routed linear layer: the base's output plus the chosen experts' LoRA outputs."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.hooks import RemovableHandle
 
 from phatgoose.errors import RoutingError
+from phatgoose.experts.delta import Call
 from phatgoose.nn.bank import Bank
 from phatgoose.nn.copying import refuse_copy
 from phatgoose.nn.forward import CHANGED, Forward
@@ -62,12 +64,15 @@ class Site:
         self.part = part
         self.state = state
         self._shared = id(bank)  # its key in Forward.shared
-        self._handles = (
-            layer.register_forward_pre_hook(self._before),
-            layer.register_forward_hook(self._after),
-        )
+        self._handles = self._hook()
         layer.add_module(BANK, bank)  # so that the bank follows model.to(...)
         bank.sites.add(part)
+
+    def _hook(self) -> tuple[RemovableHandle, ...]:
+        return (
+            self.layer.register_forward_pre_hook(self._before),
+            self.layer.register_forward_hook(self._after),
+        )
 
     def close(self) -> None:
         """Leave the layer as it was found."""
@@ -125,9 +130,10 @@ class Site:
 
     def _add(self, x: Tensor, output: Tensor, routed: Routed, place: int) -> Tensor:
         """Add what the chosen experts make of x to the layer's output."""
-        if self.bank.rests.kinds:
+        if self.bank.rests.any:
             mine = routed.experts[:, place], routed.weights[:, place]
-            output = self.bank.rests.add(self.part, x, output, *mine)
+            call = Call(self.layer, (x,), {})
+            output = self.bank.rests.add(self.part, call, x, output, *mine)
         b = self.bank.b(self.part)
         if routed.down is None:
             flat = x.reshape(-1, x.shape[-1])
@@ -259,6 +265,37 @@ class Site:
         chosen = torch.tensor(members, device=x.device)[routed.experts[:, place]]
         routing = Routing(chosen, routed.weights[:, place].detach())
         trace.add(self.name, stream, context, routing, forward.number)
+
+
+@final
+class WholeSite(Site):
+    """A module that is not linear: a norm, an embedding, the batched experts of a mixture.
+
+    No kernel computes what experts add here. It is routed after the module has run: by the
+    module's input, or by its output where the input are ids.
+    """
+
+    def _hook(self) -> tuple[RemovableHandle, ...]:
+        return (self.layer.register_forward_hook(self._after_all, with_kwargs=True),)
+
+    def _after_all(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        forward = self.state.forward()
+        if forward.bare and forward.trace is None:
+            return output
+        if isinstance(layer, nn.Embedding):
+            x, call = output, Call(layer, args or tuple(kwargs.values()), {})
+        else:
+            x, call = args[0] if args else next(iter(kwargs.values())), Call(layer, args, kwargs)
+        routed = self._route_alone(forward, x)
+        if forward.trace is not None:
+            self._record(forward, x, routed, 0)
+        mine = routed.experts[:, 0], routed.weights[:, 0]
+        output = self.bank.rests.add(self.part, call, x, output, *mine)
+        if not torch.compiler.is_compiling():
+            self.state.forwards.check(forward)
+        return output
 
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from phatgoose.errors import IncompatibleExpertError, RoutingError
 from phatgoose.experts import Expert, identify_base
 from phatgoose.experts.base import linear_sizes
 from phatgoose.experts.delta import Delta
+from phatgoose.experts.resolve import resolve
 from phatgoose.experts.verify import check_modules, check_range
 from phatgoose.nn import (
     NO_RULES,
@@ -23,12 +24,15 @@ from phatgoose.nn import (
     RoutingState,
     Rules,
     Site,
+    WholeSite,
     group_siblings,
 )
 from phatgoose.pool.pool import ExpertPool
 from phatgoose.routers import Router
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_Ready = dict[str, tuple[Tensor, Delta]]  # signature, and what it comes to, by site
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,8 @@ class RoutedModel:
         self.sites: dict[str, Site] = {}
         self._layers = dict(model.named_modules())
         self._identity = identify_base(model)
-        self._ready: dict[str, dict[str, Tensor]] = {}  # signatures of experts about to be added
+        self._ready: dict[str, _Ready] = {}  # of experts about to be added
+        self._adapted: dict[str, frozenset[str]] = {}  # sites, by the expert's name
         self._blocks: list[Rules] = []  # that some thread is in, in the order they began
         self._mirrored: frozenset[str] | None = None  # what compiled models may use
         self._mutex = threading.Lock()
@@ -94,12 +99,13 @@ class RoutedModel:
 
     def add(self, expert: Expert) -> None:
         """Give the expert the next slot at each site it adapts."""
-        index, signatures = len(self.state.experts), self._ready.pop(expert.name)
+        index, ready = len(self.state.experts), self._ready.pop(expert.name)
         self.state.experts.append(expert)
+        self._adapted[expert.name] = frozenset(ready)
         parts: dict[Bank, dict[int, tuple[Tensor, Delta]]] = {}
-        for name, lora in expert.modules.items():
+        for name, signed in ready.items():
             site = self.sites[name]
-            parts.setdefault(site.bank, {})[site.part] = (signatures[name], lora)
+            parts.setdefault(site.bank, {})[site.part] = signed
         for bank, mine in parts.items():
             bank.append(index, mine)
         self._changed()
@@ -171,6 +177,7 @@ class RoutedModel:
     def remove(self, index: int) -> None:
         for bank in self._banks():
             bank.remove(index)
+        del self._adapted[self.state.experts[index].name]
         del self.state.experts[index]
         self._tidy()
         self._changed()
@@ -179,8 +186,7 @@ class RoutedModel:
         """Leave no spare ranks, and no site without experts."""
         for bank in self._banks():
             bank.trim(self.room[1])
-        adapted = {name for expert in self.state.experts for name in expert.modules}
-        for name in set(self.sites) - adapted:
+        for name in set(self.sites).difference(*self._adapted.values()):
             self.sites.pop(name).close()
             _forget_compiled()
 
@@ -218,21 +224,26 @@ class RoutedModel:
             log.warning("phatgoose: %d experts (%s, ...): %s", len(names), names[0], remark)
 
     def _sign(self, expert: Expert) -> None:
-        """Have the router make the expert's signatures, which may fail."""
-        signature = self.state.router.signature
-        self._ready[expert.name] = {name: signature(expert, name) for name in expert.modules}
+        """Find out what the expert comes to on the model, and its signatures. Either may fail."""
+        resolved = resolve(expert, self.model)
+        expert = resolved.expert
+        ready = {}
+        for name, delta in expert.modules.items():
+            signature = self.state.router.signature(expert, resolved.signed_by.get(name, name))
+            ready[name] = signature, delta
+        self._ready[expert.name] = ready
 
     def _reserve(self, experts: Iterable[Expert]) -> None:
         """Size every bank for these experts on top of those it has, in one go."""
-        experts = list(experts)
-        self._make_sites(name for expert in experts for name in expert.modules)
+        waiting = [self._ready[expert.name] for expert in experts]
+        self._make_sites({name: delta for ready in waiting for name, (_, delta) in ready.items()})
         needed: dict[Bank, list[tuple[int, int]]] = {}
-        for expert in experts:
+        for ready in waiting:
             sizes: dict[Bank, tuple[int, int]] = {}
-            for name, lora in expert.modules.items():
-                bank, width = self.sites[name].bank, len(self._ready[expert.name][name])
+            for name, (signature, delta) in ready.items():
+                bank = self.sites[name].bank
                 rank, widest = sizes.get(bank, (0, 0))
-                sizes[bank] = (max(rank, lora.rank), max(widest, width))
+                sizes[bank] = (max(rank, delta.rank), max(widest, len(signature)))
             for bank, size in sizes.items():
                 needed.setdefault(bank, []).append(size)
         for bank, every in needed.items():
@@ -240,25 +251,31 @@ class RoutedModel:
             capacity = max(len(bank) + len(every), self.room[0])
             bank.reserve(capacity, max(*ranks, self.room[1]), max(widths))
 
-    def _make_sites(self, names: Iterable[str]) -> None:
+    def _make_sites(self, adapted: Mapping[str, Delta]) -> None:
         """Make the sites that are not there yet; layers that read one input share a bank."""
-        new = set(names) - set(self.sites)
+        new = set(adapted) - set(self.sites)
         if new:
             _forget_compiled()
-        for group in group_siblings(name for name in self._layers if name in new):
+        linear = {name for name in new if linear_sizes(self._layers[name]) is not None}
+        for group in group_siblings(name for name in self._layers if name in linear):
             for together in self._alike(group):
-                layers = [self._layers[name] for name in together]
-                sizes = [linear_sizes(layer) or (0, 0) for layer in layers]  # check_modules saw
-                bank = Bank(
-                    sizes[0][0],
-                    [outputs for _, outputs in sizes],
-                    device=_device(layers[0]),
-                    dtype=_dtype(layers[0], self.model),
-                    backend=self.state.settings.backend,
-                    standardises=self.state.router.standardises,
-                )
-                for part, (name, layer) in enumerate(zip(together, layers, strict=True)):
-                    self.sites[name] = Site(name, layer, bank, part, self.state)
+                self._make_bank(Site, {name: adapted[name] for name in together})
+        for name in sorted(new - linear):
+            self._make_bank(WholeSite, {name: adapted[name]})
+
+    def _make_bank(self, kind: type[Site], together: Mapping[str, Delta]) -> None:
+        layers = [self._layers[name] for name in together]
+        deltas = list(together.values())
+        bank = Bank(
+            deltas[0].in_features,
+            [delta.out_features for delta in deltas],
+            device=_device(layers[0]),
+            dtype=_dtype(layers[0], self.model),
+            backend=self.state.settings.backend,
+            standardises=self.state.router.standardises,
+        )
+        for part, (name, layer) in enumerate(zip(together, layers, strict=True)):
+            self.sites[name] = kind(name, layer, bank, part, self.state)
 
     def _alike(self, group: tuple[str, ...]) -> list[tuple[str, ...]]:
         """The group, or each of it alone where input size, device or dtype tell them apart."""

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from phatgoose.errors import ConfigError, UnsupportedAdapterError, UntrainedAdapterError
 from phatgoose.experts import LoraModule
 from phatgoose.experts.base import base_name, linear_sizes
+from phatgoose.experts.initial import initial
 from phatgoose.experts.lora import refuse_unsupported
 from phatgoose.train.loop.frozen import frozen
 from phatgoose.train.loop.packed import Packed
 from phatgoose.train.loop.placement import device_of, refuse_fsdp1, whole_weight
 
 Layer = Any  # a peft LoraLayer
+# Settings of adapters that are more than LoRA on linear layers.
+MORE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 
 
 class GatedAdapter:
@@ -105,11 +108,14 @@ def _active_adapter(model: nn.Module) -> str:
         raise ConfigError(f"one active adapter is wanted, got {active}. Call set_adapter(name).")
     config = model.peft_config[active[0]].to_dict()
     refuse_unsupported(config, f"adapter {active[0]!r}")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        refused = "bias" if config.get("bias", "none") != "none" else "lora_bias"
+    more = [field for field in MORE if config.get(field)]
+    more += ["bias"] if config.get("bias", "none") != "none" else []
+    more += ["init_lora_weights"] if initial(config) else []
+    if more:
         raise UnsupportedAdapterError(
-            f"adapter {active[0]!r}: {refused} is on, which is not supported. Train the LoRA with "
-            'bias="none" and lora_bias=False.'
+            f"adapter {active[0]!r}: {more[0]} is set, so that it is more than lora_B and lora_A, "
+            "whose output a gate could scale here. Save it, and train its gates on the plain base: "
+            "phatgoose gate FOLDER, or phatgoose.train_gates_together."
         )
     return active[0]
 
@@ -122,8 +128,9 @@ def _lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Layer]]:
             continue
         if adapter in module.lora_embedding_A:
             raise UnsupportedAdapterError(
-                f"adapter {adapter!r}: has LoRA on the embedding {base_name(path)}, which is not "
-                "supported. Train a LoRA on linear layers only."
+                f"adapter {adapter!r}: has LoRA on the embedding {base_name(path)}, which has no "
+                "lora_B whose output a gate could scale here. Save it, and train its gates on the "
+                "plain base: phatgoose gate FOLDER, or phatgoose.train_gates_together."
             )
         if adapter in module.lora_A:
             if linear_sizes(module.get_base_layer()) is None:

@@ -240,9 +240,7 @@ def check_adapter(name: str, modules: Modules, model: Any) -> None:
     expert = Expert(name, modules)
     for problem in (*check_numbers(expert), *check_modules(expert, model)):
         raise IncompatibleExpertError(problem)
-    for site, module in modules.items():
-        module.plain(f"{name}: training its gate at {site}")
-    if not any(torch.any(module.b) for module in modules.values()):
+    if not any(torch.any(tensor) for module in modules.values() for tensor in module.trained):
         raise UntrainedAdapterError(
             f"{name}: every lora_B is zero, so its gates would get no gradient. Train the adapter "
             "first, then its gates."
