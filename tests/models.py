@@ -28,7 +28,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from phatgoose.experts import GateRecord, Gates, adapter_hash, identify_base, load_expert
+from phatgoose.experts import (
+    Expert,
+    GateRecord,
+    Gates,
+    adapter_hash,
+    identify_base,
+    load_expert,
+)
+from phatgoose.experts.resolve import resolve
 
 VOCABULARY = 53
 PAD = 0
@@ -36,6 +44,7 @@ PAD = 0
 # The last parts of the names of each family's linear layers.
 LINEARS = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "llama-biased": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "gemma3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen3-moe": ("q_proj", "k_proj", "v_proj", "o_proj"),  # beside its batched experts
@@ -77,6 +86,9 @@ def make_model(family: str, *, seed: int = 0, hidden: int = 24, layers: int = 2)
     }
     if family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**grouped, head_dim=6))
+    elif family == "llama-biased":
+        biases = {"attention_bias": True, "mlp_bias": True}
+        model = LlamaForCausalLM(LlamaConfig(**grouped, head_dim=6, **biases))
     elif family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**grouped, head_dim=10))
     elif family == "gemma3":  # its embedding scales what it gives, and is the output head too
@@ -144,9 +156,10 @@ def save_gates(folder: Path, model: nn.Module, *, seed: int) -> None:
     """Write random gates beside an adapter; of odd size and mean, so standardising matters."""
     modules = load_expert(folder).modules
     random = torch.Generator().manual_seed(seed + 1)
+    resolved = resolve(Expert("any", modules), model).expert.modules  # some learn it from the base
     vectors = {
-        name: 0.1 * (seed % 5 + 1) * (1.0 + torch.randn(lora.in_features, generator=random))
-        for name, lora in modules.items()
+        name: 0.1 * (seed % 5 + 1) * (1 + torch.randn(resolved[name].in_features, generator=random))
+        for name in modules
     }
     record = GateRecord(base=identify_base(model), adapter=adapter_hash(modules))
     Gates(vectors, record).write(folder)

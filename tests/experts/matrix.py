@@ -60,7 +60,7 @@ class Family:
 
     @property
     def norms(self) -> list[str]:
-        return list(NORMS.get(self.name, ("post_attention_layernorm", "norm")))
+        return list(NORMS.get(self.name, ("post_attention_layernorm", "model.norm")))
 
     @property
     def moe(self) -> bool:

@@ -1,7 +1,9 @@
 """gate, train."""
 
 import json
+import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from peft import PeftModel
 from phatgoose.cli.arguments.training import Gate, Train
 from phatgoose.cli.options import GateOptions
 from phatgoose.errors import ConfigError
+from phatgoose.experts import Delta, LoraModule
 from phatgoose.experts.lora import read_adapter
 from phatgoose.models import DEFAULT, load_base
 from phatgoose.tasks import Encoded, Example, batches, encode_example, load_examples, within
-from phatgoose.train import train_adapter, train_gates
+from phatgoose.train import train_adapter, train_gates, train_gates_together
 from phatgoose.train.gates import check_adapter
 
 CHECKPOINT = "phatgoose_gates.checkpoint"
@@ -33,8 +36,13 @@ def gate(asked: Gate) -> None:
     model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
     check_adapter(folder.name, modules, model)  # PEFT would load what fits, with a warning
     encoded = encode_examples(examples, model, tokenizer, asked.max_length, who=asked.data)
-    peft_model = PeftModel.from_pretrained(model, folder)
-    _train_gates(asked, peft_model, tokenizer, encoded, folder, json_wanted=asked.json)
+    if all(isinstance(delta, LoraModule) for delta in modules.values()):
+        peft_model = PeftModel.from_pretrained(model, folder)
+        _train_gates(asked, peft_model, tokenizer, encoded, folder, json_wanted=asked.json)
+    else:  # what PEFT computes of other kinds has no place for a gate
+        _train_gates(
+            asked, model, tokenizer, encoded, folder, json_wanted=asked.json, modules=modules
+        )
 
 
 def train(asked: Train) -> None:
@@ -89,26 +97,35 @@ def _train_gates(
     folder: Path,
     *,
     json_wanted: bool,
+    modules: Mapping[str, Delta] | None = None,
 ) -> None:
-    checkpoint, settings = folder / CHECKPOINT, asked.gate_training()
-    gates = train_gates(
-        model,
-        batches(
-            encoded,
-            asked.gate_batch,
-            pad=tokenizer.pad_token_id,
-            seq2seq=model.config.is_encoder_decoder,
-            seed=asked.seed,
-        ),
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        autocast=torch.bfloat16 if asked.bf16 else None,
-        tokenizer=tokenizer,
-        checkpoint=checkpoint,
+    """Of a PeftModel's adapter, or of these modules on a plain base."""
+    settings = asked.gate_training()
+    data = batches(
+        encoded,
+        asked.gate_batch,
+        pad=tokenizer.pad_token_id,
+        seq2seq=model.config.is_encoder_decoder,
+        seed=asked.seed,
     )
+    how: dict[str, Any] = {
+        "steps": settings.steps,
+        "learning_rate": settings.learning_rate,
+        "seed": settings.seed,
+        "autocast": torch.bfloat16 if asked.bf16 else None,
+        "tokenizer": tokenizer,
+    }
+    name, checkpoint = folder.name, folder / CHECKPOINT
+    if modules is None:
+        gates = train_gates(model, data, checkpoint=checkpoint, **how)
+    else:
+        kept = folder / f"{CHECKPOINT}s"
+        found = train_gates_together(model, {name: modules}, {name: data}, checkpoint=kept, **how)
+        gates = found[name]
     gates.save(folder)
     checkpoint.unlink(missing_ok=True)
+    if modules is not None:
+        shutil.rmtree(kept, ignore_errors=True)
     record = asdict(gates.record)
     if json_wanted:
         print(json.dumps({"folder": str(folder), **record}))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ConfigError
-from phatgoose.experts import Delta, LoraModule, adapter_hash
+from phatgoose.experts import Delta, Expert, LoraModule, adapter_hash
+from phatgoose.experts.resolve import Resolved, resolve
 from phatgoose.train.joint.model import JointModel, joint_stream
 from phatgoose.train.joint.stacks import GatedStack, LoraStack, Stack, sites_of
 from phatgoose.train.loop.checkpoint import Progress
@@ -85,6 +86,12 @@ class Group:
             )
 
 
+def _own(resolved: Resolved) -> Modules:
+    """The modules that have gates of their own."""
+    modules = resolved.expert.modules
+    return {site: delta for site, delta in modules.items() if site not in resolved.signed_by}
+
+
 @final
 class GateGroup(Group):
     """Gates of adapters that stay as they are."""
@@ -96,10 +103,9 @@ class GateGroup(Group):
     ) -> None:
         self.adapters = adapters
         self.hashes = {name: adapter_hash(modules) for name, modules in adapters.items()}
-        sites = {
-            site: [modules.get(site) for modules in adapters.values()]
-            for site in sites_of(adapters)
-        }
+        every = [resolve(Expert(name, modules), model) for name, modules in adapters.items()]
+        own = {e.expert.name: _own(e) for e in every}
+        sites = {site: [modules.get(site) for modules in own.values()] for site in sites_of(own)}
         shapes = {}
         for site, modules in sites.items():
             features = next(m.in_features for m in modules if m is not None)
@@ -110,7 +116,14 @@ class GateGroup(Group):
             site: GatedStack(modules, packed.parameters[site], dtype)
             for site, modules in sites.items()
         }
-        joint = JointModel(model, stacks, autocast=run.autocast)
+        more = []
+        for number, each in enumerate(every):  # what is tied to a module goes by its gate
+            for site, source in each.signed_by.items():
+                alone = [
+                    None if n != number else each.expert.modules[site] for n in range(len(every))
+                ]
+                more.append((site, GatedStack(alone, packed.parameters[source], dtype)))
+        joint = JointModel(model, stacks, autocast=run.autocast, more=more)
         super().__init__(list(adapters), settings, run, packed=packed, joint=joint)
 
     def vectors(self, expert: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """A frozen base that runs the rows of many experts at once, each through its own adapter."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError
+from phatgoose.experts.delta import Call
 from phatgoose.nn.site import BANK
 from phatgoose.train.joint.rows import Rows, put_together
 from phatgoose.train.joint.stacks import Stack, add_stack
@@ -30,16 +31,21 @@ class JointModel:
     """
 
     def __init__(
-        self, model: Any, stacks: Mapping[str, Stack], *, autocast: torch.dtype | None
+        self,
+        model: Any,
+        stacks: Mapping[str, Stack],
+        *,
+        autocast: torch.dtype | None,
+        more: Sequence[tuple[str, Stack]] = (),
     ) -> None:
         self.model = model
-        self.stacks = stacks
+        self.stacks = [*stacks.items(), *more]
         self.autocast = autocast
         self.device = device_of(model)
         pad = getattr(model.config, "pad_token_id", None)
         self.pad = pad if isinstance(pad, int) and pad >= 0 else 0
         head = output_head(model)
-        self._head_is_site = any(model.get_submodule(name) is head for name in stacks)
+        self._head_is_site = any(model.get_submodule(name) is head for name, _ in self.stacks)
         self._rows = Rows.of([1], self.device)
         self._shapes: set[tuple[int, ...]] = set()
 
@@ -47,8 +53,10 @@ class JointModel:
     def installed(self, *, dropout: bool = False) -> Iterator[None]:
         """Apply the stacks, with the base frozen; then undo all of it."""
         handles = [
-            self.model.get_submodule(name).register_forward_hook(self._hook(name, stack))
-            for name, stack in self.stacks.items()
+            self.model.get_submodule(name).register_forward_hook(
+                self._hook(name, stack), with_kwargs=True
+            )
+            for name, stack in self.stacks
         ]
         if any_checkpointed(self.model):
             # Reentrant checkpointing passes gradients on only to what has them going in.
@@ -82,10 +90,20 @@ class JointModel:
         return Pass(_means(losses, targets, rows), rows.counts, rows.sums(tokens))
 
     def _hook(self, name: str, stack: Stack) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = inputs[0].to(output.device)  # a device_map may part two layers
+        def add(
+            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            if isinstance(layer, nn.Embedding):  # whose input are ids
+                x, call = output, Call(layer, args or tuple(kwargs.values()), {})
+            else:
+                x, call = (
+                    args[0] if args else next(iter(kwargs.values())),
+                    Call(layer, args, kwargs),
+                )
+            x = x.to(output.device)  # a device_map may part two layers
             self._check_shape(name, x)
-            return add_stack(output, x, stack, self._rows)
+            output = stack.add_rest(output, x, self._rows, call)
+            return add_stack(output, x, stack, self._rows) if stack.rank else output
 
         return add
 
@@ -95,6 +113,8 @@ class JointModel:
             return
         if x.ndim == 2 and x.shape[0] in {rows * length for rows, length in self._shapes}:
             return
+        if x.ndim == 4 and {(x.shape[0], x.shape[1]), (x.shape[0], x.shape[2])} & self._shapes:
+            return  # a norm of each head
         raise ConfigError(
             f"{name}: sees {list(x.shape)}, not the rows of the batch one after the other, so "
             "experts cannot be told apart there. Train each adapter alone."

@@ -10,11 +10,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phatgoose.experts import Delta
+from phatgoose.experts.delta import Call
+from phatgoose.nn.rest import Rests
 from phatgoose.train.joint.rows import Rows
 
 
 class Stack(ABC):
     """What a site adds to the base's output for each expert's tokens."""
+
+    @property
+    def rank(self) -> int:
+        """Of the factors; 0 where there are none."""
+        return 1
+
+    def add_rest(
+        self, output: Float[Tensor, "*B_L O"], x: Float[Tensor, "*B_L I"], rows: Rows, call: Call
+    ) -> Float[Tensor, "*B_L O"]:
+        """The base's output with what it adds beside two factors."""
+        return output
 
     @abstractmethod
     def halves(
@@ -25,7 +38,7 @@ class Stack(ABC):
 
 @final
 class GatedStack(Stack):
-    """scale * B A x * sigmoid(v·x), of which v alone is trained.
+    """(scale * B A x + rest) * sigmoid(v·x), of which v alone is trained.
 
     An expert of lower rank has zeros in its last rows, and one that leaves the site alone has
     nothing else: both add exactly nothing, and its gate gets a gradient of exactly zero.
@@ -43,12 +56,30 @@ class GatedStack(Stack):
         b = torch.zeros(len(modules), rank, first.out_features, dtype=dtype)
         for expert, module in enumerate(modules):
             if module is not None:
-                module = module.plain("training of gates together")
                 a[expert, :, : module.rank] = module.a.detach().T
                 b[expert, : module.rank] = module.b.detach().float().T * module.scale
         self.gates = gates
+        self.rests = Rests()
+        like = torch.zeros(1, len(modules), 0, 0, device=gates.device)
+        for expert, module in enumerate(modules):
+            self.rests.write(0, expert, module, like)
         self.a = a.to(gates.device)  # in one go, not one by one
         self.b = b.to(gates.device)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[2]
+
+    def add_rest(
+        self, output: Float[Tensor, "*B_L O"], x: Float[Tensor, "*B_L I"], rows: Rows, call: Call
+    ) -> Float[Tensor, "*B_L O"]:
+        if not self.rests.any:
+            return output
+        owners = rows.owners.to(x.device)
+        owners = owners.repeat_interleave(x.shape[:-1].numel() // len(owners))
+        dots = (x.reshape(len(owners), -1).float() * self.gates[owners]).sum(-1)
+        weights = torch.sigmoid(dots).unsqueeze(-1)
+        return self.rests.add(0, call, x, output, owners.unsqueeze(-1), weights)
 
     def halves(
         self, x: Float[Tensor, "G T I"], rows: Rows
