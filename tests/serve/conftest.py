@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phatgoose import ExpertPool, route, unroute
+from phatgoose import ExpertPool, assign, route, unroute
 from tests.serve.server import on_cores
 
 ROOT = Path(__file__).parents[2]
@@ -130,13 +130,17 @@ def load(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference():
-    """reference(model, experts, prompts, ...): greedy answers of `route` on transformers."""
+    """reference(model, experts, prompts, ...): greedy answers of `route` on transformers.
 
-    def answer(model, experts, prompts, *, tokens=24, **settings):
+    With `choice`, every prompt asks for it.
+    """
+
+    def answer(model, experts, prompts, *, tokens=24, choice=None, **settings):
         if not experts:
             return [{**_greedy(model, prompt, tokens), "gap": math.inf} for prompt in prompts]
         route(model, ExpertPool.load(experts), **settings)
-        with _watching(model) as gaps:
+        rows = contextlib.nullcontext() if choice is None else assign(model, [choice])
+        with rows, _watching(model) as gaps:
             answers = []
             for prompt in prompts:
                 gaps.clear()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.serve.offline import ServedPool
-from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.choice import Request
 
 
 def sampling(tokens, extra=None, **more):
@@ -120,7 +120,7 @@ class Stream:
 
     async def one(self, ids, choice, pool, begun):
         self.count += 1
-        name, wanted = f"cmpl-{self.count}", Choice.read(choice or {})
+        name, wanted = f"cmpl-{self.count}", Request.read(choice or {})
         prompt = {"prompt_token_ids": ids, "cache_salt": wanted.salt(pool)}
         extra = None if choice is None else {"phatgoose": wanted.text()}
         sampled = sampling(self.tokens, extra)

@@ -101,6 +101,7 @@ def _settings(asked: Serve) -> dict[str, Any]:
         "router": asked.router,
         "capacity": capacity,
         "max_rank": asked.max_rank,
+        "max_mixture": asked.max_mixture,
         "background": asked.background,
         **{name: getattr(asked, name) for name in KNOBS},
     }

@@ -14,7 +14,7 @@ from typing import Any
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.sources import default_name, split_name
 from phatgoose.serve.names import REQUEST
-from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.choice import Request
 
 
 class ServedPool:
@@ -45,13 +45,14 @@ class ServedPool:
     def ask(
         self, prompts: Iterable[str | Mapping[str, Any]], **choice: Any
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """The prompts and the `extra_args` of requests that choose; `choice` as in `Choice`.
+        """The prompts and the `extra_args` of requests that choose; `choice` as in `Request`.
 
         The prompts get a cache salt, so that vLLM's prefix cache keeps apart what other experts
-        computed. Raises ConfigError for experts that are not there, and what `Choice` raises.
+        computed. Raises ConfigError for experts that are not there, and what `Request` raises.
         """
-        wanted = Choice.read(choice)
+        wanted = Request.read(choice)
         pool, salted = self.describe(), []
+        wanted.check_room(pool)
         for prompt in prompts:
             given = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
             salt = wanted.salt(pool, given.get("cache_salt") or "")

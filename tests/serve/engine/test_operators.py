@@ -12,6 +12,7 @@ from phatgoose.ops import EPS, choose_experts, routed_lora_reference
 from phatgoose.ops import operators as routed_layer
 from phatgoose.routers import make_router
 from phatgoose.serve.engine import operators
+from phatgoose.types import Routing
 from tests.tolerances import TOLERANCE, assert_near
 
 BOUND = TOLERANCE[torch.float32]
@@ -47,6 +48,7 @@ def add(
     *,
     prior=None,
     tally=None,
+    rows=(),
     router=None,
     top_k=2,
     null_score=None,
@@ -63,6 +65,7 @@ def add(
         *(layer[key] for key in GATES),
         prior,
         tally,
+        rows,
         IN,
         router,
         top_k,
@@ -169,6 +172,68 @@ def test_each_token_has_its_own_candidates(shared):
     assert not tally[:40, 1:][closed].any() and not tally[40:].any()
 
 
+def own_rows(tokens, places=3):
+    """Every other token has a fixed mixture; the rest differ in top_k, temperature and scale."""
+    random = torch.Generator().manual_seed(3)
+    slots = torch.stack([torch.randperm(SLOTS, generator=random)[:places] for _ in range(tokens)])
+    slots[::4, 1:] = -1
+    top_k = torch.arange(tokens) % places + 1
+    top_k[::2] = 0
+    return (
+        slots,
+        torch.rand(tokens, places, generator=random),
+        top_k,
+        0.3 + torch.rand(tokens, generator=random),
+        2 * torch.rand(tokens, generator=random),
+    )
+
+
+@pytest.mark.parametrize("null_score", [None, 0.1])
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_token_has_its_own_mixture_or_knobs(shared, null_score):
+    layer, rows = make_layer(40), own_rows(50)
+    statistics = None
+    if shared:
+        statistics = torch.ops.phatgoose.gate_statistics(layer["x"], layer["signatures"])
+    tally = torch.zeros(50, 1 + SLOTS)
+    found = add(layer, statistics, rows=rows, tally=tally, null_score=null_score)
+    x = torch.nn.functional.layer_norm(layer["x"], (IN,), eps=EPS) / math.sqrt(IN)
+    scores = (x @ layer["signatures"].T).view(40, len(OUT), SLOTS)
+    scores = scores.masked_fill(~layer["opened"], -torch.inf)
+    for token in range(40):
+        slots, weights, top_k, temperature, scale = (table[token] for table in rows)
+        wanted = []
+        for part, b in enumerate(layer["b"]):
+            chosen = choose_experts(
+                scores[token : token + 1, part],
+                max(1, int(top_k)),
+                temperature=float(temperature),
+                null_score=null_score,
+            )
+            if top_k == 0:
+                there = (slots >= 0) & layer["opened"][part, slots.clamp_min(0)]
+                mine = torch.where(there, slots, -1)[None]
+                chosen = Routing(mine, (weights * there)[None])
+            chosen = Routing(chosen.experts, chosen.weights * scale)
+            one = layer["x"][token : token + 1]
+            wanted.append(routed_lora_reference(one, layer["a"][part], b, chosen))
+        added = torch.cat(wanted, dim=1)
+        assert_near(found[token : token + 1], layer["output"][token : token + 1] + added, 1e-5)
+    assert tally[:40].any() and not tally[40:].any()
+
+
+def test_rows_that_ask_for_nothing_change_nothing():
+    layer = make_layer(40)
+    usual = (
+        torch.full((40, 4), -1),
+        torch.zeros(40, 4),
+        torch.full((40,), 2),
+        torch.full((40,), 0.9),
+        torch.ones(40),
+    )
+    assert_near(add(layer, rows=usual), add(layer), 1e-6)
+
+
 def test_more_tokens_than_rows():
     with pytest.raises(ValueError, match="3 tokens in a forward, room for 2"):
         add(make_layer(3), prior=torch.zeros(2, SLOTS))
@@ -183,8 +248,9 @@ def test_as_torch_wants_operators(tokens):
     tables = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
     for router, backend in ((None, "torch"), (None, "reference"), ("arrow", "torch")):
         settings = IN, router, 2, 1.0, False, None, backend
-        call = layer["output"], turn, layer["x"], None, *arguments, *tables, *settings
-        torch.library.opcheck(torch.ops.phatgoose.add_routed_.default, call)
+        for rows in ((), own_rows(200)):
+            call = layer["output"], turn, layer["x"], None, *arguments, *tables, [*rows], *settings
+            torch.library.opcheck(torch.ops.phatgoose.add_routed_.default, call)
 
 
 def test_one_graph_for_any_number_of_tokens():
@@ -202,7 +268,7 @@ def test_one_graph_for_any_number_of_tokens():
         settings = (IN, None, 2, 0.9, False, None, "torch")
         torch.ops.phatgoose.fork_(turn, x, None)
         output = output + 0.0
-        torch.ops.phatgoose.add_routed_(output, turn, x, None, *gates, prior, tally, *settings)
+        torch.ops.phatgoose.add_routed_(output, turn, x, None, *gates, prior, tally, [], *settings)
         return output
 
     fast = torch.compile(run, backend=backend, fullgraph=True)
@@ -231,7 +297,7 @@ def test_the_compiler_keeps_them_in_turns():
     def routed(x, weight, turn, gates):
         torch.ops.phatgoose.fork_(turn, x, None)
         output = torch.nn.functional.linear(x, weight)
-        torch.ops.phatgoose.add_routed_(output, turn, x, None, *gates, prior, tally, *settings)
+        torch.ops.phatgoose.add_routed_(output, turn, x, None, *gates, prior, tally, [], *settings)
         return output
 
     def run(attended, weight, turn, gates):  # attention leaves [T, heads, features of a head]

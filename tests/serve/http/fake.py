@@ -25,6 +25,7 @@ class FakeWorker:
     def __init__(self, names, bad=()):
         self.names, self.prepared, self.generation = list(names), None, 0
         self.bad = set(bad)  # folders that this rank refuses
+        self.mixture = 2  # experts that a request may mix
         self.breaks = False  # midway
         self.reads = ""  # what it finds on its disk
         self.tokens = dict.fromkeys(names, 0.0)
@@ -35,6 +36,8 @@ class FakeWorker:
             "fingerprint": hashlib.sha256(json.dumps(sorted(self.names)).encode()).hexdigest(),
             "capacity": CAPACITY,
             "max_rank": 8,
+            "mixture": self.mixture,
+            "scale": "softmax",
             "experts": [
                 {"name": n, "source": f"/secret/{n}", "sha256": n * 2, "rank": 4, "modules": 7}
                 for n in self.names
@@ -133,7 +136,11 @@ class FakeEngine:
         try:
             names = self.workers[0].names
             wanted = json.loads(extra) if extra else {}
-            served = [] if wanted.get("base") else sorted(wanted.get("allow", names))
+            served = (
+                []
+                if wanted.get("base")
+                else sorted(wanted.get("weights") or wanted.get("allow", names))
+            )
             assert set(served) <= set(names), "an expert that is gone"
             await asyncio.sleep(0)
             if self.hold is not None:

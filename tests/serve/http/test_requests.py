@@ -8,7 +8,7 @@ from phatgoose.serve.http import rewrite
 from phatgoose.serve.http.choice import choose, salt
 from phatgoose.serve.http.refusal import Refusal
 from phatgoose.serve.http.workers import Contents
-from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.choice import Request
 from tests.serve.http.fake import FakeEngine, Server
 
 pytestmark = pytest.mark.anyio
@@ -24,6 +24,56 @@ async def test_every_way_to_choose():
         assert await server.text(model="pool", phatgoose={"deny": ["b"]}) == "a"
         assert await server.text(model="pool", phatgoose={"base": True}) == "base"
         assert await server.text(model="pool", phatgoose={}) == "a+b"
+
+
+async def test_mixtures():
+    weights = {"a": 0.7, "b": 0.3}
+    async with Server() as server:
+        assert await server.text(phatgoose={"weights": {"b": 1}}) == "b"
+        assert await server.text(phatgoose={"weights": weights, "scale": 0}) == "a+b"
+        told = json.loads(server.engine.last["vllm_xargs"]["phatgoose"])
+        assert told == {"weights": weights, "scale": 0.0}
+        salts = {server.engine.last["cache_salt"]}
+        for asked in ({"weights": weights}, {"top_k": 1}, {"temperature": 3}, {"scale": 2}, {}):
+            await server.ask(phatgoose=asked)
+            salts.add(server.engine.last["cache_salt"])
+        assert len(salts) == 6
+        assert await server.text(model="pool/a", phatgoose={"scale": 0.5}) == "a"
+        told = json.loads(server.engine.last["vllm_xargs"]["phatgoose"])
+        assert told == {"allow": ["a"], "scale": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"weights": {"a": 1, "c": 1}}, "c: no expert of this name"),
+        ({"weights": {"a": -1}}, "at least 0 and finite"),
+        ({"weights": {}}, "weights are empty"),
+        ({"weights": {"a": 1}, "deny": ["b"]}, "deny has no meaning beside them"),
+        ({"weights": {"a": 1}, "model": "pool/a"}, "says which experts to use"),
+        ({"scale": 0.5, "model": "base"}, "scale has no meaning beside it"),
+        ({"top_k": 3}, "room for 2 a request"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+    ],
+)
+async def test_mixtures_that_are_refused(asked, says):
+    model = asked.get("model", "pool")
+    asked = {key: value for key, value in asked.items() if key != "model"}
+    async with Server() as server:
+        reply = await server.ask(model=model, phatgoose=asked)
+        assert reply.status == 400 and says in reply.json["error"]["message"]
+        assert "\n" not in reply.json["error"]["message"]
+        assert not hasattr(server.engine, "last")
+
+
+async def test_a_server_without_room_for_mixtures():
+    engine = FakeEngine()
+    for worker in engine.workers:
+        worker.mixture = 0
+    async with Server(engine) as server:
+        reply = await server.ask(phatgoose={"weights": {"a": 1}})
+        assert reply.status == 400 and "--max-mixture" in reply.json["error"]["message"]
+        assert await server.text(phatgoose={"allow": ["a"]}) == "a"
 
 
 async def test_the_answer_has_the_model_that_was_asked_for():
@@ -276,6 +326,6 @@ def test_the_salt_depends_on_all_that_matters():
 
 
 def test_the_last_expert_gone_leaves_the_base():
-    assert choose({}, served="pool", names=[]) == Choice()
+    assert choose({}, served="pool", names=[]) == Request()
     with pytest.raises(Refusal):
         choose({"model": "pool/a"}, served="pool", names=[])

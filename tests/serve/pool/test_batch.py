@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
+from phatgoose.nn import RoutingSettings
 from phatgoose.serve.engine.runner import RoutedRunner
 from phatgoose.serve.pool import usage as module
 from phatgoose.serve.pool.batch import Batch
+from phatgoose.serve.pool.rows import RowTable
 from phatgoose.serve.pool.usage import Usage, report
 
 CPU = torch.device("cpu")
@@ -79,6 +81,54 @@ def test_rows_follow_the_pool(batch):
     batch.rename(["c", "b", "a"])
     batch.place(["x", "y"], [1, 1])
     assert is_open(batch)[:2] == [[1, 1, 0], [0, 0, 1]]
+
+
+def kept(batch, tokens):
+    """What the rows of a forward ask: a mixture by slot, or top_k, temperature and scale."""
+    found = []
+    for token in range(tokens):
+        slots, weights, top_k, temperature, scale = (t[token].tolist() for t in batch.own.rows)
+        pairs = zip(slots, weights, strict=True)
+        mixture = {slot: weight for slot, weight in pairs if slot >= 0}
+        found.append((scale, mixture) if top_k == 0 else (scale, top_k, temperature))
+    return found
+
+
+def test_mixtures_follow_the_batch_and_the_pool(batch):
+    batch.own = RowTable(12, 3, routing=RoutingSettings(temperature=0.5), device=CPU)
+    places = [table.data_ptr() for table in batch.own.rows]
+    usual = (1.0, 2, 0.5)
+    assert kept(batch, 12) == [usual] * 12
+    mixed = '{"weights": {"b": 0.25, "a": 2}, "scale": 3}'
+    batch.begin(
+        step(new=[("x", mixed), ("y", None), ("z", '{"top_k": 1, "deny": ["a"]}'), ("w", "{}")])
+    )
+    batch.place(["y", "x", "z", "w"], [2, 3, 1, 1])
+    mixture = (3.0, {0: 2.0, 1: 0.25})
+    assert kept(batch, 12) == [usual] * 2 + [mixture] * 3 + [(1.0, 1, 0.5)] + [usual] * 6
+    assert is_open(batch)[5] == [0, 1, 0]
+    batch.begin(step(again=[("x", 3)], finished=["z", "w"]))
+    batch.place(["x"], [1])
+    assert kept(batch, 12) == [mixture] + [usual] * 11
+    batch.rename(["b", None, "a"])
+    batch.place(["y", "x"], [1, 1])
+    assert kept(batch, 3) == [usual, (3.0, {0: 0.25, 2: 2.0}), usual]
+    batch.rename(["b", None, None])  # not the rest of the mixture: the base alone
+    batch.place(["x"], [1])
+    assert kept(batch, 3) == [usual] * 3 and is_open(batch)[0] == [0, 0, 0]
+    batch.rename(["b", "a", None])
+    batch.place(["x"], [1])
+    assert kept(batch, 1) == [(3.0, {0: 0.25, 1: 2.0})]
+    assert [table.data_ptr() for table in batch.own.rows] == places
+
+
+@pytest.mark.parametrize(
+    "wanted", ['{"weights": {"a": 1}}', '{"scale": 2}', '{"top_k": 1}', '{"temperature": 2}']
+)
+def test_a_server_without_mixtures_answers_by_nothing(wanted, batch):
+    asked = step(new=[("x", wanted)])
+    batch.begin(asked)
+    assert asked.scheduled_new_reqs[0].sampling_params.allowed_token_ids == [7]
 
 
 @pytest.mark.parametrize(

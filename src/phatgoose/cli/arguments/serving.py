@@ -46,6 +46,13 @@ class Serve(KnobOptions, PoolOptions):
         default=None,
         least=1,
     )
+    max_mixture: int | None = option(
+        "most experts that one request may mix by weights, or use by a top_k of its own; without "
+        "it, requests have no weights, scale, top_k and temperature, and choosing is faster on a "
+        "GPU",
+        default=None,
+        least=1,
+    )
     host: str = option("address to listen on", default="127.0.0.1")
     port: int = option("port to listen on", default=8000)
     api_key: str | None = option(

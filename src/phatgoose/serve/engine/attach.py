@@ -17,9 +17,10 @@ from phatgoose.nn import Bank
 from phatgoose.pool import ExpertPool
 from phatgoose.serve.engine import layers
 from phatgoose.serve.engine.layers import Layers
-from phatgoose.serve.engine.method import BANK, PRIOR, TALLY, TURN, RoutedMethod
+from phatgoose.serve.engine.method import BANK, PRIOR, ROWS, TALLY, TURN, RoutedMethod
 from phatgoose.serve.pool.batch import Batch
 from phatgoose.serve.pool.evidence import Evidence
+from phatgoose.serve.pool.rows import RowTable
 from phatgoose.serve.pool.settings import ServeSettings, served_router
 from phatgoose.serve.pool.slots import Adapted, Slots, check_base, digest, write
 from phatgoose.text import visible
@@ -99,10 +100,15 @@ def attach(model: nn.Module, pool: ExpertPool, slots: Slots) -> None:
 
 
 def steer(slots: Slots, pool: ExpertPool, model_config: Any, tokens: int) -> Batch:
-    """Give all banks a prior, and a tally if wanted, for forwards of up to `tokens` tokens."""
-    device = _where(slots.banks)
-    batch = Batch(tokens, len(slots.residents), device, routing=slots.settings.record_routing)
+    """Give all banks a prior, and a tally and rows if wanted, for forwards of up to `tokens`."""
+    device, settings = _where(slots.banks), slots.settings
+    batch = Batch(tokens, len(slots.residents), device, routing=settings.record_routing)
+    places = settings.mixture(len(slots.residents))
+    if places:
+        batch.own = RowTable(tokens, places, routing=settings.routing, device=device)
     for bank in slots.banks.values():
+        for name, table in zip(ROWS, batch.own.rows, strict=True) if batch.own else ():
+            bank.register_buffer(name, table, persistent=False)
         bank.register_buffer(PRIOR, batch.prior, persistent=False)
         if batch.usage is not None:
             bank.register_buffer(TALLY, batch.usage.tally, persistent=False)

@@ -11,12 +11,14 @@ from vllm.distributed import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from phatgoose.nn import Bank, RoutingSettings
+from phatgoose.ops import Rows
 from phatgoose.serve.engine import operators
 
 BANK = "phatgoose_bank"  # the name of the bank among the layer's submodules
 # Of the bank's buffers, those that all banks of a model share; see `Batch` and `Usage`, and for
 # the last one `operators`.
 PRIOR, TALLY, TURN = "prior", "tally", "turn"
+ROWS = tuple(f"row_{name}" for name in Rows._fields)  # where requests may have mixtures; `RowTable`
 
 
 class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
@@ -60,6 +62,11 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             whole = tensor_model_parallel_all_reduce(whole)
         elif self.shared:
             whole = tensor_model_parallel_all_gather(flat)
+        rows = [getattr(bank, name) for name in ROWS if hasattr(bank, name)]
+        if rows:  # plain torch scores then
+            gates = gates._replace(
+                signatures=bank.signatures[:, : gates.open.shape[1]].flatten(0, 1)
+            )
         turn = getattr(bank, TURN)
         torch.ops.phatgoose.fork_(turn, flat, whole)
         output: Tensor = self.inner.apply(layer, x, bias).contiguous()
@@ -73,6 +80,7 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             [bank.b(part) for part in range(bank.parts)],
             getattr(bank, PRIOR, None),
             getattr(bank, TALLY, None),
+            rows,
             self.features,
             self.router,
             *self.settings.choosing(gates.open.shape[1]),

@@ -7,13 +7,23 @@ vLLM compiles a model once, for any number of tokens, and drops all guards. Lett
 import functools
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from phatgoose.ops import BACKENDS, EPS, Choosing, Extras, Gates, choose_open
+from phatgoose.ops import (
+    BACKENDS,
+    EPS,
+    Choosing,
+    Extras,
+    Gates,
+    Rows,
+    choose_open,
+    gate_scores,
+)
 from phatgoose.ops.backends import Backend, Down
 from phatgoose.ops.scoring import add_to_tally
 from phatgoose.ops.side_stream import beside, fork, may_run_beside
@@ -68,6 +78,7 @@ def _choose_down(
     a: Tensor,
     choosing: Choosing,
     extras: Extras,
+    rows: Rows | None,
     *,
     features: int,
     router: str | None,
@@ -77,17 +88,21 @@ def _choose_down(
 
     Gates score, or `router` does, with signatures [S * C, W]. If `whole` is given, x and a are one
     rank's slice of the `features`. Then `whole` is the sum of all ranks' `gate_statistics` if gates
-    score, and x with all features if a router does.
+    score, and x with all features if a router does. With `rows`, tokens have mixtures or knobs of
+    their own, which no kernel reads, and signatures are whole.
     """
-    if whole is None and router is None:
+    if whole is None and router is None and rows is None:
         experts, _, down = backend.gated_down(x, gates, a, choosing, extras)
         return experts, down
     every = x if whole is None else whole
-    if router is None:
+    signatures = gates.signatures.view(*gates.open.shape, -1)
+    if router is not None:
+        scores = scores_by(router, every, signatures)
+    elif whole is not None:
         scores = scores_of(every, gates.sums, features)
     else:
-        scores = scores_by(router, every, gates.signatures.view(*gates.open.shape, -1))
-    routing = choose_open(scores, gates.open, choosing, extras)
+        scores = torch.stack([gate_scores(x, part) for part in signatures], dim=1)
+    routing = choose_open(scores, gates.open, choosing, extras, rows)
     if extras.tally is not None:
         add_to_tally(extras.tally, routing.experts, routing.weights)
     return routing.experts, backend.routed_down(x, a, routing.experts, routing.weights)
@@ -115,6 +130,7 @@ def _add_routed(
     b: list[Tensor],
     prior: Tensor | None,
     tally: Tensor | None,
+    rows: list[Tensor],
     features: int,
     router: str | None,
     top_k: int,
@@ -128,10 +144,11 @@ def _add_routed(
     For whole, features and router see `_choose_down`. Each of b is [C, O, R]. prior and tally are
     fp32 and have a row for each token that the engine may put into a forward. prior [N, C] is added
     to the scores of every part. The chosen experts' weights are added to tally [N, 1 + C], whose
-    first column is for "no expert". Call `fork_` before, with the same `turn`.
-    Raises ValueError if T > N.
+    first column is for "no expert". rows are the tables of `Rows` [N, ...], or empty. Call `fork_`
+    before, with the same `turn`. Raises ValueError if T > N.
     """
-    prior, tally = (_rows(table, len(x)) for table in (prior, tally))
+    prior, tally = (_first(table, len(x)) for table in (prior, tally))
+    own = Rows(*(_first(table, len(x)) for table in rows)) if rows else None
     if prior is not None:
         prior = prior[:, : open_slots.shape[1]]
     computes = BACKENDS[backend]
@@ -143,6 +160,7 @@ def _add_routed(
             a,
             Choosing(top_k, temperature, unit, null_score),
             Extras(prior, tally),
+            own,
             features=features,
             router=router,
             backend=computes,
@@ -150,7 +168,7 @@ def _add_routed(
     computes.routed_up_all_(output, b, down, experts)
 
 
-def _rows(table: Tensor | None, tokens: int) -> Tensor | None:
+def _first(table: Any, tokens: int) -> Any:
     if table is not None and tokens > len(table):
         raise ValueError(f"phatgoose: {tokens} tokens in a forward, room for {len(table)}.")
     return None if table is None else table[:tokens]
@@ -162,8 +180,8 @@ torch.library.register_fake("phatgoose::fork_", lambda turn, x, whole: None, lib
 _library.define(
     "add_routed_(Tensor(a!) output, Tensor(b!) turn, Tensor x, Tensor? whole, Tensor signatures,"
     " Tensor sums, Tensor open_slots, Tensor a, Tensor[] b, Tensor? prior, Tensor(c!)? tally,"
-    " int features, str? router, int top_k, float temperature, bool unit, float? null_score,"
-    " str backend) -> ()",
+    " Tensor[] rows, int features, str? router, int top_k, float temperature, bool unit,"
+    " float? null_score, str backend) -> ()",
 )
 _library.impl("add_routed_", _add_routed, "CompositeExplicitAutograd")
 torch.library.register_fake("phatgoose::add_routed_", lambda *arguments: None, lib=_library)

@@ -155,6 +155,10 @@ def check_ways(config: Any, settings: ServeSettings, *, chooses: bool) -> None:
     """
     if settings.record_routing and not chooses:
         raise ConfigError('phatgoose: "routing" wants worker_cls="phatgoose.serve.worker.Worker".')
+    if settings.max_mixture and not chooses:
+        raise ConfigError(
+            'phatgoose: max_mixture wants worker_cls="phatgoose.serve.worker.Worker".'
+        )
     if not settings.experts and not chooses:
         raise ConfigError(
             "phatgoose: experts is empty, and only worker_cls="

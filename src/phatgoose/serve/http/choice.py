@@ -8,26 +8,26 @@ from typing import Any
 from phatgoose.errors import ConfigError
 from phatgoose.serve.http.refusal import Refusal
 from phatgoose.serve.http.workers import Contents
-from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.choice import Request
 
 FIELD = "phatgoose"  # of a request's body; also of vLLM's extra arguments, and of the answer
 BASE = "base"  # the model's name of the bare base
 
 
-def choose(body: dict[str, Any], *, served: str, names: Sequence[str]) -> Choice:
+def choose(body: dict[str, Any], *, served: str, names: Sequence[str]) -> Request:
     """The choice of a request among the experts `names` of the pool `served`. Raises Refusal."""
     by_name = _by_name(body.get("model"), served, names)
     wanted = body.get(FIELD) or {}
     if isinstance(wanted, str):  # which `read` would parse once more, past the checks of the body
         raise Refusal(400, f"{FIELD} is an object, not a text.", reason="bad_request", param=FIELD)
     try:
-        choice = Choice.read(wanted)
+        choice = Request.read(wanted)
         if by_name is None:
             choice.routed(names)
             return choice
     except ConfigError as error:
         raise Refusal(400, str(error), reason="bad_request", param=FIELD) from None
-    if replace(choice, routing=None) != Choice():
+    if replace(choice, routing=None, scale=None) != Request():
         raise Refusal(
             400,
             f"model {body['model']!r} says which experts to use, and so does {FIELD}. Ask for "
@@ -35,10 +35,13 @@ def choose(body: dict[str, Any], *, served: str, names: Sequence[str]) -> Choice
             reason="bad_request",
             param=FIELD,
         )
-    return replace(by_name, routing=choice.routing)
+    try:
+        return replace(by_name, routing=choice.routing, scale=choice.scale)
+    except ConfigError as error:
+        raise Refusal(400, str(error), reason="bad_request", param=FIELD) from None
 
 
-def salt(choice: Choice, pool: Contents, given: str | None) -> str:
+def salt(choice: Request, pool: Contents, given: str | None) -> str:
     """The prefix cache's key beside the tokens: prompts seen by other experts are others.
 
     Who asks for tokens wants all of them, so nothing is to come from the cache.
@@ -47,11 +50,11 @@ def salt(choice: Choice, pool: Contents, given: str | None) -> str:
     return choice.salt(asdict(pool), f"{given or ''} {unique}")
 
 
-def _by_name(model: Any, served: str, names: Sequence[str]) -> Choice | None:
+def _by_name(model: Any, served: str, names: Sequence[str]) -> Request | None:
     if model is None or model == served:
         return None
     if model == BASE:
-        return Choice(base=True)
+        return Request(base=True)
     name = model.removeprefix(f"{served}/") if isinstance(model, str) else None
     if name is None or name == model or name not in names:
         raise Refusal(
@@ -62,7 +65,7 @@ def _by_name(model: Any, served: str, names: Sequence[str]) -> Choice | None:
             reason="unknown_model",
             param="model",
         )
-    return Choice(allow=(name,))
+    return Request(allow=(name,))
 
 
 def _some(names: Sequence[str], most: int = 50) -> str:

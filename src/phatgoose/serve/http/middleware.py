@@ -25,7 +25,7 @@ from phatgoose.serve.http.refusal import Refusal
 from phatgoose.serve.http.rewrite import check, check_no_choice, check_whole, rewritten
 from phatgoose.serve.http.routes import CHOOSES, Rule, path_of, rule_of, unknown
 from phatgoose.serve.http.workers import Contents, LivePool
-from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.choice import Request
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class PoolMiddleware:
             await self.app(resized(scope, len(new)), replay(new, receive), to_client)
 
     def _asking(
-        self, scope: Scope, choice: Choice, contents: Contents
+        self, scope: Scope, choice: Request, contents: Contents
     ) -> tuple[Scope, Routing | None]:
         """Give the request an id of its own, by which its routing is found afterwards."""
         form = CHOOSES[path_of(scope)]

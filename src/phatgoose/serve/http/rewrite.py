@@ -1,31 +1,33 @@
 """Writes requests in vLLM's own fields, and refuses what these cannot say."""
 
+from dataclasses import asdict
 from typing import Any
 
+from phatgoose.errors import ConfigError
 from phatgoose.serve.http.choice import FIELD, salt
 from phatgoose.serve.http.refusal import Refusal
 from phatgoose.serve.http.routes import CHOOSES
 from phatgoose.serve.http.workers import Contents
-from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.choice import Request
 
 # What vLLM's scheduler reads among the extra arguments as objects of its own making.
 INTERNAL = {"kv_transfer_params", "ec_transfer_params"}
 
 
 def rewritten(
-    body: dict[str, Any], choice: Choice, contents: Contents, *, served: str
+    body: dict[str, Any], choice: Request, contents: Contents, *, served: str
 ) -> dict[str, Any]:
     """The body for vLLM: the pool's model, a salt for its prefix cache, and what workers need."""
     new = {key: value for key, value in body.items() if key != FIELD}
     if "model" in new:
         new["model"] = served
     new["cache_salt"] = salt(choice, contents, body.get("cache_salt"))
-    if choice != Choice():
+    if choice != Request():
         new["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), FIELD: choice.text()}
     return new
 
 
-def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str) -> None:
+def check(body: dict[str, Any], choice: Request, contents: Contents, *, path: str) -> None:
     """Raise Refusal for a field that would not do what it says."""
 
     def no(message: str) -> Refusal:
@@ -48,7 +50,7 @@ def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str
         raise Refusal(
             400, "cache_salt is a text, not empty.", reason="bad_request", param="cache_salt"
         )
-    if choice != Choice() and body.get("use_beam_search"):
+    if choice != Request() and body.get("use_beam_search"):
         raise no("Beam search takes no choice of experts: vLLM does not tell the workers of it.")
     if path.endswith("/responses") and body.get("background"):
         raise Refusal(
@@ -57,6 +59,10 @@ def check(body: dict[str, Any], choice: Choice, contents: Contents, *, path: str
             reason="bad_request",
             param="background",
         )
+    try:
+        choice.check_room(asdict(contents))
+    except ConfigError as error:
+        raise no(str(error)) from None
     if choice.routing and not contents.routing:
         raise no("This server does not note which experts serve what.")
     if choice.routing and path.endswith("/responses"):

@@ -28,6 +28,8 @@ class Contents:
     max_rank: int
     experts: list[dict[str, Any]] = field(default_factory=list)
     routing: bool = True  # whether workers note which experts serve what
+    mixture: int = 0  # the most experts that a request may mix; 0: requests have no knobs
+    scale: str = "softmax"  # how the router's experts are weighed
 
     @property
     def names(self) -> list[str]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.serve.names import REQUEST
-from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.choice import Request
 from phatgoose.serve.pool.evidence import Evidence
+from phatgoose.serve.pool.rows import RowTable
 from phatgoose.serve.pool.usage import Usage
 from phatgoose.text import visible
 
@@ -29,8 +30,10 @@ class Batch:
         self.prior = torch.zeros(tokens, capacity, device=device)
         self.usage = Usage(tokens, capacity, device) if routing else None
         self.evidence: Evidence | None = None
+        self.own: RowTable | None = None  # what requests ask for themselves
         self.names: list[str | None] = [None] * capacity  # by slot
-        self._choices: dict[str, Choice] = {}  # of running requests that want something
+        self._choices: dict[str, Request] = {}  # of running requests that want something
+        self._lost: set[str] = set()  # those whose experts are gone
         self._rows: dict[str, Tensor] = {}  # and their priors [C], on the host
         self._written = 0  # rows of `prior` that may be other than zero
         self._first: dict[str, int] = {}  # positions at which requests go on
@@ -43,6 +46,7 @@ class Batch:
             self.usage.settle(self.names)
             self.usage.keep(names)
         self.names = list(names)
+        self._lost.clear()
         for request, choice in self._choices.items():
             try:
                 self._rows[request] = self._row(choice)
@@ -50,20 +54,19 @@ class Batch:
                 why = visible(f"{request} goes on with the base alone: {error}")
                 log.error("request %s", why)
                 self._rows[request] = torch.full((len(self.names),), -torch.inf)
+                self._lost.add(request)
 
     def begin(self, step: Any) -> None:
         """Take note of the requests in vLLM's `SchedulerOutput` for the next forward."""
         self._placed = None
         for request in step.finished_req_ids:
-            self._choices.pop(request, None)
-            self._rows.pop(request, None)
+            self._forget(request)
             if self.usage is not None:
                 self.usage.finish(request)
             if self.evidence is not None:
                 self.evidence.finish(request)
         for new in step.scheduled_new_reqs:
-            self._choices.pop(new.req_id, None)
-            self._rows.pop(new.req_id, None)
+            self._forget(new.req_id)
             wanted = (getattr(new.sampling_params, "extra_args", None) or {}).get(REQUEST)
             if self.evidence is not None:
                 self.evidence.start(new.req_id, new.prompt_token_ids)
@@ -104,6 +107,12 @@ class Batch:
             rows = torch.stack([self._rows.get(request, everything) for request in requests])
             which = torch.arange(len(requests)).repeat_interleave(torch.tensor(counts))
             parts.append(self.there(rows)[self.there(which)])
+        if self.own is not None:
+            choices = [
+                None if request in self._lost else self._choices.get(request)
+                for request in requests
+            ]
+            self.own.place(choices, counts, self.names, self.there)
         if parts:
             self.prior[:tokens] = sum(parts)
             self.prior[tokens : max(tokens, self._written)].zero_()
@@ -134,8 +143,9 @@ class Batch:
 
     def _start(self, new: Any, wanted: Any) -> None:
         try:
-            choice = Choice.read(wanted)
+            choice = Request.read(wanted)
             row = self._row(choice)
+            choice.check_room(self._room())
             if choice.routing and self.usage is None:
                 raise ConfigError(
                     "phatgoose: a request wants its routing, which is not recorded. Set "
@@ -152,7 +162,17 @@ class Batch:
         if self.usage is not None and choice.routing:
             self.usage.start(new.req_id, self.names, with_tokens=choice.routing == "tokens")
 
-    def _row(self, choice: Choice) -> Tensor:
+    def _forget(self, request: str) -> None:
+        self._choices.pop(request, None)
+        self._rows.pop(request, None)
+        self._lost.discard(request)
+
+    def _room(self) -> dict[str, Any]:
+        """What a request may ask for, as `phatgoose_pool` tells it."""
+        places, scale = (self.own.places, self.own.routing.scale) if self.own else (0, "softmax")
+        return {"mixture": places, "scale": scale, "capacity": len(self.names)}
+
+    def _row(self, choice: Request) -> Tensor:
         routed = choice.routed([name for name in self.names if name is not None])
         closed = [name not in routed for name in self.names]
         return torch.zeros(len(closed)).masked_fill_(torch.tensor(closed), -torch.inf)

@@ -2,40 +2,36 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from phatgoose.errors import ConfigError
+from phatgoose.nn import Choice
+from phatgoose.nn.choice import KEYS as CHOICE_KEYS
 
-KEYS = ("allow", "deny", "base", "routing")
+KEYS = (*CHOICE_KEYS, "routing")
 REPORTS = ("shares", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which experts may serve a request, and what is reported of those that did.
+class Request(Choice):
+    """A choice, and what is reported of the experts that served.
 
     Raises ConfigError if it contradicts itself.
     """
 
-    allow: tuple[str, ...] | None = None  # None: all of the pool
-    deny: tuple[str, ...] = ()
-    base: bool = False  # no expert at all
     routing: Literal["shares", "tokens"] | None = None
 
     def __post_init__(self) -> None:
-        if self.allow == ():
-            raise ConfigError('phatgoose: "allow" is empty. Ask for {"base": true}, or name some.')
-        if self.base and (self.allow is not None or self.deny):
-            raise ConfigError('phatgoose: "base" leaves out every expert, so name none beside it.')
+        super().__post_init__()
         if self.routing is not None and self.routing not in REPORTS:
             raise ConfigError(
                 f"phatgoose: routing must be one of {', '.join(REPORTS)}, got {self.routing!r}."
             )
 
     @classmethod
-    def read(cls, text: Any) -> "Choice":
+    def read(cls, text: Any) -> "Request":
         """Parse the JSON, or take it parsed. Raises ConfigError for what is not understood."""
         try:
             given = json.loads(text) if isinstance(text, str) else text
@@ -50,38 +46,34 @@ class Choice:
                 raise ConfigError(
                     f"phatgoose: a request has no setting {key!r}. Choose from: {', '.join(KEYS)}."
                 )
-        if not isinstance(given.get("base") or False, bool):
-            raise ConfigError(f"phatgoose: base must be true or false, got {given['base']!r}.")
-        allow = given.get("allow")
-        return cls(
-            allow=None if allow is None else _names("allow", allow),
-            deny=_names("deny", given.get("deny") or []),
-            base=bool(given.get("base")),
-            routing=given.get("routing"),
-        )
+        return cls(**{key: value for key, value in given.items() if value is not None})
 
     def text(self) -> str:
         """The JSON that `read` reads."""
-        return json.dumps({key: value for key, value in asdict(self).items() if value})
+        return json.dumps(_said(self))
 
-    def routed(self, names: Sequence[str]) -> list[str]:
-        """Those of the pool's experts that may serve the request, in the pool's order.
+    def check_room(self, pool: Mapping[str, Any]) -> None:
+        """Raise ConfigError where a server that started so cannot do what is asked.
 
-        Raises ConfigError for experts that are not there, and if none is left.
+        `pool` is what `phatgoose_pool` returned.
         """
-        for name in (*(self.allow or ()), *self.deny):
-            if name not in names:
-                raise ConfigError(
-                    f"{name}: no expert of this name in the pool. It has: {', '.join(names)}."
-                )
-        if self.base:
-            return []
-        left = [n for n in names if (self.allow is None or n in self.allow) and n not in self.deny]
-        if names and not left:
+        most = pool["mixture"]
+        if self.is_own and not most:
             raise ConfigError(
-                'phatgoose: "deny" leaves no expert. Ask for {"base": true} if that is meant.'
+                "phatgoose: this server takes no weights, scale, top_k or temperature of requests. "
+                'Start it with room for them: phatgoose serve --max-mixture, or "max_mixture" in '
+                "additional_config."
             )
-        return left
+        self.check_router(scale=pool["scale"])
+        if not self.is_own:
+            return
+        kept = pool["capacity"] if self.top_k == "all" else self.top_k or 0
+        for what, count in (("weights", len(self.weights or ())), ("top_k", kept)):
+            if count > most:
+                raise ConfigError(
+                    f"phatgoose: {what} asks for {count} experts, and this server has room for "
+                    f"{most} a request. Ask for fewer, or start it with a larger max_mixture."
+                )
 
     def salt(self, pool: dict[str, Any], own: str = "") -> str:
         """A `cache_salt` for vLLM: prompts cached under other experts are not this request's.
@@ -89,12 +81,18 @@ class Choice:
         `pool` is what `phatgoose_pool` returned, `own` a salt the caller has already.
         Raises what `routed` raises.
         """
-        routed = self.routed([expert["name"] for expert in pool["experts"]])
-        made_of = json.dumps([pool["fingerprint"], routed, own])
-        return hashlib.sha256(made_of.encode()).hexdigest()
+        made_of: list[Any] = [pool["fingerprint"], self.routed(_names(pool)), own]
+        if self.is_own:
+            knobs = {"scale": self.scale, "top_k": self.top_k, "temperature": self.temperature}
+            made_of += [sorted((self.weights or {}).items()), knobs]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def _names(key: str, given: Iterable[Any]) -> tuple[str, ...]:
-    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-        raise ConfigError(f"phatgoose: {key} must be a list of experts' names, got {given!r}.")
-    return tuple(given)
+def _names(pool: Mapping[str, Any]) -> list[str]:
+    return [expert["name"] for expert in pool["experts"]]
+
+
+def _said(request: Request) -> dict[str, Any]:
+    """The settings that are not as they would be anyway."""
+    usual = asdict(Request())
+    return {key: value for key, value in asdict(request).items() if value != usual[key]}

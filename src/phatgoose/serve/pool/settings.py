@@ -20,10 +20,16 @@ class ServeSettings:
     routing: RoutingSettings
     capacity: int | None = None  # experts a layer has room for; None: as many as it has
     max_rank: int | None = None  # None: the longest of the layer's experts
+    # Experts that one request may mix, or keep by a top_k of its own; None: it may do neither.
+    max_mixture: int | None = None
     targets: tuple[str, ...] = ()  # kinds of layers, "q_proj" say, with room for experts to come
     record_routing: bool = False  # "routing" in the configuration: keep shares; see `Usage`
     background: str | None = None  # a file of ordinary text; adapters' evidence needs it
     base_load_format: str = "auto"  # how vLLM is to load the base
+
+    def mixture(self, capacity: int) -> int:
+        """The most experts that a token may use, if requests say it; 0: they may not."""
+        return max(self.max_mixture, self.routing.kept(capacity)) if self.max_mixture else 0
 
     @classmethod
     def read(cls, config: Any) -> "ServeSettings":
@@ -56,7 +62,7 @@ class ServeSettings:
             )
         if not isinstance(config.get("routing", False), bool):
             raise ConfigError(f"phatgoose: routing is true or false, got {config['routing']!r}.")
-        for key in ("capacity", "max_rank"):
+        for key in ("capacity", "max_rank", "max_mixture"):
             value = config.get(key)
             if value is not None and not (type(value) is int and value >= 1):
                 raise ConfigError(f"phatgoose: {key} must be at least 1, got {value!r}.")

@@ -223,6 +223,8 @@ class Slots:
             "generation": self.generation,
             "fingerprint": self.fingerprint(),
             "capacity": len(self.residents),
+            "mixture": self.settings.mixture(len(self.residents)),
+            "scale": self.settings.routing.scale,
             "max_rank": self.settings.max_rank
             or max((bank.a.shape[2] for bank in self.banks.values()), default=0),
             "experts": [asdict(resident) for resident in self.residents if resident],
