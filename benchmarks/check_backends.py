@@ -114,9 +114,9 @@ def gates_of(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
 def run(case: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Experts, weights and outputs [T, S, ...] by one backend, as `Site` calls it."""
     x, a, gates = case["x"], case["a"], gates_of(case, backend)
-    settings = [case[key] for key in (*SETTINGS, "prior")]
+    settings = [case[key] for key in SETTINGS]
     experts, weights, *down = torch.ops.phatgoose.gated_down(
-        x, *gates, case["open"], a, *settings, backend
+        x, *gates, case["open"], a, case["prior"], None, backend, *settings
     )
     return experts, weights, _add_up(case, down, experts, backend)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phatgoose.ops import BACKENDS, operators, pieces_of
+from phatgoose.ops import BACKENDS, Choosing, operators, pieces_of
 from tests.tolerances import TOLERANCE, assert_near
 
 # Error of a score, next to the sizes of the terms it sums. In bf16 a signature's pieces keep 16
@@ -34,7 +34,7 @@ class Problem:
     prior: Tensor | None  # [T C]
 
     def settings(self) -> tuple[int, float, bool, float | None, Tensor | None]:
-        return self.top_k, self.temperature, self.unit, self.null_score, self.prior
+        return Choosing(self.top_k, self.temperature, self.unit, self.null_score)
 
 
 @st.composite
@@ -111,7 +111,15 @@ def check_gated(problem, backend):
     # Room for more tokens and slots than there are; columns of a wider table.
     tally = torch.ones(len(x) + 2, slots + 5, device=x.device)[:, : slots + 3]
     experts, weights, *down = operators.gated_down(
-        x, signatures, sums, problem.open_slots, problem.a, *problem.settings(), backend, tally
+        x,
+        signatures,
+        sums,
+        problem.open_slots,
+        problem.a,
+        problem.prior,
+        tally,
+        backend,
+        *problem.settings(),
     )
     counted = torch.ones_like(tally)
     counted[: len(x)].scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
@@ -211,7 +219,7 @@ def check_far_from_zero(tokens, backend):
     gates = signatures.flatten(0, 1), signatures.sum(-1)
     opened, a = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, 1, 37)
     experts, weights, *_ = torch.ops.phatgoose.gated_down(
-        x, *gates, opened, a, 3, 1.0, False, None, None, backend
+        x, *gates, opened, a, None, None, backend, 3, 1.0, False, None
     )
     centred = x.double() - x.double().mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True) + 1e-5

@@ -125,7 +125,7 @@ def test_operators_are_what_they_declare(tokens):
     gates = signatures, signatures.sum(-1).unsqueeze(0), opened, a.unsqueeze(0)
     check = torch.library.opcheck
     only = ("test_schema", "test_faketensor")
-    call = (x, *gates, 2, 1.0, False, None, None, "triton")
+    call = (x, *gates, None, None, "triton", 2, 1.0, False, None)
     check(operators.gated_down.default, call, test_utils=only)
     experts, _, z, *plan = operators.gated_down(*call)
     check(

@@ -101,7 +101,7 @@ def calls(tokens, backend):
     a, b, y = normal(parts, slots, rank, width), normal(slots, out, rank), normal(tokens, out)
     opened = torch.rand(parts, slots, generator=random) < 0.8
     gates = signatures.flatten(0, 1), signatures.sum(-1), opened
-    gated = (x, *gates, a, 2, 1.0, False, None, normal(tokens, slots), backend)
+    gated = (x, *gates, a, normal(tokens, slots), None, backend, 2, 1.0, False, None)
     experts, weights, z, *plan = operators.gated_down(*gated)
     mine = experts[:, 1].clone(), weights[:, 1].clone()
     learned = [v.clone().requires_grad_() for v in (x, a[1], b)]

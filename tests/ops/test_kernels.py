@@ -10,10 +10,11 @@ from phatgoose.ops.backends.triton import sizes
 triton = pytest.importorskip("triton", reason="the kernels are Triton's")
 gate_kernels = pytest.importorskip("phatgoose.ops.backends.triton.gate_kernels")
 lora_kernels = pytest.importorskip("phatgoose.ops.backends.triton.lora_kernels")
+choice_kernels = pytest.importorskip("phatgoose.ops.backends.triton.choice_kernels")
 
 KERNELS = {
     name: kernel
-    for module in (gate_kernels, lora_kernels)
+    for module in (gate_kernels, lora_kernels, choice_kernels)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }

@@ -18,6 +18,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts import expert_sources
 from phatgoose.models import DEFAULT as DEFAULT_BASE
 from phatgoose.models import best_device, load_base
+from phatgoose.nn.settings import KNOBS
 from phatgoose.pool import ExpertPool
 
 try:
@@ -62,12 +63,12 @@ class PhatgooseLM(HFLM):
         experts: expert folders, folders of them, and Hub ids, several separated by ";" or as a
             list ("default": those in the package; "none": no experts, so the bare base).
         router: a router's name; "base" leaves the base as it is.
-        top_k, temperature, scale, null_score: see `phatgoose.route`, which has the defaults.
         device: as of `load_base`. lm_eval's command line says cuda:0 unless told another; without
             CUDA that means the default here too.
         dtype: "float32", "bfloat16", ... ("auto": fp32 on a CPU, bf16 elsewhere).
         batch_size: a number or "auto", see lm_eval.
-        harness: more arguments of HFLM, those in `HARNESS`.
+        more: the knobs of `phatgoose.route` (`KNOBS`), which has the defaults, and arguments of
+            HFLM, those in `HARNESS`.
 
     Raises:
         ConfigError: an argument that does not exist or cannot be; several processes.
@@ -80,32 +81,20 @@ class PhatgooseLM(HFLM):
         base: str = DEFAULT,
         experts: str | Sequence[str] | None = DEFAULT,
         router: str = "phatgoose",
-        top_k: Any = None,
-        temperature: float | None = None,
-        scale: Any = None,
-        null_score: float | None = None,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
         batch_size: int | str = 1,
-        **harness: Any,
+        **more: Any,
     ) -> None:
-        _check_arguments(harness)
+        knobs = {name: more.pop(name) for name in KNOBS if name in more}
+        _check_arguments(more)
         _check_alone()
-        options: dict[str, Any] = {
-            name: value
-            for name, value in (
-                ("top_k", top_k),
-                ("temperature", temperature),
-                ("scale", scale),
-                ("null_score", null_score),
-            )
-            if not _is_none(value)
-        }
+        options = {name: value for name, value in knobs.items() if not _is_none(value)}
         source = DEFAULT_BASE if base == DEFAULT else base
         sources = [] if router == "base" else _expert_sources(experts, source)
         pool = ExpertPool.load(sources)
         model, tokenizer = load_base(source, device=_device(device), dtype=_dtype(dtype))
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **harness)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **more)
         self.pretrained = str(source)  # what lm_eval looks up for its report
         if sources:
             phatgoose.route(model, pool, router, **options)
@@ -149,10 +138,10 @@ class PhatgooseLM(HFLM):
 def _check_arguments(harness: dict[str, Any]) -> None:
     unknown = sorted(set(harness) - set(HARNESS))
     if unknown:
-        ours = "base experts router top_k temperature scale null_score device dtype batch_size"
+        ours = ("base", "experts", "router", *KNOBS, "device", "dtype", "batch_size")
         raise ConfigError(
             f"model_args: there is no {', '.join(unknown)}. Choose from: "
-            f"{', '.join([*ours.split(), *HARNESS])}."
+            f"{', '.join([*ours, *HARNESS])}."
         )
     known = inspect.signature(HFLM.__init__).parameters
     unknown = sorted(set(harness) - set(known))

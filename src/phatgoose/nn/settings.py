@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from phatgoose.errors import ConfigError
@@ -57,6 +57,9 @@ class RoutingSettings:
         """Log, once a process, if a pool of so many experts has fewer than top_k."""
         if self.top_k != "all" and experts < self.top_k:
             _say_fewer(self.top_k, experts)
+
+
+KNOBS = tuple(each.name for each in fields(RoutingSettings) if each.name != "backend")
 
 
 @functools.cache

@@ -190,9 +190,10 @@ class Site:
                     flat,
                     *gates,
                     a,
-                    *settings.choosing(slots),
                     prior,
+                    None,
                     bank.backend,
+                    *settings.choosing(slots),
                 )
                 return Routed(x, parts, experts, weights, tuple(down))
             if rows is not None and fixed:

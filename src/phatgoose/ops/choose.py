@@ -1,6 +1,6 @@
 """From scores to a routing: keep the best K experts of each token and weigh them."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,6 +9,39 @@ from torch import Tensor
 from phatgoose.types import Routing
 
 Scale = Literal["softmax", "unit"]
+
+
+class Choosing(NamedTuple):
+    """The knobs of a choice, as everything below a router takes them; see `choose_experts`.
+
+    Operators take them last, one after the other.
+    """
+
+    top_k: int
+    temperature: float
+    unit: bool  # every kept expert has weight 1
+    null_score: float | None
+
+    def candidates(self, slots: int) -> int:
+        """How many there are to choose from: so many slots, and the null candidate."""
+        return slots + (self.null_score is not None)
+
+    def count(self, slots: int) -> int:
+        """K: how many of them a token keeps."""
+        return min(self.top_k, self.candidates(slots))
+
+    def choose(self, scores: Float[Tensor, "*T C"], **more: Any) -> Routing:
+        """`choose_experts` by these knobs, but for what is given."""
+        knobs = {
+            "top_k": self.top_k,
+            "temperature": self.temperature,
+            "scale": "unit" if self.unit else "softmax",
+            "null_score": self.null_score,
+        }
+        return choose_experts(scores, **{**knobs, **more})
+
+
+CHOOSING = "int top_k, float temperature, bool unit, float? null_score"  # in operators' schemas
 
 
 def choose_experts(

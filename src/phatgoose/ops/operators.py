@@ -16,7 +16,8 @@ from torch import Tensor
 
 from phatgoose.ops.backends import BACKENDS, Down, choose_backend
 from phatgoose.ops.backends.sorting import lora_gradients
-from phatgoose.ops.scoring import Choosing, Extras, Gates
+from phatgoose.ops.choose import CHOOSING, Choosing
+from phatgoose.ops.scoring import Extras, Gates
 from phatgoose.types import Routing
 
 _library = torch.library.Library("phatgoose", "DEF")
@@ -30,24 +31,18 @@ def _gated_down(
     sums: Tensor,
     open_slots: Tensor,
     a: Tensor,
-    top_k: int,
-    temperature: float,
-    unit: bool,
-    null_score: float | None,
     prior: Tensor | None,
+    tally: Tensor | None,
     backend: str,
-    tally: Tensor | None = None,
+    *choosing: Any,
 ) -> Tensors:
     """Score by gate, choose, and project down: experts, weights, z, counts, members.
 
     x [T, I]; a [S, C, R, I]; for the others see `Gates`, `Choosing` and `Extras`. The backend says
     whether signatures are whole or in pieces.
     """
-    gates = Gates(signatures, sums, open_slots)
-    choosing = Choosing(top_k, temperature, unit, null_score)
-    experts, weights, down = BACKENDS[backend].gated_down(
-        x, gates, a, choosing, Extras(prior, tally)
-    )
+    gates, extras = Gates(signatures, sums, open_slots), Extras(prior, tally)
+    experts, weights, down = BACKENDS[backend].gated_down(x, gates, a, Choosing(*choosing), extras)
     return experts, weights, *down
 
 
@@ -57,16 +52,13 @@ def _fake_gated_down(
     sums: Tensor,
     open_slots: Tensor,
     a: Tensor,
-    top_k: int,
-    temperature: float,
-    unit: bool,
-    null_score: float | None,
     prior: Tensor | None,
+    tally: Tensor | None,
     backend: str,
-    tally: Tensor | None = None,
+    *choosing: Any,
 ) -> Tensors:
     parts, slots = open_slots.shape
-    chosen = Choosing(top_k, temperature, unit, null_score).count(slots)
+    chosen = Choosing(*choosing).count(slots)
     experts = x.new_empty(x.shape[0], parts, chosen, dtype=torch.int64)
     weights = x.new_empty(x.shape[0], parts, chosen, dtype=torch.float32)
     return experts, weights, *BACKENDS[backend].empty_down(x, a, chosen)
@@ -147,9 +139,9 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> None:
 
 _define(
     "gated_down",
-    "(Tensor x, Tensor signatures, Tensor sums, Tensor open_slots, Tensor a, int top_k,"
-    " float temperature, bool unit, float? null_score, Tensor? prior, str backend,"
-    " Tensor(a!)? tally=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor signatures, Tensor sums, Tensor open_slots, Tensor a, Tensor? prior,"
+    f" Tensor(a!)? tally, str backend, {CHOOSING})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_down,
     _fake_gated_down,
 )

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from phatgoose.ops.choose import Scale, choose_experts
+from phatgoose.ops.choose import Choosing
 from phatgoose.types import Routing
 
 
@@ -24,12 +24,7 @@ class Rows(NamedTuple):
     scale: Tensor  # fp32 [T]: multiplies the weights, chosen or fixed
 
     def choose(
-        self,
-        scores: Float[Tensor, "T *S C"],
-        opened: Bool[Tensor, "*S C"],
-        *,
-        scale: Scale,
-        null_score: float | None,
+        self, scores: Float[Tensor, "T *S C"], opened: Bool[Tensor, "*S C"], choosing: Choosing
     ) -> Routing:
         """Choose for the rows that are routed, and give the others their mixtures: [T, *S, M].
 
@@ -37,12 +32,10 @@ class Rows(NamedTuple):
         """
         shape = (len(scores), *[1] * (scores.dim() - 2))
         places = self.slots.shape[1]
-        routing = choose_experts(
+        routing = choosing.choose(
             scores,
-            places,
+            top_k=places,
             temperature=self.temperature.view(*shape, 1),
-            scale=scale,
-            null_score=null_score,
             keep=self.top_k.view(shape),
         )
         missing = (0, places - routing.experts.shape[-1])

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from phatgoose.ops.choose import Scale, choose_experts
+from phatgoose.ops.choose import Choosing
 from phatgoose.ops.rows import Rows
 from phatgoose.types import Routing
 
@@ -21,32 +21,6 @@ class Gates(NamedTuple):
     signatures: Tensor  # fp32 [S * C, I]; or its pieces [>= 2 * S * C, I], see `pieces_of`
     sums: Tensor  # fp32 [S, C]: of each signature, over its features
     open: Tensor  # bool [S, C]: which slots may be chosen
-
-
-class Choosing(NamedTuple):
-    """How scores become a choice; see `choose_experts`."""
-
-    top_k: int
-    temperature: float
-    unit: bool  # every kept expert has weight 1
-    null_score: float | None
-
-    def count(self, slots: int) -> int:
-        """K: how many of so many slots, and the null candidate, a token keeps."""
-        return min(self.top_k, slots + (self.null_score is not None))
-
-    @property
-    def scale(self) -> Scale:
-        return "unit" if self.unit else "softmax"
-
-    def choose(self, scores: Float[Tensor, "*T C"]) -> Routing:
-        return choose_experts(
-            scores,
-            self.top_k,
-            temperature=self.temperature,
-            scale=self.scale,
-            null_score=self.null_score,
-        )
 
 
 class Extras(NamedTuple):
@@ -72,7 +46,7 @@ def choose_open(
         scores = scores + extras.prior.view(scores.shape[0], *between, scores.shape[-1])
     scores = scores.masked_fill(~opened, -torch.inf)
     if rows is not None:
-        return rows.choose(scores, opened, scale=choosing.scale, null_score=choosing.null_score)
+        return rows.choose(scores, opened, choosing)
     return choosing.choose(scores)
 
 

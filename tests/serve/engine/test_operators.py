@@ -68,11 +68,11 @@ def add(
         rows,
         IN,
         router,
+        backend,
         top_k,
         0.9,
         False,
         null_score,
-        backend,
     )
     return output
 
@@ -81,7 +81,7 @@ def added_by_parts(layer, top_k=2, null_score=None):
     """By the operators for single parts, of the reference backend."""
     gates = [layer[key] for key in ("signatures", "sums", "opened", "a")]
     experts, _, *down = routed_layer.gated_down(
-        layer["x"], *gates, top_k, 0.9, False, null_score, None, "reference"
+        layer["x"], *gates, None, None, "reference", top_k, 0.9, False, null_score
     )
     outputs = [part.clone() for part in layer["output"].split(OUT, dim=1)]
     for part, output in enumerate(outputs):
@@ -247,9 +247,10 @@ def test_as_torch_wants_operators(tokens):
     arguments = [layer[key] for key in GATES]
     tables = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
     for router, backend in ((None, "torch"), (None, "reference"), ("arrow", "torch")):
-        settings = IN, router, 2, 1.0, False, None, backend
+        settings = IN, router, backend, 2, 1.0, False, None
         for rows in ((), own_rows(200)):
-            call = layer["output"], turn, layer["x"], None, *arguments, *tables, [*rows], *settings
+            given = layer["output"], turn, layer["x"], None, *arguments, *tables, [*rows]
+            call = *given, *settings
             torch.library.opcheck(torch.ops.phatgoose.add_routed_.default, call)
 
 
@@ -265,7 +266,7 @@ def test_one_graph_for_any_number_of_tokens():
     prior[:, 0] = -torch.inf
 
     def run(output, turn, x, gates, tally):
-        settings = (IN, None, 2, 0.9, False, None, "torch")
+        settings = (IN, None, "torch", 2, 0.9, False, None)
         torch.ops.phatgoose.fork_(turn, x, None)
         output = output + 0.0
         torch.ops.phatgoose.add_routed_(output, turn, x, None, *gates, prior, tally, [], *settings)
@@ -292,7 +293,7 @@ def test_the_compiler_keeps_them_in_turns():
     from torch._inductor.utils import run_and_get_code
 
     prior, tally = torch.zeros(200, SLOTS), torch.zeros(200, 1 + SLOTS)
-    settings = (IN, None, 2, 0.9, False, None, "torch")
+    settings = (IN, None, "torch", 2, 0.9, False, None)
 
     def routed(x, weight, turn, gates):
         torch.ops.phatgoose.fork_(turn, x, None)

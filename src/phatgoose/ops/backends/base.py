@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from phatgoose.ops.scoring import Choosing, Extras, Gates, choose_by_gate
+from phatgoose.ops.choose import Choosing
+from phatgoose.ops.scoring import Extras, Gates, choose_by_gate
 
 
 class Down(NamedTuple):

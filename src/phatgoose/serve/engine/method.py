@@ -83,7 +83,7 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]
             rows,
             self.features,
             self.router,
-            *self.settings.choosing(gates.open.shape[1]),
             bank.backend,
+            *self.settings.choosing(gates.open.shape[1]),
         )
         return output

@@ -25,6 +25,7 @@ from phatgoose.ops import (
     gate_scores,
 )
 from phatgoose.ops.backends import Backend, Down
+from phatgoose.ops.choose import CHOOSING
 from phatgoose.ops.scoring import add_to_tally
 from phatgoose.ops.side_stream import beside, fork, may_run_beside
 from phatgoose.routers import make_router
@@ -133,11 +134,8 @@ def _add_routed(
     rows: list[Tensor],
     features: int,
     router: str | None,
-    top_k: int,
-    temperature: float,
-    unit: bool,
-    null_score: float | None,
     backend: str,
+    *choosing: Any,
 ) -> None:
     """Add what the chosen experts make of x [T, I] to output [T, sum of O], part after part.
 
@@ -158,7 +156,7 @@ def _add_routed(
             whole,
             Gates(signatures, sums, open_slots),
             a,
-            Choosing(top_k, temperature, unit, null_score),
+            Choosing(*choosing),
             Extras(prior, tally),
             own,
             features=features,
@@ -180,8 +178,7 @@ torch.library.register_fake("phatgoose::fork_", lambda turn, x, whole: None, lib
 _library.define(
     "add_routed_(Tensor(a!) output, Tensor(b!) turn, Tensor x, Tensor? whole, Tensor signatures,"
     " Tensor sums, Tensor open_slots, Tensor a, Tensor[] b, Tensor? prior, Tensor(c!)? tally,"
-    " Tensor[] rows, int features, str? router, int top_k, float temperature, bool unit,"
-    " float? null_score, str backend) -> ()",
+    f" Tensor[] rows, int features, str? router, str backend, {CHOOSING}) -> ()",
 )
 _library.impl("add_routed_", _add_routed, "CompositeExplicitAutograd")
 torch.library.register_fake("phatgoose::add_routed_", lambda *arguments: None, lib=_library)

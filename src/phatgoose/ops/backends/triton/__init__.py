@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from phatgoose.ops.backends.base import Backend, Down
-from phatgoose.ops.scoring import Choosing, Extras, Gates
+from phatgoose.ops.choose import Choosing
+from phatgoose.ops.scoring import Extras, Gates
 
 HALF = (torch.bfloat16, torch.float16)
 

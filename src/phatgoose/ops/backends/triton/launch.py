@@ -7,27 +7,32 @@ import torch
 from torch import Tensor
 
 from phatgoose.ops.backends.base import Down
-from phatgoose.ops.backends.triton import gate_kernels, lora_kernels, sizes
+from phatgoose.ops.backends.triton import choice_kernels, gate_kernels, lora_kernels, sizes
+from phatgoose.ops.backends.triton.choice_kernels import (
+    CHOSEN_ELSEWHERE,
+    constants_of,
+    numbers_of,
+)
 from phatgoose.ops.backends.triton.kernel import Kernel
 from phatgoose.ops.backends.triton.sizes import cdiv, power
-from phatgoose.ops.scoring import EPS, Choosing, Extras, Gates
+from phatgoose.ops.choose import Choosing
+from phatgoose.ops.scoring import EPS, Extras, Gates
 
 moments = Kernel(gate_kernels.moments_kernel)
 scores = Kernel(gate_kernels.scores_kernel)
-choose = Kernel(gate_kernels.choose_kernel)
+choose = Kernel(choice_kernels.choose_kernel)
 group = Kernel(lora_kernels.group_kernel)
 down = Kernel(lora_kernels.down_kernel)
 up = Kernel(lora_kernels.up_kernel)
-few_down = Kernel(lora_kernels.few_down_kernel)
+few_down = Kernel(choice_kernels.few_down_kernel)
 few_up = Kernel(lora_kernels.few_up_kernel)
 
 # Constants that the kernel does not read when the experts were chosen elsewhere.
-CHOSEN_ELSEWHERE = {
+UNREAD = {
     "CHOOSE": False,
     "HAS_PRIOR": False,
-    "HAS_NULL": False,
     "HAS_TALLY": False,
-    "UNIT": False,
+    **constants_of(CHOSEN_ELSEWHERE),
     "PIECES": 1,
     "SPLITS": 1,
     "BLOCK_C": 1,
@@ -47,24 +52,22 @@ def gated_down(
     partial, mean_and_scale = _scores(x, signatures, result.counts)
     experts = x.new_empty(tokens, parts, chosen, dtype=torch.int64)
     weights = x.new_empty(tokens, parts, chosen, dtype=torch.float32)
-    has_null = choosing.null_score is not None
     constants = {
         "HAS_PRIOR": extras.prior is not None,
-        "HAS_NULL": has_null,
         "HAS_TALLY": extras.tally is not None,
-        "UNIT": choosing.unit,
+        **constants_of(choosing),
         "PIECES": 1 if x.dtype == torch.float32 else 2,
         "SPLITS": partial.shape[0],
         "S": parts,
         "K": chosen,
-        "BLOCK_C": power(slots + has_null),
+        "BLOCK_C": power(choosing.candidates(slots)),
         "BLOCK_K": power(chosen),
     }
     # The kernel wants a tensor for each argument. Where there is none it gets one it does not read.
     prior = sums if extras.prior is None else extras.prior.float().contiguous()
     tally = weights if extras.tally is None else extras.tally
     read = partial, mean_and_scale, sums, open_slots, prior
-    numbers = choosing.temperature, choosing.null_score or 0.0
+    numbers = numbers_of(choosing)
     if tokens <= sizes.FEW_TOKENS:
         written = experts, weights, tally, tally.stride(0), result.z
         counted = parts * slots, signatures.shape[0]
@@ -99,10 +102,10 @@ def routed_down(x: Tensor, a: Tensor, experts: Tensor, weights: Tensor) -> Down:
     tokens, parts, chosen = experts.shape
     result = empty_down(x, a, chosen)
     if tokens <= sizes.FEW_TOKENS:
-        constants = {**CHOSEN_ELSEWHERE, "S": parts, "K": chosen, "BLOCK_K": power(chosen)}
-        unread = (weights,) * 5
+        constants = {**UNREAD, "S": parts, "K": chosen, "BLOCK_K": power(chosen)}
+        unread, unused = (weights,) * 5, numbers_of(CHOSEN_ELSEWHERE)
         written = experts, weights, weights, weights.stride(0), result.z
-        _few_down(x, a, unread, written, (parts * a.shape[1], 0), (1.0, 0.0), constants)
+        _few_down(x, a, unread, written, (parts * a.shape[1], 0), unused, constants)
         return result
     result.counts.zero_()
     pairs = experts.numel()

@@ -12,8 +12,6 @@ the counts. The order inside a group is left to chance; no value depends on it.
 import triton
 import triton.language as tl
 
-from phatgoose.ops.backends.triton.gate_kernels import add_to_tally, choose_best, gate_scores
-
 
 # The number of tokens changes from forward to forward: no kernel is compiled anew for it.
 @triton.jit(do_not_specialize=["pairs", "tokens"])
@@ -185,117 +183,6 @@ def up_kernel(
             else:
                 y += tl.load(y_rows + at[None, :], mask=y_mask, other=0.0).to(tl.float32)
                 tl.store(y_rows + at[None, :], y.to(output.dtype.element_ty), mask=y_mask)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def few_down_kernel(
-    x,  # [T, I]
-    a,  # [S, C, R, I]
-    partial,
-    moments,
-    sums,
-    open_slots,
-    prior,
-    experts,  # int64 [T, S, K]: out where CHOOSE, else in
-    weights,  # fp32 [T, S, K], likewise
-    tally,  # in and out where CHOOSE and HAS_TALLY, fp32 [>= T, >= 1 + C]; see `add_to_tally`
-    tally_stride,
-    z,  # out, fp32 [splits, T, S, K, R]
-    tokens,
-    slots,
-    columns,
-    stride,
-    features,
-    rank,
-    split_features,
-    temperature,
-    null_score,
-    CHOOSE: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
-    HAS_NULL: tl.constexpr,
-    HAS_TALLY: tl.constexpr,
-    UNIT: tl.constexpr,
-    PIECES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """One token at one part, over a split of the features: choose, then project, ungrouped."""
-    token = tl.program_id(0)
-    part = tl.program_id(1)
-    split = tl.program_id(2)
-    nth = tl.arange(0, BLOCK_K)
-    place = (token.to(tl.int64) * S + part) * K
-    if CHOOSE:
-        rows = token + tl.arange(0, 1)
-        scores = gate_scores(
-            partial,
-            moments,
-            sums,
-            prior,
-            rows,
-            rows < tokens,
-            part,
-            tokens,
-            slots,
-            columns,
-            stride,
-            HAS_PRIOR,
-            PIECES,
-            SPLITS,
-            1,
-            BLOCK_C,
-        )
-        chosen, shares = choose_best(
-            scores,
-            open_slots,
-            part,
-            slots,
-            temperature,
-            null_score,
-            HAS_NULL,
-            UNIT,
-            K,
-            1,
-            BLOCK_C,
-            BLOCK_K,
-        )
-        chosen, shares = tl.reshape(chosen, (BLOCK_K,)), tl.reshape(shares, (BLOCK_K,))
-        if split == 0:
-            tl.store(experts + place + nth, chosen.to(tl.int64), mask=nth < K)
-            tl.store(weights + place + nth, shares, mask=nth < K)
-            if HAS_TALLY:
-                add_to_tally(tally + token.to(tl.int64) * tally_stride, chosen, shares, nth < K)
-    else:
-        chosen = tl.load(experts + place + nth, mask=nth < K, other=-1).to(tl.int32)
-        shares = tl.load(weights + place + nth, mask=nth < K, other=0.0)
-    # All K experts at once, a row for each of their ranks: more loads are under way together.
-    row = tl.arange(0, BLOCK_K * BLOCK_R)
-    kth, r = row // BLOCK_R, row % BLOCK_R
-    mine = kth[:, None] == nth[None, :]
-    slot = tl.sum(tl.where(mine, chosen[None, :], 0), 1)
-    share = tl.sum(tl.where(mine, shares[None, :], 0.0), 1)
-    real = (kth < K) & (r < rank)
-    taken = real & (slot >= 0)
-    a_rows = a + ((part * slots + slot).to(tl.int64) * rank + r) * features
-    first = split * split_features
-    last = tl.minimum(first + split_features, features)
-    # A thread reads 8 features of a row at once, and adds these up before it takes more registers.
-    products = tl.zeros((BLOCK_K * BLOCK_R, BLOCK_I // 8), tl.float32)
-    for start in range(first, last, BLOCK_I):
-        at = start + tl.arange(0, BLOCK_I)
-        inside = at < last
-        u = tl.load(x + token.to(tl.int64) * features + at, mask=inside, other=0.0)
-        v_at = a_rows[:, None] + at[None, :]
-        v = tl.load(v_at, mask=taken[:, None] & inside[None, :], other=0.0)
-        product = v.to(tl.float32) * u.to(tl.float32)[None, :]
-        products += tl.sum(tl.reshape(product, (BLOCK_K * BLOCK_R, BLOCK_I // 8, 8)), 2)
-    at_z = ((split * tokens + token).to(tl.int64) * S + part) * K + kth
-    tl.store(z + at_z * rank + r, tl.sum(products, 1) * share, mask=real)
 
 
 @triton.jit
