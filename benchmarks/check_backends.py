@@ -219,7 +219,7 @@ def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
         torch.ops.phatgoose.fork_(turn, x, None)
         torch.cat(case["output"], dim=1, out=output)
         torch.ops.phatgoose.add_routed_(
-            output, turn, x, None, *gates, x.shape[1], None, *settings, backend
+            output, turn, x, None, *gates, [], x.shape[1], None, backend, *settings
         )
         return output
 

@@ -58,7 +58,7 @@ from phatgoose.experts.lora import adapter_hash
 from phatgoose.experts.signatures import GateRecord
 from phatgoose.files import write_json
 from phatgoose.ops.scoring import EPS, gate_scores
-from phatgoose.serve.pool.choice import Choice
+from phatgoose.serve.pool.choice import Request
 
 SHAPES: dict[str, dict[str, Any]] = {
     "wide": {
@@ -246,7 +246,7 @@ class Engine:
         from vllm import SamplingParams
 
         self.asked += 1
-        wanted = Choice.read(choice)
+        wanted = Request.read(choice)
         kind = {"max_tokens": TOKENS, "logprobs": 0, **sampling}
         params = SamplingParams(
             temperature=0.0,
