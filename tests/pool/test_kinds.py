@@ -11,12 +11,14 @@ from phatgoose import (
     ExpertPool,
     assign,
     load_expert,
+    merge_experts,
     record,
     restrict,
     route,
     save_expert,
     unroute,
 )
+from phatgoose.errors import UnsupportedAdapterError
 from phatgoose.experts.resolve import resolve
 from tests.experts.matrix import VARIANTS, Family, by_peft, logits, make_adapter
 from tests.models import make_batch, make_model, save_gates
@@ -129,6 +131,23 @@ def test_a_mean_of_all_is_the_mean_of_their_weights(untied):
             if users:
                 parameter.copy_(torch.stack(users).mean(0))
     route(base, pool, "uniform", top_k="all")
+    assert_near(logits(base), logits(wanted), 3e-5)
+
+
+def test_a_merge_is_the_sum_of_their_weights(untied, tmp_path):
+    family, folders = untied
+    pool = ExpertPool.load(folders[:-1] if family.moe else folders)
+    with pytest.raises(UnsupportedAdapterError, match="depends on the base"):
+        merge_experts(pool)
+    base, wanted = make_model(family.name), make_model(family.name)
+    weights = [merged(family, f).state_dict() for f in folders if f.name in pool.names]
+    with torch.no_grad():
+        for name, parameter in wanted.named_parameters():
+            differences = [each[name] - parameter for each in weights]
+            parameter += torch.stack(differences).mean(0)
+    one = save_expert(merge_experts(pool, base=base), tmp_path / "one")
+    assert_near(by_peft(family, one), logits(wanted), 3e-5)
+    route(base, ExpertPool.load([one]), "uniform")
     assert_near(logits(base), logits(wanted), 3e-5)
 
 

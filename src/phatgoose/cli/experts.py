@@ -57,7 +57,7 @@ def merge(asked: Merge) -> None:
     out = asked.out
     check_new(out)  # before the work, not after it
     pool = ExpertPool.load(expert_sources(asked.experts))
-    task_type = None
+    task_type, base = None, None
     if asked.base:
         base, _ = load_base(asked.base, device="cpu")
         for problem in (problem for expert in pool for problem in check_modules(expert, base)):
@@ -71,6 +71,7 @@ def merge(asked: Merge) -> None:
         density=asked.density,
         seed=asked.seed,
         name=out.name,
+        base=base,
     )
     if asked.base:
         merged = replace(merged, base_name=asked.base)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from phatgoose.errors import IncompatibleExpertError
 from phatgoose.experts.delta import Delta
+from phatgoose.experts.differences import LinearDifference
+from phatgoose.experts.lora_parts import LoraParts
 from phatgoose.experts.low_rank import LoraModule
 
 
@@ -29,9 +31,11 @@ def weighted_sum(terms: Sequence[tuple[float, Delta]], *, rank: int | None = Non
     if rank is not None and rank < len(a):
         a, b = _truncated(a, b, rank)
     low = LoraModule(a.float(), b.float(), 1.0)
-    kinds = {type(delta): delta for _, delta in terms if delta.rest}
+    # A LoRA with a bias is a linear difference, too, beside such.
+    found = {type(delta) for _, delta in terms if delta.rest}
+    kinds = found - {LoraParts} if LinearDifference in found else found
     if len(kinds) > 1:
-        words = ", ".join(sorted(kind.kind for kind in kinds))
+        words = ", ".join(sorted(str(kind.kind) for kind in kinds))
         raise IncompatibleExpertError(
             f"experts of several kinds ({words}) adapt one module, and no adapter can be all of "
             "them. Merge experts of one kind, or of one and plain LoRA."

@@ -2,10 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from phatgoose.errors import ConfigError, IncompatibleExpertError
+from torch import nn
+
+from phatgoose.errors import ConfigError, IncompatibleExpertError, UnsupportedAdapterError
 from phatgoose.experts import Delta, Expert
 from phatgoose.experts.combine import weighted_sum
+from phatgoose.experts.filed import alike, filed, summable
+from phatgoose.experts.resolve import modules_of, resolve
 from phatgoose.pool.peft_merge import METHODS as PEFT_METHODS
 from phatgoose.pool.peft_merge import merge_with_peft
 from phatgoose.pool.pool import ExpertPool
@@ -22,6 +27,7 @@ def merge_experts(
     density: float | None = None,
     seed: int = 0,
     name: str = "merged",
+    base: nn.Module | None = None,
 ) -> Expert:
     """Make one expert without gates out of all experts of a pool, which stay as they are.
 
@@ -45,6 +51,9 @@ def merge_experts(
             given, as published for TIES.
         seed: of DARE's random choice.
         name: of the merged expert.
+        base: the experts' base, for "average" of adapters that depend on its weights (DoRA,
+            modules_to_save and the like; see docs/adapters.md). What they come to is summed, and
+            written whole where no LoRA can hold it.
 
     Raises:
         ConfigError: a setting is out of range or not one of the method's, no experts, a name
@@ -60,12 +69,17 @@ def merge_experts(
     if rank is not None and rank < 1:
         raise ConfigError(f"merge: rank must be at least 1, got {rank}.")
     weights = _check_weights(weights, pool, method)
-    sites = gather(pool.experts)
     if method == "average":
         if density is not None:
             raise ConfigError("merge: average keeps every entry. Leave density out.")
-        modules = _average(sites, weights, rank)
+        experts = pool.experts if base is None else [_on(base, expert) for expert in pool]
+        modules = _average(gather(experts), weights, rank)
+        if base is not None:
+            layers = modules_of(base)
+            modules = {s: filed(d, layers[s], f"{name} at {s}") for s, d in modules.items()}
+        modules = alike(modules)
     else:
+        gather(pool.experts)  # refuses what does not belong together
         modules = merge_with_peft(
             pool.experts, method, weights, rank=rank, density=density, seed=seed
         )
@@ -81,12 +95,36 @@ def _average(
     }
 
 
+def _on(base: nn.Module, expert: Expert) -> Expert:
+    """The expert as it is on the base, if it depends on it, in what can be summed."""
+    if not any(delta.needs_base for delta in expert.modules.values()):
+        return expert
+    layers = modules_of(base)
+    resolved = resolve(expert, base).expert
+    return replace(
+        expert,
+        modules={
+            site: summable(delta, layers[site], f"{expert.name} at {site}")
+            for site, delta in resolved.modules.items()
+        },
+    )
+
+
 def gather(experts: Sequence[Expert]) -> dict[str, dict[int, Delta]]:
     """Collect the LoRAs of every module that any expert adapts, by the expert's place.
 
-    Raises IncompatibleExpertError if two disagree about a module's size.
+    Raises IncompatibleExpertError if two disagree about a module's size, and
+    UnsupportedAdapterError for one that depends on the base's weights.
     """
     sites: dict[str, dict[int, Delta]] = {}
+    for expert in experts:
+        for name, delta in expert.modules.items():
+            if delta.needs_base:
+                raise UnsupportedAdapterError(
+                    f"{expert.name}: is {delta.kind} at {name}, and what that adds depends on the "
+                    'base. Give it, to merge by "average": merge_experts(..., base=model), or '
+                    "phatgoose experts merge --base BASE. Or leave the expert out."
+                )
     for index, expert in enumerate(experts):
         for name, lora in expert.modules.items():
             others = sites.setdefault(name, {})

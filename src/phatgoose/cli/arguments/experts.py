@@ -59,7 +59,8 @@ class Merge(JsonOption):
     )
     seed: int = option("seed of what the dare methods drop", default=0)
     base: str | None = option(
-        "base model to check names and sizes of modules against, and to name in the merged config",
+        "base model to check names and sizes of modules against, to name in the merged config, and "
+        "to merge adapters on that depend on its weights (DoRA, say)",
         default=None,
     )
 
