@@ -97,11 +97,11 @@ def test_tokenizers(make_base):
     assert none.difference(one) is None and one.difference(none) is None
 
 
-def test_names_from_the_hub_tell_apart(make_base):
+def test_names_do_not_tell_apart(make_base):
     model = make_base("llama")
     one, two = (identify_base(model, name=name) for name in ("owner/one", "owner/two"))
     local = identify_base(model, name="one")
-    assert one.difference(two) == "the base models are named owner/one and owner/two"
+    assert one.difference(two) is None
     assert one.difference(local) is None and local.difference(two) is None
 
 
@@ -114,6 +114,12 @@ def test_a_local_path_is_cut_to_its_last_part(make_base, tmp_path, monkeypatch):
     assert identify_base(model, name="owner/base").name == "base"
     monkeypatch.chdir(folder)
     assert identify_base(model, name=".").name == "base"
+
+
+def test_a_folder_of_the_hubs_cache_has_the_repositorys_name(make_base, tmp_path):
+    folder = tmp_path / "models--owner--base-1" / "snapshots" / "c0ffee"
+    folder.mkdir(parents=True)
+    assert identify_base(make_base("llama"), name=str(folder)).name == "owner/base-1"
 
 
 def test_name_and_revision_come_from_the_config(make_base):

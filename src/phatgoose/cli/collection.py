@@ -12,8 +12,9 @@ import torch
 from phatgoose.cli.arguments.collection import Derive, GateMany, TrainMany
 from phatgoose.cli.sources import by_name, experts_by_name
 from phatgoose.cli.training import encode_examples
-from phatgoose.errors import ConfigError, TaskFormatError
-from phatgoose.experts import GateRecord, load_expert
+from phatgoose.errors import TaskFormatError
+from phatgoose.experts import Expert, GateRecord, identify_base, load_expert
+from phatgoose.experts.bases import one_base, tell_bases
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import read_config
 from phatgoose.models import DEFAULT, load_base
@@ -74,6 +75,8 @@ def gate(asked: GateMany) -> None:
             )
     examples = {name: load_examples(tasks[name], chat=asked.chat) for name in folders}
     model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
+    named = [Expert(name, {}, base_name=base) for name, base in _bases(folders).items()]
+    tell_bases(named, identify_base(model), same_base=asked.same_base)
     made = gate_experts(
         model,
         tokenizer,
@@ -103,6 +106,7 @@ def derive(asked: Derive) -> None:
         if tasks
     }
     model, tokenizer = load_base(asked.base or _common_base(folders), device=asked.device)
+    tell_bases(experts.values(), identify_base(model), same_base=asked.same_base)
     made = derive_signatures(
         model,
         tokenizer,
@@ -138,19 +142,11 @@ def _encode(
 
 def _common_base(folders: Mapping[str, Path]) -> str:
     """The base that all adapters' configs name."""
-    first: tuple[Path, str] | None = None
-    for folder in folders.values():
-        base = read_config(folder).get("base_model_name_or_path")
-        if not base:
-            raise ConfigError(f"{folder}: its config names no base model. Pass --base.")
-        if first and base != first[1]:
-            raise ConfigError(
-                f"{folder}: its base is {base}, that of {first[0]} is {first[1]}. Train those of "
-                "one base at a time, or pass --base if it is the same by two names."
-            )
-        first = first or (folder, base)
-    assert first is not None
-    return first[1]
+    return one_base(_bases(folders))
+
+
+def _bases(folders: Mapping[str, Path]) -> dict[str, str | None]:
+    return {name: read_config(f).get("base_model_name_or_path") for name, f in folders.items()}
 
 
 def _print(folders: Mapping[str, Path], made: Mapping[str, GateRecord], *, as_json: bool) -> None:

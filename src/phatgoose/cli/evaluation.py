@@ -5,7 +5,14 @@ import json
 import torch
 
 from phatgoose.cli.arguments.evaluation import Evaluate
-from phatgoose.cli.methods import less_general, method_inputs, tell_found, training_examples
+from phatgoose.cli.methods import (
+    base_of,
+    less_general,
+    method_inputs,
+    tell_found,
+    training_examples,
+    whole_pool,
+)
 from phatgoose.evaluation import (
     RunSettings,
     make_methods,
@@ -13,8 +20,7 @@ from phatgoose.evaluation import (
     run_evaluation,
     table,
 )
-from phatgoose.experts import expert_sources
-from phatgoose.models import DEFAULT, load_base
+from phatgoose.models import load_base
 from phatgoose.pool import ExpertPool
 
 CARD = "README.md"
@@ -31,11 +37,11 @@ def evaluate(asked: Evaluate) -> None:
         rows=asked.rows,
     )
     names = [name for given in asked.methods for name in given.split(",") if name]
-    whole = ExpertPool.load(expert_sources(asked.experts, asked.base))
+    whole = whole_pool(asked)
     pool = less_general(whole, asked.general)
     training = training_examples(asked.train_tasks, pool, chat=asked.chat)
     dtype = getattr(torch, asked.dtype) if asked.dtype else None
-    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=dtype)
+    model, tokenizer = load_base(base_of(asked, whole), device=asked.device, dtype=dtype)
     inputs = method_inputs(
         asked,
         pool,

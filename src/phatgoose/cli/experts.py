@@ -41,7 +41,10 @@ def verify(asked: Verify) -> int:
     base: Any = None
     if asked.base:
         base, _ = load_base(asked.base, device="cpu")
-    found = {str(source): verify_expert(source, base) for source in expert_sources(asked.experts)}
+    found = {
+        str(source): verify_expert(source, base, same_base=asked.same_base)
+        for source in expert_sources(asked.experts)
+    }
     if asked.json:
         print(json.dumps(found))
     else:
@@ -56,7 +59,7 @@ def merge(asked: Merge) -> None:
     """Merge experts into one adapter folder."""
     out = asked.out
     check_new(out)  # before the work, not after it
-    pool = ExpertPool.load(expert_sources(asked.experts))
+    pool = ExpertPool.load(expert_sources(asked.experts), same_base=asked.same_base)
     task_type, base = None, None
     if asked.base:
         base, _ = load_base(asked.base, device="cpu")

@@ -11,7 +11,7 @@ import phatgoose
 from phatgoose import analysis
 from phatgoose.cli.arguments.inference import Demo, Generate, Trace
 from phatgoose.cli.fields import flag
-from phatgoose.cli.methods import load_pool, method_inputs, tell_found, training_examples
+from phatgoose.cli.methods import base_of, load_pool, method_inputs, tell_found, training_examples
 from phatgoose.cli.options import ROUTER, AnswerOptions, RoutedOptions
 from phatgoose.default import smollm2, tiny
 from phatgoose.errors import ConfigError
@@ -95,7 +95,7 @@ def generate(asked: Generate) -> None:
     prompts, name = _prompts(asked.prompt, asked), method_name(asked)
     pool = load_pool(asked)
     training = training_examples(asked.train_tasks, pool, chat=asked.chat)
-    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device)
+    model, tokenizer = load_base(base_of(asked, pool), device=asked.device)
     inputs = method_inputs(asked, pool, model, tokenizer, training=training, chat=asked.chat)
     method, knobs = make_method(name, inputs), asked.routing()
     if isinstance(method, Routed):
@@ -151,7 +151,7 @@ def routed_model(asked: RoutedOptions) -> tuple[Any, Any, ExpertPool]:
     """The base that routes among the experts as the options say, its tokenizer, and the pool."""
     _check_routes(asked.router)
     pool = load_pool(asked)
-    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device)
+    model, tokenizer = load_base(base_of(asked, pool), device=asked.device)
     phatgoose.route(model, pool, asked.router, **asked.routing())
     _tell_derived(asked.router, pool)
     return model, tokenizer, pool

@@ -3,9 +3,11 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
+from typing import Any
 
 import phatgoose
 from phatgoose.cli.arguments import COMMANDS, NOUNS
@@ -14,6 +16,7 @@ from phatgoose.cli.screen import screened
 from phatgoose.errors import PhatgooseError
 from phatgoose.text import visible
 
+_PYTHONS_LINE = warnings.formatwarning
 EXIT_CODES = """exit codes:
   0    done
   1    bad input or a failure, which one line on stderr tells
@@ -27,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     try:
         command, asked = parse(argv)
+        warnings.formatwarning = _warning_line
         # torch is loaded only from here on, so that help and usage errors are instant.
         module, function = command.run.split(":")
         run = getattr(import_module(f"phatgoose.cli.{module}"), function)
@@ -94,6 +98,13 @@ def _add_command(
     )
     parser.set_defaults(command=command)
     add_options(parser, command.options)
+
+
+def _warning_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+    """Our own warnings as the one line that an error is; others as Python has them."""
+    if category.__module__.startswith("phatgoose."):
+        return f"phatgoose: {visible(' '.join(str(message).split()))}\n"
+    return _PYTHONS_LINE(message, category, *where, **line)
 
 
 def _fail(message: str, code: int) -> int:

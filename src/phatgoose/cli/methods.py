@@ -10,21 +10,43 @@ from phatgoose.cli.options import ExpertsOptions, MethodOptions
 from phatgoose.errors import TaskFormatError
 from phatgoose.evaluation import Inputs, LoraHub, Method
 from phatgoose.experts import expert_sources
+from phatgoose.experts.bases import one_base
+from phatgoose.models import DEFAULT
 from phatgoose.pool import ExpertPool, subtract_general
 from phatgoose.pool.retrieval import build_index
 from phatgoose.tasks import Example, load_examples, split_file
+from phatgoose.text import visible
 
 
 def load_pool(asked: ExpertsOptions) -> ExpertPool:
     """The experts of --experts, less what the adapters of --general know."""
-    return less_general(ExpertPool.load(expert_sources(asked.experts, asked.base)), asked.general)
+    return less_general(whole_pool(asked), asked.general)
+
+
+def whole_pool(asked: ExpertsOptions) -> ExpertPool:
+    """The experts of --experts."""
+    sources = expert_sources(asked.experts, asked.base)
+    return ExpertPool.load(sources, same_base=asked.same_base)
+
+
+def base_of(asked: ExpertsOptions, pool: ExpertPool) -> str:
+    """The base of --base, or the one that the experts name; that of the package with its experts.
+
+    Raises ConfigError where they name none, or several.
+    """
+    if asked.base or asked.experts is None:
+        return asked.base or DEFAULT
+    base = one_base({expert.name: expert.base_name for expert in pool})
+    print(f"phatgoose: the base is {visible(base)}, which the experts name", file=sys.stderr)
+    return base
 
 
 def less_general(pool: ExpertPool, general: Sequence[str] | None) -> ExpertPool:
     """New experts, without gates, where there are general adapters; else the pool as it is."""
     if not general:
         return pool
-    return ExpertPool(subtract_general(pool, ExpertPool.load(expert_sources(general))))
+    others = ExpertPool.load(expert_sources(general))
+    return ExpertPool(subtract_general(pool, others), same_base=pool.same_base)
 
 
 def training_examples(

@@ -36,6 +36,17 @@ class DeviceOption(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SameBaseOption(Options):
+    """What settles by how many names one base goes."""
+
+    TITLE: ClassVar = MODEL
+
+    same_base: bool = option(
+        "take the experts' base and the model for one, whatever their names are", default=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseOption(Options):
     """The base model, where that of the package is meant unless one is named."""
 
@@ -47,7 +58,7 @@ class BaseOption(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptersBaseOption(Options):
+class AdaptersBaseOption(SameBaseOption):
     """The base model, where the adapters name theirs."""
 
     TITLE: ClassVar = MODEL
@@ -59,10 +70,14 @@ class AdaptersBaseOption(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolOptions(BaseOption):
+class PoolOptions(SameBaseOption):
     """The base and its experts."""
 
     TITLE: ClassVar = MODEL
+
+    base: str | None = option(
+        "base model, as a folder or Hub id; without it, the one that the experts name", default=None
+    )
     experts: Sequence[str] | None = option(
         "experts: their folders, trees of such folders, or Hub ids "
         "(owner/name[/folder][@revision]); NAME=EXPERT names one; without it, those in the package",

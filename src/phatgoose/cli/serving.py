@@ -15,6 +15,7 @@ from phatgoose.cli.arguments.serving import Serve
 from phatgoose.cli.options import KNOBS
 from phatgoose.errors import ConfigError
 from phatgoose.experts import expert_sources
+from phatgoose.experts.bases import base_in_config, one_base
 from phatgoose.models import DEFAULT, SMOLLM2, TINY, find_base
 from phatgoose.serve.names import LOAD_FORMAT
 
@@ -69,10 +70,11 @@ def vllm_flags(asked: Serve) -> list[str]:
     for name, advice in TAKEN.items():
         if _position(more, name) is not None:
             raise ConfigError(f"serve: {name} would undo what serve says itself. {advice}.")
+    base = _base_of(asked)
     config = _take_config(more)
     ours = {"routing": True, **config.get(LOAD_FORMAT, {}), **_settings(asked)}
     flags: dict[str, Any] = {
-        "--model": find_base(asked.base or DEFAULT).source,
+        "--model": find_base(base).source,
         "--host": asked.host,
         "--port": asked.port,
         "--load-format": LOAD_FORMAT,
@@ -83,11 +85,20 @@ def vllm_flags(asked: Serve) -> list[str]:
     for name, value in UNLESS_GIVEN.items():
         if _position(more, name) is None:
             flags[name] = value
-    base = asked.base or DEFAULT
     packaged = base == TINY or (base == SMOLLM2 and asked.experts is None)
     if packaged and _position(more, "--chat-template") is None:
         flags["--chat-template"] = default.CHAT_TEMPLATE
     return [str(word) for pair in flags.items() for word in pair] + more
+
+
+def _base_of(asked: Serve) -> str:
+    """The base of --base, or the one that the experts name; that of the package with its experts.
+
+    Raises ConfigError where they name none, or several.
+    """
+    if asked.base or asked.experts is None:
+        return asked.base or DEFAULT
+    return one_base({str(s): base_in_config(s) for s in expert_sources(asked.experts)})
 
 
 def _settings(asked: Serve) -> dict[str, Any]:
@@ -103,6 +114,7 @@ def _settings(asked: Serve) -> dict[str, Any]:
         "max_rank": asked.max_rank,
         "max_mixture": asked.max_mixture,
         "background": asked.background,
+        "same_base": asked.same_base or None,
         **{name: getattr(asked, name) for name in KNOBS},
     }
     return {name: value for name, value in given.items() if value is not None}

@@ -14,7 +14,8 @@ from peft import PeftModel
 from phatgoose.cli.arguments.training import Gate, Train
 from phatgoose.cli.options import GateOptions
 from phatgoose.errors import ConfigError
-from phatgoose.experts import Delta, LoraModule
+from phatgoose.experts import Delta, Expert, LoraModule, identify_base
+from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.lora import read_adapter
 from phatgoose.models import DEFAULT, load_base
 from phatgoose.tasks import Encoded, Example, batches, encode_example, load_examples, within
@@ -35,6 +36,8 @@ def gate(asked: Gate) -> None:
     examples = load_examples(asked.data, chat=asked.chat)
     model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
     check_adapter(folder.name, modules, model)  # PEFT would load what fits, with a warning
+    expert = Expert(folder.name, modules, base_name=config.get("base_model_name_or_path"))
+    tell_bases([expert], identify_base(model), same_base=asked.same_base)
     encoded = encode_examples(examples, model, tokenizer, asked.max_length, who=asked.data)
     if all(isinstance(delta, LoraModule) for delta in modules.values()):
         peft_model = PeftModel.from_pretrained(model, folder)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from phatgoose.experts import tokens
+from phatgoose.experts.tokens import AddedTokens
 from phatgoose.text import visible
 
 
@@ -20,15 +22,16 @@ class BaseIdentity:
     revision: str | None
     shape: str  # hash of the model type and of every linear module's name and sizes
     tokenizer: str | None  # hash of the vocabulary; None where no tokenizer was given
+    added: AddedTokens | None = None  # to that vocabulary; None where there are none, or unknown
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value or key != "added"}
 
     @classmethod
     def from_json(cls, value: Any) -> "BaseIdentity":
         """Read what a file says of a base. Raises ValueError if that is no identity."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(value, dict) or sorted(value) != sorted(names):
+        names = [field.name for field in fields(cls) if field.name != "added"]
+        if not isinstance(value, dict) or sorted({"added", *value}) != sorted({"added", *names}):
             raise ValueError(f"base is no object with {', '.join(names)}")
         for name in names:
             text = value[name]
@@ -36,16 +39,15 @@ class BaseIdentity:
                 continue
             if not isinstance(text, str) or visible(text) != text:
                 raise ValueError(f"base.{name} is {text!r}, a text is wanted")
-        return cls(**value)
+        added = AddedTokens.from_json(value["added"]) if "added" in value else None
+        return cls(**{**value, "added": added})
 
     def difference(self, other: "BaseIdentity") -> str | None:
-        """Why the two cannot be the same base, in words, or None."""
+        """Why the two cannot be the same base, in words, or None. Names do not tell (`bases`)."""
         if self.shape != other.shape:
             return "the models differ in type or in the sizes of their linear layers"
-        if self.tokenizer and other.tokenizer and self.tokenizer != other.tokenizer:
-            return "the tokenizers differ"
-        if is_hub_name(self.name) and is_hub_name(other.name) and self.name != other.name:
-            return f"the base models are named {self.name} and {other.name}"
+        if self.tokenizer and other.tokenizer:
+            return tokens.difference((self.tokenizer, self.added), (other.tokenizer, other.added))
         return None
 
     def remark(self, other: "BaseIdentity") -> str | None:
@@ -70,13 +72,28 @@ def identify_base(
     """Identify a transformers model, as if there were no PEFT layers in it."""
     config = getattr(model, "config", None)
     name = name or getattr(config, "_name_or_path", None)
+    vocabulary, added = (None, None) if tokenizer is None else tokens.identify_tokens(tokenizer)
     return BaseIdentity(
-        # A local path means nothing on another machine; its last part at least tells a reader.
-        name=Path(name).resolve().name if name and Path(name).exists() else name or None,
+        name=_public_name(name) if name else None,
         revision=revision or getattr(config, "_commit_hash", None),
         shape=_shape_hash(model, getattr(config, "model_type", "")),
-        tokenizer=None if tokenizer is None else _tokenizer_hash(tokenizer),
+        tokenizer=vocabulary,
+        added=added,
     )
+
+
+def _public_name(name: str) -> str:
+    """A name that means something on another machine: a path has its last part, for readers.
+
+    A folder of the Hub's cache has the id of its repository.
+    """
+    if not Path(name).exists():
+        return name
+    path = Path(name).resolve()
+    kind, _, repository = path.parent.parent.name.partition("--")
+    if kind == "models" and path.parent.name == "snapshots" and repository:
+        return repository.replace("--", "/")
+    return path.name
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -121,10 +138,6 @@ def _shape_hash(model: nn.Module, model_type: str) -> str:
     sizes = {name: list(size) for name, size in linear_modules(model).items()}
     sizes = {name: size for name, size in sizes.items() if not name.endswith("lm_head")}
     return _hash({"model_type": model_type, "linear": sizes})
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    return _hash(tokenizer.get_vocab())
 
 
 def _hash(value: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from phatgoose.errors import IncompatibleExpertError, PhatgooseError
 from phatgoose.experts.base import identify_base
+from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import problem_of
@@ -18,16 +19,19 @@ from phatgoose.experts.tensors import is_finite, largest
 SMALLEST_GATE = 1e-4
 
 
-def verify_expert(path_or_hub_id: str | Path, base: nn.Module | None = None) -> list[str]:
+def verify_expert(
+    path_or_hub_id: str | Path, base: nn.Module | None = None, *, same_base: bool = False
+) -> list[str]:
     """What is wrong with an expert, one sentence each; an empty list means nothing was found.
 
-    With `base` (a transformers model) the modules' names and sizes are checked against it too.
+    With `base` (a transformers model) the modules' names and sizes are checked against it too, and
+    a warning comes where the expert names another one, unless `same_base` says that it is one.
     """
     try:
         expert = load_expert(path_or_hub_id)
     except PhatgooseError as error:
         return [str(error)]
-    return [*_check_values(expert), *([] if base is None else _check_base(expert, base))]
+    return [*_check_values(expert), *([] if base is None else _check_base(expert, base, same_base))]
 
 
 def check_numbers(expert: Expert) -> Iterator[str]:
@@ -88,8 +92,9 @@ def check_range(expert: Expert, dtype: torch.dtype) -> None:
             )
 
 
-def _check_base(expert: Expert, base: nn.Module) -> Iterator[str]:
+def _check_base(expert: Expert, base: nn.Module, same_base: bool) -> Iterator[str]:
     yield from check_modules(expert, base)
+    tell_bases([expert], identify_base(base), same_base=same_base)
     for signatures in expert.signatures.values():
         difference = signatures.base.difference(identify_base(base))
         if difference:

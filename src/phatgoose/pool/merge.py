@@ -8,6 +8,7 @@ from torch import nn
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError, UnsupportedAdapterError
 from phatgoose.experts import Delta, Expert
+from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.combine import weighted_sum
 from phatgoose.experts.filed import alike, filed, summable
 from phatgoose.experts.resolve import modules_of, resolve
@@ -68,6 +69,7 @@ def merge_experts(
         raise ConfigError(f"merge: no method is called {method!r}. Choose from: {known}.")
     if rank is not None and rank < 1:
         raise ConfigError(f"merge: rank must be at least 1, got {rank}.")
+    tell_bases(pool, same_base=pool.same_base)
     weights = _check_weights(weights, pool, method)
     if method == "average":
         if density is not None:

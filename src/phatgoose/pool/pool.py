@@ -11,7 +11,6 @@ import torch
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError
 from phatgoose.experts import Expert, expert_sources, load_expert
-from phatgoose.experts.base import is_hub_name
 from phatgoose.experts.verify import check_numbers
 from phatgoose.nn import PoolLock
 
@@ -34,10 +33,12 @@ class ExpertPool:
     after it wait for the change.
 
     Raises on a name taken twice (ConfigError), and on experts of different bases or with NaN or
-    infinite values (IncompatibleExpertError).
+    infinite values (IncompatibleExpertError). `same_base` says that all are of one base, whatever
+    their adapters call it; without it, a warning comes where they are used together.
     """
 
-    def __init__(self, experts: Iterable[Expert] = ()) -> None:
+    def __init__(self, experts: Iterable[Expert] = (), *, same_base: bool = False) -> None:
+        self.same_base = same_base
         self._experts: tuple[Expert, ...] = ()  # replaced whole: threads may be reading it
         self.lock = PoolLock()  # forwards of every model that this pool routes, or one change
         self._listeners: WeakSet[Listener] = WeakSet()
@@ -46,7 +47,10 @@ class ExpertPool:
 
     @classmethod
     def load(
-        cls, sources: str | Path | Iterable[str | Path] | Mapping[str, str | Path]
+        cls,
+        sources: str | Path | Iterable[str | Path] | Mapping[str, str | Path],
+        *,
+        same_base: bool = False,
     ) -> "ExpertPool":
         """Load experts from folders or Hub ids; see `load_expert` for what it raises.
 
@@ -56,7 +60,7 @@ class ExpertPool:
         if isinstance(sources, str | Path):
             sources = [sources]
         sources = expert_sources(sources if isinstance(sources, Mapping) else [*sources])
-        pool = cls()
+        pool = cls(same_base=same_base)
         # Reading, hashing and checking leave Python to others.
         with _one_thread_each(), ThreadPoolExecutor() as threads:
             for expert in threads.map(_load_sound, sources):
@@ -182,7 +186,4 @@ def _check_sound(expert: Expert) -> None:
 def _difference(one: Expert, other: Expert) -> str | None:
     if one.base and other.base:
         return one.base.difference(other.base)
-    names = (one.base_name, other.base_name)
-    if is_hub_name(names[0]) and is_hub_name(names[1]) and names[0] != names[1]:
-        return f"their adapters name {names[0]} and {names[1]}"
-    return None
+    return None  # their names do not tell, and the sizes of their layers wait for a model

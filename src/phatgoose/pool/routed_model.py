@@ -1,7 +1,6 @@
 """Keeps the sites of one routed model in step with its pool."""
 
 import contextlib
-import logging
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from phatgoose.errors import IncompatibleExpertError, RoutingError
 from phatgoose.experts import Expert, identify_base
 from phatgoose.experts.base import linear_sizes
+from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.delta import Delta
 from phatgoose.experts.resolve import resolve
 from phatgoose.experts.verify import check_modules, check_range
@@ -34,8 +34,6 @@ COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _Ready = dict[str, tuple[Tensor, Delta]]  # signature, and what it comes to, by site
 
-log = logging.getLogger(__name__)
-
 
 class RoutedModel:
     """The sites of one model, kept in step with the pool."""
@@ -47,6 +45,7 @@ class RoutedModel:
         router: Router,
         settings: RoutingSettings,
         room: tuple[int, int],
+        same_base: bool = False,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -54,6 +53,7 @@ class RoutedModel:
         self.sites: dict[str, Site] = {}
         self._layers = dict(model.named_modules())
         self._identity = identify_base(model)
+        self._same_base = same_base or pool.same_base  # whatever it is called
         self._ready: dict[str, _Ready] = {}  # of experts about to be added
         self._adapted: dict[str, frozenset[str]] = {}  # sites, by the expert's name
         self._blocks: list[Rules] = []  # that some thread is in, in the order they began
@@ -63,7 +63,7 @@ class RoutedModel:
         try:
             for expert in pool:
                 self._check(expert)
-            self._tell_revisions()
+            tell_bases(pool, self._identity, same_base=self._same_base)
             router.prepare(model, pool.experts)
             for expert in pool:
                 self._sign(expert)
@@ -87,6 +87,7 @@ class RoutedModel:
         """Check an expert and make room for it. What can fail does so here, changing nothing."""
         self._check_change(f"pool.add({expert.name})")
         self._check(expert)
+        tell_bases([expert], self._identity, same_base=self._same_base)
         with self.state.forwards.ruled(Rules(allowed=frozenset())):
             self.state.router.prepare(self.model, [expert])
         self._sign(expert)
@@ -212,16 +213,6 @@ class RoutedModel:
             raise IncompatibleExpertError(problem)
         for dtype in {_dtype(self._layers[name], self.model) for name in expert.modules}:
             check_range(expert, dtype)
-
-    def _tell_revisions(self) -> None:
-        """Say once what experts of another revision of the base run on."""
-        remarks: dict[str, list[str]] = {}
-        for expert in self.pool:
-            remark = expert.base and expert.base.remark(self._identity)
-            if remark:
-                remarks.setdefault(remark, []).append(expert.name)
-        for remark, names in remarks.items():
-            log.warning("phatgoose: %d experts (%s, ...): %s", len(names), names[0], remark)
 
     def _sign(self, expert: Expert) -> None:
         """Find out what the expert comes to on the model, and its signatures. Either may fail."""

@@ -31,6 +31,7 @@ def route(
     backend: str = "auto",
     capacity: int | None = None,
     max_rank: int | None = None,
+    same_base: bool = False,
 ) -> nn.Module:
     """Make a plain transformers model route every token among the pool's experts; return it.
 
@@ -54,6 +55,8 @@ def route(
             it the pool can change without new memory, so that compiled models and CUDA graphs
             stay valid and use the pool as it is then.
         max_rank: likewise, the highest rank a layer has room for.
+        same_base: whether the model is the base that the experts name, whatever either is called.
+            Without it, a warning says which names nothing shows to be of one base.
 
     Raises:
         RoutingError: empty pool, a PeftModel, or a model already routed.
@@ -77,7 +80,7 @@ def route(
         raise RoutingError("route: the pool is empty. Add an expert first.")
     settings.note_size(len(pool))
     with pool.lock.changing("route"):
-        plain.__dict__[ATTRIBUTE] = RoutedModel(plain, pool, router, settings, room)
+        plain.__dict__[ATTRIBUTE] = RoutedModel(plain, pool, router, settings, room, same_base)
     return model
 
 

@@ -27,6 +27,7 @@ from phatgoose.experts import (
     load_expert,
 )
 from phatgoose.experts.base import is_hub_name
+from phatgoose.experts.bases import refuse_other
 from phatgoose.files import publish, write_bytes, write_json
 from phatgoose.locks import claimed
 from phatgoose.tasks import Encoded, batches
@@ -286,7 +287,7 @@ def _is_gated(folder: Path, base: BaseIdentity) -> bool:
 
 
 def _check_base(expert: Expert, base: BaseIdentity) -> None:
-    difference = expert.base and expert.base.difference(base)
+    difference = refuse_other(expert, base)
     if difference:
         raise IncompatibleExpertError(
             f"{expert.folder}: is there already, for another base: {difference}. Move it away, or "

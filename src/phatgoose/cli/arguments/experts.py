@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.cli.fields import Command, argument, option
-from phatgoose.cli.options import JsonOption
+from phatgoose.cli.options import JsonOption, SameBaseOption
 
 EXPERTS = (
     "experts: their folders, trees of such folders, or Hub ids (owner/name[/folder][@revision]); "
@@ -26,7 +26,7 @@ class List(JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(JsonOption):
+class Verify(SameBaseOption, JsonOption):
     """Check experts, and say what is wrong with them."""
 
     experts: Sequence[str] = argument(EXPERTS, metavar="EXPERT")
@@ -36,7 +36,7 @@ class Verify(JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(JsonOption):
+class Merge(SameBaseOption, JsonOption):
     """Make one adapter out of several."""
 
     experts: Sequence[str] = argument(EXPERTS, metavar="EXPERT")

@@ -11,7 +11,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError, RoutingError, first_line
-from phatgoose.experts import Expert, expert_sources
+from phatgoose.experts import Expert, expert_sources, identify_base
+from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.verify import check_range
 from phatgoose.nn import Bank
 from phatgoose.pool import ExpertPool
@@ -47,6 +48,7 @@ def load_pool(
     for expert in pool:
         check_base(expert, base, model_config.model)
         check_range(expert, model_config.dtype)
+    tell_bases(pool, identify_base(base, name=model_config.model), same_base=settings.same_base)
     return pool, base
 
 

@@ -26,6 +26,7 @@ class ServeSettings:
     record_routing: bool = False  # "routing" in the configuration: keep shares; see `Usage`
     background: str | None = None  # a file of ordinary text; adapters' evidence needs it
     base_load_format: str = "auto"  # how vLLM is to load the base
+    same_base: bool = False  # whether the base is that of the experts, whatever they call it
 
     def mixture(self, capacity: int) -> int:
         """The most experts that a token may use, if requests say it; 0: they may not."""
@@ -60,8 +61,9 @@ class ServeSettings:
                 "phatgoose: experts is empty. To start without any, say what there is to be room "
                 "for: targets, capacity and max_rank."
             )
-        if not isinstance(config.get("routing", False), bool):
-            raise ConfigError(f"phatgoose: routing is true or false, got {config['routing']!r}.")
+        for key in ("routing", "same_base"):
+            if not isinstance(config.get(key, False), bool):
+                raise ConfigError(f"phatgoose: {key} is true or false, got {config[key]!r}.")
         for key in ("capacity", "max_rank", "max_mixture"):
             value = config.get(key)
             if value is not None and not (type(value) is int and value >= 1):

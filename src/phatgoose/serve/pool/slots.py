@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError, RoutingError
-from phatgoose.experts import Delta, Expert, LoraModule, adapter_hash, identify_base
+from phatgoose.experts import (
+    BaseIdentity,
+    Delta,
+    Expert,
+    LoraModule,
+    adapter_hash,
+    identify_base,
+)
+from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.signatures import vectors_hash
 from phatgoose.experts.verify import check_modules, check_numbers, check_range
 from phatgoose.nn import Bank
@@ -179,7 +187,8 @@ class Slots:
             )
         for problem in check_numbers(expert):
             raise IncompatibleExpertError(problem)
-        check_base(expert, self._base, self._base_name)
+        identity = check_base(expert, self._base, self._base_name)
+        tell_bases([expert], identity, same_base=self.settings.same_base)
         for dtype in {bank.a.dtype for bank in self.banks.values()}:
             check_range(expert, dtype)
         adapted = self.adapted(expert)
@@ -269,15 +278,17 @@ def write(bank: Bank, slot: int, found: Slice | None) -> None:
         bank.sums[number, slot] = total
 
 
-def check_base(expert: Expert, base: nn.Module, name: str) -> None:
-    """Raise IncompatibleExpertError unless the expert was made for this base."""
-    difference = expert.base and expert.base.difference(identify_base(base, name=name))
+def check_base(expert: Expert, base: nn.Module, name: str) -> BaseIdentity:
+    """Raise IncompatibleExpertError unless the expert may be of this base; return what that is."""
+    identity = identify_base(base, name=name)
+    difference = expert.base and expert.base.difference(identity)
     if difference:
         raise IncompatibleExpertError(
             f"{expert.name}: was made for another base than {name}: {difference}."
         )
     for problem in check_modules(expert, base):
         raise IncompatibleExpertError(problem)
+    return identity
 
 
 def digest(value: Any) -> str:
