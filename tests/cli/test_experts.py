@@ -79,7 +79,7 @@ def hub(monkeypatch, world):
             calls.append((name, settings))
             return f"https://hub/{name}"
 
-        def upload_folder(self, *, folder_path, repo_id, allow_patterns, delete_patterns):
+        def upload_folder(self, *, folder_path, repo_id, allow_patterns, delete_patterns, **_):
             target = world.root / "hub" / repo_id
             target.mkdir(parents=True, exist_ok=True)
             for name in delete_patterns:

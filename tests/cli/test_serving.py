@@ -59,8 +59,30 @@ def test_alone_it_serves_the_default_pool():
 
 
 def test_own_experts_of_the_default_base_keep_its_chat_template():
-    named, _, _ = flags("--experts", "x")
-    assert "--chat-template" not in named
+    folder = smollm2.expert_folders()[0]
+    for more in ((), ("--base", smollm2.BASE)):  # which the expert names
+        named, _, _ = flags("--experts", str(folder), *more)
+        assert "--chat-template" not in named
+        assert named["--model"] == flags()[0]["--model"]
+
+
+def test_the_base_is_what_the_experts_name(tmp_path):
+    for name, base in (
+        ("a", "my/base"),
+        ("b", "mirror/base-bnb-4bit"),
+        ("c", None),
+        ("d", "other"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    a, b, c, d = (str(tmp_path / name) for name in "abcd")
+    assert flags("--experts", a, f"two={b}", c)[0]["--model"] == "my/base"
+    for wrong, said in (([c], "names a base model"), ([a, d], "its base is other")):
+        with pytest.raises(ConfigError, match=f"{said}.*[Pp]ass --base"):
+            flags("--experts", *wrong)
+    assert flags("--experts", a, d, "--base", "x", "--same-base")[1]["phatgoose"]["same_base"]
 
 
 def test_what_is_given():
@@ -86,10 +108,10 @@ def test_what_is_given():
 
 
 def test_where_experts_may_be_added_there_is_room(monkeypatch):
-    _, config, _ = flags("--experts", "x", "--admin-key", "k")
+    _, config, _ = flags("--base", "b", "--experts", "x", "--admin-key", "k")
     assert config["phatgoose"]["capacity"] == 1 + SPARE
     monkeypatch.setenv(access.ADMIN_KEY, "k")
-    assert flags("--experts", "x")[1]["phatgoose"]["capacity"] == 1 + SPARE
+    assert flags("--base", "b", "--experts", "x")[1]["phatgoose"]["capacity"] == 1 + SPARE
 
 
 def test_keys_are_not_on_the_command_line():
@@ -99,7 +121,7 @@ def test_keys_are_not_on_the_command_line():
 
 def test_the_rest_is_for_vllm():
     more = ["--dtype", "float32", "-tp", "2", "--max-model-len=512", "--enforce-eager"]
-    _, _, found = flags("--experts", "x", *more, "--port", "1")
+    _, _, found = flags("--base", "b", "--experts", "x", *more, "--port", "1")
     assert found[-len(more) :] == more
 
 
@@ -113,7 +135,7 @@ def test_names_and_templates_that_vllm_is_given_stand():
 def test_settings_without_a_flag(flag):
     text = json.dumps({"other": 1, "phatgoose": {"targets": ["q_proj"], "top_k": 1}})
     for words in ([flag, text], [f"{flag}={text}"]):
-        _, config, _ = flags("--experts", "x", "--top-k", "2", *words)
+        _, config, _ = flags("--base", "b", "--experts", "x", "--top-k", "2", *words)
         assert config["other"] == 1
         assert config["phatgoose"]["targets"] == ["q_proj"]
         assert config["phatgoose"]["top_k"] == 2  # the flag wins

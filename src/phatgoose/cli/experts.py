@@ -63,6 +63,7 @@ def merge(asked: Merge) -> None:
     task_type, base = None, None
     if asked.base:
         base, _ = load_base(asked.base, device="cpu")
+        pool.rename_for(base)
         for problem in (problem for expert in pool for problem in check_modules(expert, base)):
             raise IncompatibleExpertError(problem)
         task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"

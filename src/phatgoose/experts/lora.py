@@ -14,6 +14,7 @@ from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
 from phatgoose.experts.delta import LORA_A, LORA_B, Delta
 from phatgoose.experts.deltas import kind_of, split_key, supported_fields
 from phatgoose.experts.embeddings import EMBEDDING_A, EMBEDDING_B
+from phatgoose.experts.keys import PREFIX, plain_keys
 from phatgoose.experts.lora_parts import LORA_BIAS, MAGNITUDE
 from phatgoose.experts.low_rank import LoraModule
 from phatgoose.experts.patterns import PatternError, Patterns
@@ -26,7 +27,6 @@ from phatgoose.text import visible
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-PREFIX = "base_model.model."
 LARGEST_INPUT = 65504.0  # of a layer: the largest of float16
 
 # PEFT options that change what an adapted layer computes; any truthy value is refused.
@@ -172,7 +172,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Delta]]:
             f"phatgoose experts convert {folder} --out FOLDER --bin"
         )
     tensors, _ = read_tensors(path)
-    return config, split_modules(config, tensors, str(path))
+    return config, split_modules(config, plain_keys(tensors, str(path)), str(path))
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], modules: Mapping[str, Delta]) -> None:

@@ -12,6 +12,7 @@ from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.expert import Expert, load_expert
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import problem_of
+from phatgoose.experts.renames import renamed_for
 from phatgoose.experts.resolve import modules_of
 from phatgoose.experts.tensors import is_finite, largest
 
@@ -93,6 +94,7 @@ def check_range(expert: Expert, dtype: torch.dtype) -> None:
 
 
 def _check_base(expert: Expert, base: nn.Module, same_base: bool) -> Iterator[str]:
+    expert = renamed_for(expert, base)
     yield from check_modules(expert, base)
     tell_bases([expert], identify_base(base), same_base=same_base)
     for signatures in expert.signatures.values():

@@ -8,9 +8,11 @@ from typing import Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from phatgoose.errors import ConfigError, IncompatibleExpertError
 from phatgoose.experts import Expert, expert_sources, load_expert
+from phatgoose.experts.renames import renamed_for
 from phatgoose.experts.verify import check_numbers
 from phatgoose.nn import PoolLock
 
@@ -19,6 +21,7 @@ from phatgoose.nn import PoolLock
 class Listener(Protocol):
     """A routed model that follows its pool."""
 
+    def renamed(self, expert: Expert) -> Expert: ...
     def prepare_add(self, expert: Expert) -> None: ...
     def cancel_add(self, expert: Expert) -> None: ...
     def add(self, expert: Expert) -> None: ...
@@ -98,13 +101,21 @@ class ExpertPool:
         if not isinstance(expert, Expert):
             expert = load_expert(expert)
         _check_sound(expert)
-        self._join(expert)
-        return expert
+        return self._join(expert)
 
-    def _join(self, expert: Expert) -> None:
+    def rename_for(self, model: nn.Module) -> None:
+        """Call the experts' modules as the model does, where an older transformers did otherwise.
+
+        No expert is of another name or place then.
+        """
+        self._experts = tuple(renamed_for(expert, model) for expert in self._experts)
+
+    def _join(self, expert: Expert) -> Expert:
         with self.lock.changing(f"pool.add({expert.name})"):
             self._check(expert)
             listeners = list(self._listeners)
+            for listener in listeners:
+                expert = listener.renamed(expert)
             try:
                 for listener in listeners:
                     listener.prepare_add(expert)
@@ -115,6 +126,7 @@ class ExpertPool:
             self._experts = (*self._experts, expert)
             for listener in listeners:
                 listener.add(expert)
+        return expert
 
     def remove(self, name: str) -> None:
         """Take an expert out, also from every model this pool routes.

@@ -13,6 +13,7 @@ from phatgoose.experts import Expert, identify_base
 from phatgoose.experts.base import linear_sizes
 from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.delta import Delta
+from phatgoose.experts.renames import renamed_for
 from phatgoose.experts.resolve import resolve
 from phatgoose.experts.verify import check_modules, check_range
 from phatgoose.nn import (
@@ -82,6 +83,10 @@ class RoutedModel:
         for site in self.sites.values():
             site.close()
         self.state.keeper.close()
+
+    def renamed(self, expert: Expert) -> Expert:
+        """The expert by the names of the model's modules."""
+        return renamed_for(expert, self.model)
 
     def prepare_add(self, expert: Expert) -> None:
         """Check an expert and make room for it. What can fail does so here, changing nothing."""

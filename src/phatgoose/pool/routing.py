@@ -80,6 +80,7 @@ def route(
         raise RoutingError("route: the pool is empty. Add an expert first.")
     settings.note_size(len(pool))
     with pool.lock.changing("route"):
+        pool.rename_for(plain)
         plain.__dict__[ATTRIBUTE] = RoutedModel(plain, pool, router, settings, room, same_base)
     return model
 

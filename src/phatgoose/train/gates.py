@@ -26,6 +26,7 @@ from phatgoose.experts import (
 )
 from phatgoose.experts.hub import locate
 from phatgoose.experts.lora import read_adapter
+from phatgoose.experts.renames import renamed_for
 from phatgoose.experts.verify import check_modules, check_numbers
 from phatgoose.train.gated_adapter import GatedAdapter
 from phatgoose.train.joint.groups import GateGroup, in_groups
@@ -238,6 +239,12 @@ def read_modules(adapter: Adapter) -> Modules:
 def check_adapter(name: str, modules: Modules, model: Any) -> None:
     """Refuse an adapter that is not of this base, holds NaN, or is untrained."""
     expert = Expert(name, modules)
+    if renamed_for(expert, model) is not expert:
+        raise IncompatibleExpertError(
+            f"{name}: calls its modules as an older transformers did ({next(iter(modules))}), and "
+            "gates go by today's names. Write it anew with these: "
+            f"phatgoose experts convert {name} --out FOLDER --base BASE"
+        )
     for problem in (*check_numbers(expert), *check_modules(expert, model)):
         raise IncompatibleExpertError(problem)
     if not any(torch.any(tensor) for module in modules.values() for tensor in module.trained):

@@ -45,6 +45,7 @@ def load_pool(
         raise RoutingError("phatgoose: the pool is empty, and has no room. Name an expert.")
     settings.routing.note_size(room)
     base = skeleton(model_config)
+    pool.rename_for(base)
     for expert in pool:
         check_base(expert, base, model_config.model)
         check_range(expert, model_config.dtype)

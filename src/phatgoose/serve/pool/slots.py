@@ -20,6 +20,7 @@ from phatgoose.experts import (
     identify_base,
 )
 from phatgoose.experts.bases import tell_bases
+from phatgoose.experts.renames import renamed_for
 from phatgoose.experts.signatures import vectors_hash
 from phatgoose.experts.verify import check_modules, check_numbers, check_range
 from phatgoose.nn import Bank
@@ -178,6 +179,7 @@ class Slots:
         `adapted` raises.
         """
         self.prepared = None
+        expert = renamed_for(expert, self._base)
         if expert.name in self.names:
             raise ConfigError(f"{expert.name}: the pool has an expert of this name. Remove it.")
         if None not in self.residents:
