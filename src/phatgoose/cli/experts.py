@@ -1,10 +1,12 @@
-"""experts list, verify, merge, import, push, pull."""
+"""experts list, verify, merge, convert, import, push, pull."""
 
 import json
 from dataclasses import replace
 from typing import Any
 
-from phatgoose.cli.arguments.experts import Import, List, Merge, Pull, Push, Verify
+import torch
+
+from phatgoose.cli.arguments.experts import Convert, Import, List, Merge, Pull, Push, Verify
 from phatgoose.errors import ExpertFormatError, IncompatibleExpertError
 from phatgoose.experts import (
     Expert,
@@ -15,6 +17,7 @@ from phatgoose.experts import (
     save_expert,
     verify_expert,
 )
+from phatgoose.experts.convert import convert_adapter
 from phatgoose.experts.save import check_new
 from phatgoose.experts.verify import check_modules
 from phatgoose.models import load_base
@@ -89,6 +92,22 @@ def merge(asked: Merge) -> None:
             f"{out}: {asked.method} of {len(pool)} experts, rank {rank}, "
             f"{len(merged.modules)} modules, no gates"
         )
+
+
+def convert(asked: Convert) -> None:
+    """Make a plain LoRA folder."""
+    check_new(asked.out)
+    model = load_base(asked.base, device="cpu", dtype=torch.float32)[0] if asked.base else None
+    made = convert_adapter(
+        asked.expert, asked.out, base=model, rank=asked.rank, read_pickle=asked.bin
+    )
+    row = {**_row(load_expert(asked.out)), "was": made.was, "error": made.error}
+    if asked.json:
+        print(json.dumps(row))
+        return
+    print(f"{asked.out}: LoRA of rank {row['rank']} at {row['modules']} modules, from {made.was}")
+    if made.error is not None:
+        print(f"largest difference of a module's weights, of their norm: {made.error:.2g}")
 
 
 def import_released(asked: Import) -> None:

@@ -104,6 +104,22 @@ def locate(path_or_hub_id: str | Path, *, local_dir: Path | None = None) -> Path
     return download(text, local_dir=local_dir)
 
 
+def download_pickle(hub_id: str) -> Path:
+    """The local folder of an adapter on the Hub, with adapter_model.bin if it has one.
+
+    Only for a caller who was told to, and who opens it by torch's reader for weights alone. Raises
+    ExpertNotFoundError.
+    """
+    asked = _parsed(hub_id)
+    try:
+        return _snapshot(asked, asked.inside([*files(), lora.PICKLE])) / asked.folder
+    except _failures() as error:
+        raise ExpertNotFoundError(
+            f"{hub_id}: the Hub did not give it ({first_line(error)}). Check the name and the "
+            "network, or set HF_TOKEN for a private repository."
+        ) from None
+
+
 def download(hub_id: str, *, local_dir: Path | None = None) -> Path:
     """The local folder of an expert on the Hub, whatever folders there are of that name.
 

@@ -42,27 +42,25 @@ def read_pool(path: Path) -> list[Halves]:
 
     Raises ExpertFormatError where it is no published pool, or has more to it than its bytes.
     """
-    tensors = _open(path)
+    tensors = open_pickle(path, "Give the best.pt of a published pool.")
     experts = _split(tensors, str(path))
-    _check_size(tensors, path)
+    check_size(tensors, path)
     return experts
 
 
-def _open(path: Path) -> Mapping[str, Tensor]:
+def open_pickle(path: Path, advice: str) -> Mapping[str, Tensor]:
     """Memory-map a checkpoint; nothing in it is run, and no tensor is read yet."""
     try:
         check_regular(path)
     except FileNotFoundError:
-        raise ExpertFormatError(
-            f"{path}: no such file. Give the best.pt of a published pool."
-        ) from None
+        raise ExpertFormatError(f"{path}: no such file. {advice}") from None
     try:
         _check_archive(path)
         tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except UnpicklingError:
         raise ExpertFormatError(
             f"{path}: a pickle that wants to run code, or no torch file at all; it was not opened. "
-            "Give the best.pt of a published pool."
+            f"{advice}"
         ) from None
     except Exception as error:  # torch answers a damaged file with any of a dozen kinds
         raise ExpertFormatError(
@@ -103,7 +101,7 @@ def _split(tensors: Mapping[str, Any], who: str) -> list[Halves]:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ExpertFormatError(f"{who}: {key} is {kind}, a tensor of floats is wanted.")
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             raise ExpertFormatError(
                 f"{who}: {key} is a tensor without values of its own (sparse, expanded or on no "
                 "device). Save the pool with torch.save, its tensors contiguous."
@@ -122,7 +120,7 @@ def _split(tensors: Mapping[str, Any], who: str) -> list[Halves]:
     return [experts[index] for index in range(len(experts))]
 
 
-def _check_size(tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_size(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuse a file that has one storage for many tensors, so that reading it would never end."""
     size = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, Tensor))
     if size > path.stat().st_size:
@@ -131,7 +129,7 @@ def _check_size(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether it has a value in the file for each of its entries: one that is expanded has few."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         return False

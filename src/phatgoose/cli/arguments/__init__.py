@@ -27,5 +27,5 @@ COMMANDS: tuple[Command, ...] = (
 )
 NOUNS = {
     "base": "Fetch the default base model.",
-    "experts": "List, verify, train, gate, derive, merge, import, push or pull experts.",
+    "experts": "List, verify, train, gate, derive, merge, convert, import, push or pull experts.",
 }

@@ -1,4 +1,4 @@
-"""experts list, verify, merge, import, push, pull."""
+"""experts list, verify, merge, convert, import, push, pull."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +66,28 @@ class Merge(SameBaseOption, JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Convert(JsonOption):
+    """Make a plain LoRA folder of an adapter that is something else."""
+
+    expert: str = argument("the adapter's folder or Hub id")
+    out: Path = option("folder of the plain LoRA")
+    base: str | None = option(
+        "base model, for other kinds than LoRA, and for module names of an older transformers",
+        default=None,
+    )
+    bin: bool = option(
+        "read adapter_model.bin, a pickle, where there is no adapter_model.safetensors; torch's "
+        "reader for weights alone opens it, which runs no code of it",
+        default=False,
+    )
+    rank: int | None = option(
+        "rank of what is no LoRA; without it, as many as the difference needs",
+        default=None,
+        least=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Import(JsonOption):
     """Turn the authors' best.pt into expert folders."""
 
@@ -95,6 +117,7 @@ COMMANDS = (
     Command("experts list", List, run="experts:list_experts"),
     Command("experts verify", Verify, run="experts:verify"),
     Command("experts merge", Merge, run="experts:merge"),
+    Command("experts convert", Convert, run="experts:convert"),
     Command("experts import", Import, run="experts:import_released"),
     Command("experts push", Push, run="experts:push"),
     Command("experts pull", Pull, run="experts:pull"),
