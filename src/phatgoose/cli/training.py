@@ -16,7 +16,7 @@ from phatgoose.cli.options import GateOptions
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Delta, Expert, LoraModule, identify_base
 from phatgoose.experts.bases import tell_bases
-from phatgoose.experts.lora import read_adapter
+from phatgoose.experts.lora import has_peft_keys, read_adapter
 from phatgoose.models import DEFAULT, load_base
 from phatgoose.tasks import Encoded, Example, batches, encode_example, load_examples, within
 from phatgoose.train import train_adapter, train_gates, train_gates_together
@@ -39,10 +39,10 @@ def gate(asked: Gate) -> None:
     expert = Expert(folder.name, modules, base_name=config.get("base_model_name_or_path"))
     tell_bases([expert], identify_base(model), same_base=asked.same_base)
     encoded = encode_examples(examples, model, tokenizer, asked.max_length, who=asked.data)
-    if all(isinstance(delta, LoraModule) for delta in modules.values()):
+    if has_peft_keys(folder) and all(isinstance(delta, LoraModule) for delta in modules.values()):
         peft_model = PeftModel.from_pretrained(model, folder)
         _train_gates(asked, peft_model, tokenizer, encoded, folder, json_wanted=asked.json)
-    else:  # what PEFT computes of other kinds has no place for a gate
+    else:  # what PEFT computes of other kinds has no place for a gate, and other keys it leaves out
         _train_gates(
             asked, model, tokenizer, encoded, folder, json_wanted=asked.json, modules=modules
         )

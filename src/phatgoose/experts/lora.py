@@ -175,6 +175,12 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Delta]]:
     return config, split_modules(config, plain_keys(tensors, str(path)), str(path))
 
 
+def has_peft_keys(folder: Path) -> bool:
+    """Whether PEFT itself finds every tensor, for it leaves out those whose keys were changed."""
+    tensors, _ = read_tensors(folder / WEIGHTS_FILE)
+    return set(plain_keys(tensors, str(folder))) == set(tensors)
+
+
 def write_adapter(folder: Path, config: Mapping[str, Any], modules: Mapping[str, Delta]) -> None:
     """Write a PEFT LoRA folder: what read_adapter reads, and PEFT."""
     tensors = {}

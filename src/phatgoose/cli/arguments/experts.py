@@ -72,7 +72,7 @@ class Convert(JsonOption):
     expert: str = argument("the adapter's folder or Hub id")
     out: Path = option("folder of the plain LoRA")
     base: str | None = option(
-        "base model, for other kinds than LoRA, and for module names of an older transformers",
+        "base model; without it, only LoRA by the names that its modules have is converted",
         default=None,
     )
     bin: bool = option(
