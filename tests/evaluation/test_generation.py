@@ -1,6 +1,7 @@
 """Batched greedy answers against one prompt at a time, token by token."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from torch import nn
 
 import phatgoose
 from phatgoose.errors import ConfigError
-from phatgoose.evaluation import generate_answers, generate_text
+from phatgoose.evaluation import generate_answers, generate_text, generation
+from phatgoose.routers import EvidenceRouter, PhatgooseRouter, PromptEvidenceRouter
 from phatgoose.tasks import Example, encode
 from tests.evaluation.conftest import EOS
-from tests.models import PAD
+from tests.models import PAD, make_model, mixed_targets, save_experts
+from tests.routers.test_evidence import with_prompts
 
 NEW = 7
 
@@ -82,6 +85,85 @@ def test_generation_stops_at_end_of_sequence(
     found = generate_answers(model, tokenizer, examples, max_new_tokens=NEW)
     assert found == [naive_answer(model, tokenizer, e.prompt, NEW) for e in examples]
     assert found[0] == tokenizer.decode(inside[:cut]).strip()
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and width of what each call of `generate` is given."""
+    found: list[tuple[int, int]] = []
+    plain = generation._generate
+
+    def watched(model: Any, tokenizer: Any, ids: torch.Tensor, *rest: Any) -> Any:
+        found.append(tuple(ids.shape))
+        return plain(model, tokenizer, ids, *rest)
+
+    monkeypatch.setattr(generation, "_generate", watched)
+    return found
+
+
+@pytest.mark.parametrize("router", [None, EvidenceRouter, PromptEvidenceRouter])
+def test_rows_leave_the_batch_when_they_have_ended(
+    router: Any,
+    tmp_path: Path,
+    tokenizer: Any,
+    text_examples: list[Example],
+    rows_read: list[tuple[int, int]],
+) -> None:
+    """The others go on as if alone, by routers too that read the whole context."""
+    model, bounds = make_model("llama"), [3, 25, 5, 9, 25, 17]
+    folders = save_experts(tmp_path, model, mixed_targets("llama", 3))
+    pool = with_prompts(model, phatgoose.ExpertPool.load(folders))
+    background = torch.arange(40).reshape(4, 10)
+    made = router and router(PhatgooseRouter(), strength=9.0, background=background)
+    phatgoose.route(model, pool, made or "phatgoose")
+    alone = [
+        generate_text(model, tokenizer, [e.prompt], max_new_tokens=bound)[0]
+        for e, bound in zip(text_examples, bounds, strict=True)
+    ]
+    rows_read.clear()
+    assert generate_answers(model, tokenizer, text_examples, max_new_tokens=bounds) == alone
+    counts = [rows for rows, _ in rows_read]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 6 > counts[-1]
+
+
+def test_each_row_keeps_its_expert_when_others_leave(
+    make_routed: Callable[..., nn.Module], tokenizer: Any, text_examples: list[Example]
+) -> None:
+    model, bounds = make_routed("llama"), [4, 20, 9, 20, 5, 13]
+    names: list[str | None] = ["e0", "e1", None, "e2", "e0", "e1"]
+    found = generate_answers(model, tokenizer, text_examples, max_new_tokens=bounds, experts=names)
+    for example, bound, name, answer in zip(text_examples, bounds, names, found, strict=True):
+        [alone] = generate_answers(
+            model, tokenizer, [example], max_new_tokens=bound, experts=[name]
+        )
+        assert answer == alone
+
+
+@pytest.mark.parametrize("why", ["no rows can be chosen of its cache", "settings by place"])
+def test_models_whose_generation_cannot_be_cut(
+    why: str,
+    make_routed: Callable[..., nn.Module],
+    tokenizer: Any,
+    text_examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+    rows_read: list[tuple[int, int]],
+) -> None:
+    model, bounds = make_routed("llama"), [3, 12, 5, 9, 12, 7]
+    if why == "settings by place":
+        model.generation_config.begin_suppress_tokens = [5, 6, 7]
+        wanted = [
+            generate_text(model, tokenizer, [e.prompt], max_new_tokens=bound)[0]
+            for e, bound in zip(text_examples, bounds, strict=True)
+        ]
+    else:
+        monkeypatch.setattr(generation, "_of_rows", lambda *_: None)
+        wanted = [
+            naive_answer(model, tokenizer, e.prompt, bound)
+            for e, bound in zip(text_examples, bounds, strict=True)
+        ]
+    rows_read.clear()
+    assert generate_answers(model, tokenizer, text_examples, max_new_tokens=bounds) == wanted
+    assert len(rows_read) == 1 if why == "settings by place" else len(rows_read) > 1
 
 
 def test_text_is_recorded_in_the_order_given(

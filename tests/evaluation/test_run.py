@@ -264,6 +264,25 @@ def test_singles_are_answered_in_one_batch_and_as_they_are_alone(world: World, s
     assert rows("out") == rows("alone")
 
 
+def test_methods_that_choose_the_same_expert_share_its_answers(world: World, spy: Spy) -> None:
+    """Whoever comes first computes them; what the others write is what they would have alone."""
+    names = ["own", "single:colour", "single:copy"]
+    shared = world.run("shared", names, part=64)
+    own, colour, copy = spy.calls
+    assert len(own) == 8, "four examples of two tasks"
+    assert [len(colour), len(copy)] == [12, 12], "but those that own has answered by this expert"
+    assert not set(own) & {p for p in colour if p.startswith("colour")}
+    for name in names:
+        spy.calls = []
+        alone = world.run("alone", [name], part=64)
+        cells = {task: row[name] for task, row in alone["results"].items()}
+        assert cells == {task: row[name] for task, row in shared["results"].items()}
+        assert len(spy.calls[0]) == (8 if name == "own" else 16)
+        assert answers(world.root, "alone", name.replace(":", "-")) == answers(
+            world.root, "shared", name.replace(":", "-")
+        )
+
+
 def test_singles_that_were_interrupted_go_on(world: World, spy: Spy) -> None:
     held_out = world.tasks("heldout")  # eight examples, an expert's part
     spy.allowed = 2

@@ -15,9 +15,11 @@ from phatgoose.evaluation.answers import (
     answer_chunks,
     answer_singles,
     chunks_of,
+    place_of,
 )
 from phatgoose.evaluation.eval_tasks import Item
 from phatgoose.evaluation.methods import Afterwards, Bench, Method, OneExpert, PerTask
+from phatgoose.experts import adapter_hash
 
 
 class Answering:
@@ -39,6 +41,8 @@ class Answering:
         self.failed: dict[str, str] = {}
         self.described: dict[str, dict[str, Any]] = {}
         self.chunks: list[Chunk] = []
+        # What one adapter answered, by its hash, task and line: methods that choose it share that.
+        self._alone: dict[tuple[str | None, str, int], Row] = {}
 
     def answer(self, methods: Sequence[Method]) -> None:
         """Answer all; those that need other methods' scores last."""
@@ -108,9 +112,13 @@ class Answering:
         try:
             settings = {**self.common, **method.settings(self.bench)}
             chunks = chunks_of(method, items, settings=settings, out=self.out, size=self.size)
-            for chunk_rows in answer_chunks(self.bench, method, chunks, known=known):
+            alone = self._places(method, items)
+            shared = {place[1:]: row for place in alone if (row := self._alone.get(place))}
+            shared |= known or {}
+            for chunk_rows in answer_chunks(self.bench, method, chunks, known=shared):
                 rows += chunk_rows
                 bar.update(done + len(rows) - bar.n)  # what was read, or known
+            self._alone.update(zip(alone, rows, strict=False))
         except PhatgooseError as error:
             bar.update(done + len(items) - bar.n)
             return " ".join(str(error).split())
@@ -121,6 +129,14 @@ class Answering:
             ) from error
         self.chunks += chunks
         return rows
+
+    def _places(self, method: Method, items: Sequence[Item]) -> list[tuple[str | None, str, int]]:
+        """The adapter of each example, its task and line, if a method answers by one adapter."""
+        if not isinstance(method, OneExpert):
+            return []
+        names, pool = method.choose(items, self.bench), method.experts(self.bench)
+        hashes = {n: None if n is None else adapter_hash(pool[n].modules) for n in {*names}}
+        return [(hashes[n], *place_of(item)) for n, item in zip(names, items, strict=True)]
 
     def _answer_singles(self, probes: Sequence[tuple[Method, list[Item]]], bar: Any) -> None:
         """Write what single experts answer, several in a batch; who reads it counts it."""

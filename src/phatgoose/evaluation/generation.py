@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.batches import (
     Experts,
@@ -17,10 +20,21 @@ from phatgoose.evaluation.batches import (
     prompt_within,
     using,
 )
+from phatgoose.models import cache_argument
 from phatgoose.tasks import Example
 
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 64
+FIRST = 4  # new tokens before the rows that have ended leave a batch; then twice as many
+# Settings that depend on where a generation begins or ends, so that it has to be in one go.
+BY_PLACE = (
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_new_tokens",
+    "watermarking_config",
+)
 
 
 def generate_answers(
@@ -56,10 +70,9 @@ def generate_answers(
             batch = order[start : start + batch_size]
             rows = [prompts[index] for index in batch]
             names = None if experts is None else [experts[index] for index in batch]
-            with using(model, names):
-                new = _continue(model, tokenizer, rows, max_new_tokens=bounds[batch[0]])
+            new = _answers(model, tokenizer, rows, [bounds[index] for index in batch], names)
             for index, ids in zip(batch, new, strict=True):
-                text = tokenizer.decode(ids[: bounds[index]], skip_special_tokens=True)
+                text = tokenizer.decode(ids, skip_special_tokens=True)
                 answers[index] = text.strip()
             answered(len(batch))
     return answers
@@ -97,26 +110,94 @@ def _prompt_ids(
     return prompt_within(tokenizer, example, max_length=room, seq2seq=seq2seq)
 
 
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[list[int]],
+    bounds: Sequence[int],
+    experts: Experts | None,
+) -> list[list[int]]:
+    """The new ids of each row, up to end-of-sequence or its bound.
+
+    Most answers are short, so rows that have ended leave the batch after a few tokens, and the
+    others go on from the KV cache.
+    """
+    with using(model, experts):
+        if is_seq2seq(model):
+            whole = _continue(model, tokenizer, rows, max_new_tokens=max(bounds))
+            return [ids[:bound] for ids, bound in zip(whole, bounds, strict=True)]
+    ends = _ends(model, tokenizer)
+    ids, mask = padded(rows, pad_id(tokenizer), "left")
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    found: list[list[int]] = [[] for _ in rows]
+    left, cache, written = list(range(len(rows))), None, 0
+    first = max(bounds) if _counts_tokens(model) else FIRST
+    while left:
+        count = max(written, first)
+        if first == FIRST:
+            count = min(count, min(bounds[row] for row in left) - written)
+        with using(model, experts and [experts[row] for row in left]):
+            output = _generate(model, tokenizer, ids, mask, count, cache)
+        new = output.sequences[:, ids.shape[1] :]
+        written += count
+        going = []
+        for place, (row, some) in enumerate(zip(left, new.tolist(), strict=True)):
+            kept = [*takewhile(lambda token: token not in ends, some)]
+            found[row] += kept
+            if len(kept) == count and bounds[row] > written:
+                going.append(place)
+        if going:
+            cache = _of_rows(output, going)
+            ids, mask = output.sequences[going], torch.cat([mask, torch.ones_like(new)], 1)[going]
+        left = [left[place] for place in going]
+    return [ids[:bound] for ids, bound in zip(found, bounds, strict=True)]
+
+
+def _counts_tokens(model: Any) -> bool:
+    """Whether the model's own settings treat the first or last tokens of a generation otherwise."""
+    own = getattr(model, "generation_config", None)
+    return any(getattr(own, name, None) for name in BY_PLACE)
+
+
+def _of_rows(output: Any, places: Sequence[int]) -> Any:
+    """A generation's KV cache with some of its rows; None, to read all again, without one."""
+    cache = getattr(output, "past_key_values", None)
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
+        return None
+    if len(places) < len(output.sequences):
+        cache.batch_select_indices(torch.tensor(places, device=output.sequences.device))
+    return cache
+
+
 def _continue(
     model: Any, tokenizer: Any, rows: Sequence[list[int]], *, max_new_tokens: int
 ) -> list[list[int]]:
-    """The new ids of each row, up to end-of-sequence."""
-    seq2seq = is_seq2seq(model)
+    """The new ids of each row, up to end-of-sequence; all rows stay until the last has ended."""
+    seq2seq, ends = is_seq2seq(model), _ends(model, tokenizer)
     ids, mask = padded(rows, pad_id(tokenizer), "right" if seq2seq else "left")
-    ends = _ends(model, tokenizer)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    output = _generate(model, tokenizer, ids, mask, max_new_tokens, None).sequences
+    new: list[list[int]] = output[:, 1 if seq2seq else ids.shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in ends, row)) for row in new]
+
+
+def _generate(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, count: int, cache: Any) -> Any:
+    """Greedy generation of at most `count` tokens after these, the cache holding all but one."""
+    more = {} if cache is None else {cache_argument(model.forward): cache}
     with evaluating(model):
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+        return model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=count,
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            eos_token_id=ends,
+            eos_token_id=_ends(model, tokenizer),
             pad_token_id=pad_id(tokenizer),
+            return_dict_in_generate=True,
+            **more,
         )
-    new: list[list[int]] = output[:, 1 if seq2seq else ids.shape[1] :].tolist()
-    return [list(takewhile(lambda token: token not in ends, row)) for row in new]
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

@@ -124,6 +124,11 @@ class Evaluation:
         """Answer by every method what is not in the folder yet."""
         self._run.answer(self.methods)
 
+    @property
+    def failed(self) -> dict[str, str]:
+        """The methods that could not answer, and why."""
+        return self._run.failed
+
     def summary(self, tasks: Sequence[EvalTask] | None = None) -> dict[str, Any]:
         """The scores, averages, differences and gains over some of the tasks (None: all)."""
         names = [method.name for method in self.methods]
