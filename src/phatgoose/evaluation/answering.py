@@ -134,7 +134,10 @@ class Answering:
         """The adapter of each example, its task and line, if a method answers by one adapter."""
         if not isinstance(method, OneExpert):
             return []
-        names, pool = method.choose(items, self.bench), method.experts(self.bench)
+        chosen, pool = method.choose(items, self.bench), method.experts(self.bench)
+        names = [name for name in chosen if name is None or isinstance(name, str)]
+        if len(names) < len(items):
+            return []  # mixtures
         hashes = {n: None if n is None else adapter_hash(pool[n].modules) for n in {*names}}
         return [(hashes[n], *place_of(item)) for n, item in zip(names, items, strict=True)]
 

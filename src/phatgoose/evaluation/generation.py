@@ -161,7 +161,7 @@ def _counts_tokens(model: Any) -> bool:
 
 def _of_rows(output: Any, places: Sequence[int]) -> Any:
     """A generation's KV cache with some of its rows; None, to read all again, without one."""
-    cache = getattr(output, "past_key_values", None)
+    cache: Any = getattr(output, "past_key_values", None)
     layers = getattr(cache, "layers", None)
     if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
         return None
