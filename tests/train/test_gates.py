@@ -344,12 +344,15 @@ def test_a_loss_that_does_not_hear_of_the_gates():
     assert error is TrainingError and "adapter on" in message
 
 
-def test_reentrant_checkpointing_that_stops_the_gradient():
+def test_reentrant_checkpointing_of_embeddings_without_a_gradient():
+    """What it computes would have none either."""
+    wanted = train(make(), [make_batch()]).vectors
     peft_model = make()
     peft_model.gradient_checkpointing_enable({"use_reentrant": True})
     peft_model.get_base_model().disable_input_require_grads()
-    error, message = stopped(peft_model, [make_batch()])
-    assert error is TrainingError and "use_reentrant=False" in message
+    for name, gate in train(peft_model, [make_batch()]).vectors.items():
+        torch.testing.assert_close(gate, wanted[name], rtol=1e-4, atol=1e-6)
+    assert not peft_model.get_input_embeddings()._forward_hooks
 
 
 @pytest.mark.parametrize(

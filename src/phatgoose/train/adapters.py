@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from hashlib import sha256
@@ -14,9 +15,10 @@ import torch
 from phatgoose.errors import ConfigError, first_line
 from phatgoose.experts import LoraModule
 from phatgoose.experts.base import base_name
-from phatgoose.experts.lora import lora_of, write_adapter
+from phatgoose.experts.lora import lora_of, read_adapter, write_adapter
 from phatgoose.files import new_folder
 from phatgoose.tasks import Encoded, collate
+from phatgoose.train.gated_adapter import lora_layers
 from phatgoose.train.joint.groups import AdapterGroup, in_groups
 from phatgoose.train.joint.model import check_model
 from phatgoose.train.loop.placement import place
@@ -52,6 +54,7 @@ def train_adapter(
     seq2seq = bool(model.config.is_encoder_decoder)
     torch.manual_seed(settings.seed)
     peft_model = _with_lora(model, settings)
+    _check_savable(peft_model)
     trainer = _trainer_class()(
         model=peft_model,
         args=TrainingArguments(
@@ -196,6 +199,15 @@ def _with_lora(model: Any, settings: AdapterTraining) -> Any:
             f"{type(model).__name__} ({first_line(error)}). Give the last parts of the names of "
             "linear layers."
         ) from error
+
+
+def _check_savable(peft_model: Any) -> None:
+    """Refuse an adapter that could have no gates, or not be read again, before it is trained."""
+    for _ in lora_layers(peft_model, "default"):
+        pass
+    with tempfile.TemporaryDirectory() as folder:
+        peft_model.save_pretrained(folder)
+        read_adapter(Path(folder))
 
 
 def _initial(model: Any, settings: AdapterTraining) -> tuple[Modules, dict[str, Any]]:

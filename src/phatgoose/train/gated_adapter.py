@@ -1,13 +1,18 @@
 """A PEFT LoRA whose every module is scaled by a gate: W u + scale * B A u * sigmoid(v·u)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from phatgoose.errors import ConfigError, UnsupportedAdapterError, UntrainedAdapterError
+from phatgoose.errors import (
+    ConfigError,
+    TrainingError,
+    UnsupportedAdapterError,
+    UntrainedAdapterError,
+)
 from phatgoose.experts import LoraModule
 from phatgoose.experts.base import base_name, linear_sizes
 from phatgoose.experts.initial import initial
@@ -32,7 +37,7 @@ class GatedAdapter:
         self.model = model
         self.adapter = _active_adapter(model)
         refuse_fsdp1(model)
-        self.layers = dict(_lora_layers(model, self.adapter))
+        self.layers = dict(lora_layers(model, self.adapter))
         if not self.layers:
             raise ConfigError(f"adapter {self.adapter!r}: adapts no linear layer of this model.")
         if not any(self._is_trained(layer) for layer in self.layers.values()):
@@ -50,6 +55,8 @@ class GatedAdapter:
             }
         )
         self.gates = self.packed.parameters
+        self._scaled: set[str] = set()  # layers whose gate has been applied, with a gradient
+        self._probing = False
 
     def modules(self) -> dict[str, LoraModule]:
         """The adapter as an expert would hold it, by module names of the base."""
@@ -71,16 +78,61 @@ class GatedAdapter:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def unscaled(self) -> list[str]:
+        """Layers whose gate has not been applied yet in a pass with gradients."""
+        return [name for name in self.layers if name not in self._scaled]
+
+    def check_reached(self, backward: Callable[[], object]) -> None:
+        """Refuse `unscaled` layers that compute their LoRA around the gate.
+
+        A gate scales what lora_B returns. A forward that reads lora_B's weight instead never calls
+        it, so that its gate would stay zero. Layers that a batch does not reach are unscaled too;
+        `backward` tells the two apart, running the model once more with gradients of the adapter.
+        The gates' own gradients stay as they are.
+        """
+        weights = {name: self._halves(self.layers[name])[1].weight for name in self.unscaled}
+        before = [gradient.clone() for gradient in self.packed.gradients]
+        self._probing = True
+        try:
+            for name in self.layers:
+                for half in self._halves(self.layers[name]):
+                    half.requires_grad_(True)
+            backward()
+            around = [n for n, w in weights.items() if w.grad is not None and torch.any(w.grad)]
+        finally:
+            self._probing = False
+            for gradient, kept in zip(self.packed.gradients, before, strict=True):
+                gradient.copy_(kept)
+            for layer in self.layers.values():
+                for half in self._halves(layer):
+                    half.requires_grad_(False)
+                    half.weight.grad = None
+        if around:
+            more = f" and {len(around) - 1} more layers compute" if len(around) > 1 else " computes"
+            raise TrainingError(
+                f"{around[0]}{more} LoRA without calling lora_B, as patched and fused forwards do "
+                "(unsloth's and compiled ones, for example), so a gate cannot be put there. Save "
+                "the adapter and train its gates on the plain base: phatgoose gate FOLDER"
+            )
+
     def _hook(self, name: str, layer: Layer) -> tuple[Any, Any]:
         gate = self.gates[name]
         inputs: list[Tensor] = []
 
         def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if layer.disable_adapters or self.adapter not in layer.active_adapters:
+                return  # a reference's pass
             inputs[:] = args[:1]
+            # PEFT thaws an adapter that it activates again, so after a reference's pass too.
+            for half in self._halves(layer):
+                half.requires_grad_(self._probing)
 
         def scale(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             (u,) = inputs
             inputs.clear()
+            if torch.is_grad_enabled():
+                self._scaled.add(name)
             with torch.autocast(output.device.type, enabled=False):
                 # Where a device_map parts two layers, the input comes from another device.
                 return output * torch.sigmoid(u.to(output.device).float() @ gate).unsqueeze(-1)
@@ -120,7 +172,8 @@ def _active_adapter(model: nn.Module) -> str:
     return active[0]
 
 
-def _lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Layer]]:
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Layer]]:
+    """The layers that an adapter adapts, by module names of the base; raises for other kinds."""
     from peft.tuners.lora import LoraLayer
 
     for path, module in model.named_modules():

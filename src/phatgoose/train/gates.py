@@ -203,10 +203,17 @@ def _train_alone(
         place(model, run.accelerator)
     gated = GatedAdapter(model)
     adapter = adapter_hash(gated.modules())
+    forward = _Forward(model, loss, run.autocast)
+
+    def check() -> None:
+        lacking = torch.tensor(len(gated.unscaled), device=run.accelerator.device)
+        if run.accelerator.reduce(lacking):  # all processes run a sharded model, or none
+            gated.check_reached(forward.once_more)
+
     with seeded(settings.seed), gated.installed():
-        done = Loop(gated.packed, optimisation(settings), run.accelerator).train(
+        done = Loop(gated.packed, optimisation(settings), run.accelerator, check=check).train(
             own_share(batches, run.accelerator),
-            _Forward(model, loss, run.autocast),
+            forward,
             identity={"adapter": adapter, **run.identity(settings)},
             checkpoint=run.checkpoint,
             progress=run.progress,
@@ -278,13 +285,23 @@ class _Forward:
         self.loss = loss
         self.device = device_of(model)
         self.autocast = autocast
+        self.last: Any = None
 
     def __call__(self, batch: Batch) -> Pass:
         rows, tokens = size(batch)
-        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if isinstance(batch, Mapping):  # else the loss makes something of it
+            batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        self.last = batch
         with autocasting(self.device, self.autocast):
             value = self.loss(self.model, batch)
         return Pass(value.reshape(1), [rows], tokens.reshape(1))
+
+    def once_more(self) -> None:
+        """The last pass again, and its backward."""
+        with autocasting(self.device, self.autocast):
+            value = self.loss(self.model, self.last)
+        if value.requires_grad:
+            value.backward()
 
 
 def model_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:

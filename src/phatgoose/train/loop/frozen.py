@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from phatgoose.errors import ConfigError
 
@@ -12,28 +14,47 @@ from phatgoose.errors import ConfigError
 def frozen(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
     """Freeze all parameters, in training mode if its dropout is wanted, else with none; then undo.
 
-    Without dropout the model is in evaluation mode, but for what checkpointing needs.
+    Without dropout the model is in evaluation mode, but for what checkpointing needs: modules that
+    transformers checkpoints in training mode alone, and embeddings with a gradient, for what a
+    reentrant checkpoint computes has none unless its input has one.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
     rates = [] if dropout else list(_dropout_rates(model))
+    handle = _thaw_embeddings(model) if any(map(is_checkpointed, model.modules())) else None
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
         model.train(dropout)
         for module in model.modules():
-            # transformers checkpoints only in training mode; the modules inside stay in eval.
+            # The modules inside stay in eval.
             module.training |= is_checkpointed(module)
         for module, name, _ in rates:
             setattr(module, name, 0.0)
         yield
     finally:
+        if handle is not None:
+            handle.remove()
         for parameter in parameters:
             parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
         for module, name, rate in rates:
             setattr(module, name, rate)
+
+
+def _thaw_embeddings(model: nn.Module) -> Any:
+    """Hook the input embeddings, so that what they return has a gradient; the hook's handle."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = find() if callable(find) else None
+    if not isinstance(embeddings, nn.Module):
+        return None
+
+    def thaw(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)
+
+    return embeddings.register_forward_hook(thaw)
 
 
 def is_checkpointed(module: nn.Module) -> bool:

@@ -55,12 +55,14 @@ class Loop:
         *,
         names: Sequence[str] = (),
         what: str = "gates",
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.packed = packed
         self.settings = settings
         self.accelerator = accelerator
         self.names = names
         self.what = what
+        self.check = check  # called once, after a first backward and before anything is updated
         self.optimizer = torch.optim.AdamW(
             packed.vectors, lr=settings.rate(0), weight_decay=settings.weight_decay
         )
@@ -127,6 +129,7 @@ class Loop:
         for batch in batches:
             one = forward(batch)
             if not one.losses.requires_grad:
+                self._checked()
                 raise TrainingError(
                     f"the loss does not depend on the {self.what}. Give a loss that runs the model "
                     "with its adapter on, and checkpoint gradients with use_reentrant=False."
@@ -140,6 +143,7 @@ class Loop:
                 for count in (torch.tensor(one.examples), one.tokens)
             ]
             totals = totals + torch.stack([losses, *counts])
+        self._checked()
         totals = self._reduce(totals)
         norms = self.packed.norms()
         # The only time a step waits for the device.
@@ -155,6 +159,11 @@ class Loop:
             first_loss=done.first_loss or losses,
             last_loss=losses,
         )
+
+    def _checked(self) -> None:
+        if self.check is not None:
+            self.check()
+            self.check = None
 
     def _reduce(self, totals: Float[Tensor, "3 E"]) -> Float[Tensor, "3 E"]:
         """Average gradients and losses over the processes, and add up the counts."""

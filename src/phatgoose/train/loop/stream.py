@@ -43,8 +43,13 @@ def skip(stream: Iterator[T], count: int) -> None:
         pass
 
 
-def size(batch: Batch) -> tuple[int, Tensor]:
-    """Examples and real tokens of a batch; the latter where the batch is, so that none waits."""
+def size(batch: Any) -> tuple[int, Tensor]:
+    """Examples and real tokens of a batch; the latter where the batch is, so that none waits.
+
+    A batch of a trainer's own kind, like GRPO's list of prompts, has no tokens to count.
+    """
+    if not isinstance(batch, Mapping):
+        return len(batch), torch.tensor(0)
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is None:
         return 0, torch.tensor(0)
