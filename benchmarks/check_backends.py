@@ -30,7 +30,16 @@ from bench_generate import make_base, make_factors
 from bench_layer import make_pool
 from common import Results, say
 from phatgoose.nn import Bank
-from phatgoose.ops import BACKENDS, EPS, choose_backend
+from phatgoose.ops import (
+    BACKENDS,
+    EPS,
+    Choosing,
+    Extras,
+    Rows,
+    choose_backend,
+    choose_open,
+    gate_scores,
+)
 from phatgoose.serve.engine import operators  # noqa: F401  (defines them)
 
 # Relative errors of the output, as in the tests' table of tolerances.
@@ -208,10 +217,52 @@ def _error(
 def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
     """The layer as vLLM runs it, on a GPU in a CUDA graph: parts side by side, experts counted."""
     experts, weights, _ = run(case, backend)
+    return _served(as_seen(case, backend), case, backend, gates_of(case, backend), experts, weights)
+
+
+def compare_rows(case: dict[str, Any], backend: str) -> dict[str, Any]:
+    """The same, where requests have mixtures, or a top_k, temperature and scale of their own."""
+    signatures, sums = case["signatures"], case["signatures"].sum(-1)
+    rows = make_rows(case)
+    scores = torch.stack([gate_scores(case["x"], part) for part in signatures], dim=1)
+    choosing = Choosing(*(case[key] for key in SETTINGS))
+    routing = choose_open(scores, case["open"], choosing, Extras(case["prior"]), rows)
+    gates = signatures.flatten(0, 1), sums
+    return _served(case, case, backend, gates, routing.experts, routing.weights, rows)
+
+
+def make_rows(case: dict[str, Any]) -> Rows:
+    """A third of the tokens mix up to four experts; the others have knobs of their own."""
+    tokens, slots, device = len(case["x"]), case["open"].shape[1], case["x"].device
+    seed = torch.Generator().manual_seed(tokens + slots)
+    places = min(4, slots)
+    mixed = torch.rand(tokens, slots, generator=seed).argsort(dim=1)[:, :places]
+    top_k = torch.arange(tokens) % places + 1
+    top_k[::3] = 0
+    made = Rows(
+        mixed,
+        2 * torch.rand(tokens, places, generator=seed),
+        top_k,
+        0.5 + torch.rand(tokens, generator=seed),
+        2 * torch.rand(tokens, generator=seed),
+    )
+    return Rows(*(table.to(device) for table in made))
+
+
+def _served(
+    seen: dict[str, Any],
+    case: dict[str, Any],
+    backend: str,
+    scored: tuple[Tensor, Tensor],
+    experts: Tensor,
+    weights: Tensor,
+    rows: Sequence[Tensor] = (),
+) -> dict[str, Any]:
+    """What vLLM's operators add, against the sum of these experts."""
     x, parts = case["x"], [base.shape[1] for base in case["output"]]
     tally = torch.zeros(len(x), 1 + case["open"].shape[1], device=x.device)
     output = torch.cat(case["output"], dim=1)
-    gates = *gates_of(case, backend), case["open"], case["a"], case["b"], case["prior"], tally
+    gates = *scored, case["open"], case["a"], case["b"], case["prior"], tally, list(rows)
     settings, turn = [case[key] for key in SETTINGS], torch.zeros(1, device=x.device)
 
     def serve() -> Tensor:
@@ -219,7 +270,7 @@ def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
         torch.ops.phatgoose.fork_(turn, x, None)
         torch.cat(case["output"], dim=1, out=output)
         torch.ops.phatgoose.add_routed_(
-            output, turn, x, None, *gates, [], x.shape[1], None, backend, *settings
+            output, turn, x, None, *gates, x.shape[1], None, backend, *settings
         )
         return output
 
@@ -231,7 +282,7 @@ def compare_served(case: dict[str, Any], backend: str) -> dict[str, Any]:
         serve()
     counted = torch.zeros_like(tally).scatter_add_(1, (experts + 1).flatten(1), weights.flatten(1))
     off = float((tally - counted).abs().max()) if tally.numel() else 0.0
-    error = _error(as_seen(case, backend), output.split(parts, dim=1), experts, weights)
+    error = _error(seen, output.split(parts, dim=1), experts, weights)
     return {"weights": off, "error": error, "good": off < WEIGHTS and error < tolerance(case)}
 
 
@@ -303,7 +354,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-WAYS = {"": compare, ", given": compare_given, ", served": compare_served}
+WAYS = {
+    "": compare,
+    ", given": compare_given,
+    ", served": compare_served,
+    ", rows": compare_rows,
+}
 
 
 def _short(dtype: torch.dtype) -> str:

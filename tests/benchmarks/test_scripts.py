@@ -226,7 +226,7 @@ SERVED = {  # of vLLM's own benchmark
 
 def test_backends_agree(run):
     rows = run("check_backends", "--cases 2 --no-model --no-mixed")["rows"]
-    assert len(rows) == 2 * 3 * 6  # cases, dtypes, ways
+    assert len(rows) == 2 * 3 * 8  # cases, dtypes, ways
     assert all(row["good"] for row in rows)
 
 

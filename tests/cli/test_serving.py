@@ -89,6 +89,7 @@ def test_what_is_given():
     named, config, _ = flags(
         *"--base b --experts x y --router average_activation --top-k 3 --temperature 0.5".split(),
         *"--scale unit --null-score 0.1 --capacity 9 --max-rank 8 --port 1 --background f".split(),
+        *"--max-mixture 4".split(),
     )
     assert named["--model"] == "b"
     assert named["--port"] == "1"
@@ -103,6 +104,7 @@ def test_what_is_given():
         "null_score": 0.1,
         "capacity": 9,
         "max_rank": 8,
+        "max_mixture": 4,
         "background": "f",
     }
 

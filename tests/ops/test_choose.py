@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phatgoose.ops import choose, choose_experts
+from phatgoose.nn.settings import KNOBS
+from phatgoose.ops import Choosing, choose, choose_experts
 from tests.tolerances import TOLERANCE, assert_near
 
 # Few different values, so that ties are common; -inf is no candidate.
@@ -148,3 +149,12 @@ def test_leading_dimensions_are_tokens(few, top_k, null_score, monkeypatch):
     alone = choose_experts(scores.flatten(0, 1), top_k, null_score=null_score)
     assert torch.equal(together.experts.flatten(0, 1), alone.experts)
     assert torch.equal(together.weights.flatten(0, 1), alone.weights)
+
+
+def test_operators_take_every_knob():
+    """The tuple, the operators' schema and the settings say the same, in one order."""
+    assert [piece.split()[-1] for piece in choose.CHOOSING.split(", ")] == [*Choosing._fields]
+    names = [argument.name for argument in torch.ops.phatgoose.gated_down.default._schema.arguments]
+    assert names[-len(Choosing._fields) :] == [*Choosing._fields]
+    knobs = {"unit" if name == "scale" else name for name in KNOBS}
+    assert knobs == set(Choosing._fields)

@@ -47,16 +47,9 @@ def _gated_down(
 
 
 def _fake_gated_down(
-    x: Tensor,
-    signatures: Tensor,
-    sums: Tensor,
-    open_slots: Tensor,
-    a: Tensor,
-    prior: Tensor | None,
-    tally: Tensor | None,
-    backend: str,
-    *choosing: Any,
+    x: Tensor, signatures: Tensor, sums: Tensor, open_slots: Tensor, a: Tensor, *more: Any
 ) -> Tensors:
+    _, _, backend, *choosing = more
     parts, slots = open_slots.shape
     chosen = Choosing(*choosing).count(slots)
     experts = x.new_empty(x.shape[0], parts, chosen, dtype=torch.int64)

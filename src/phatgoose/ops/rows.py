@@ -50,7 +50,8 @@ class Rows(NamedTuple):
     def mixtures(self, opened: Bool[Tensor, "*S C"]) -> Routing:
         """The fixed mixtures [T, *S, M]. An expert whose slot is not open adds nothing."""
         between = [1] * (opened.dim() - 1)
-        slots = self.slots.view(len(self.slots), *between, -1)
+        tokens, places = self.slots.shape
+        slots = self.slots.view(tokens, *between, places)
         weights = (self.weights * self.scale.unsqueeze(1)).view(slots.shape)
         present = opened[..., self.slots.clamp_min(0)].movedim(-2, 0) & (slots >= 0)
         return Routing(torch.where(present, slots, -1), weights * present)

@@ -194,7 +194,7 @@ def test_each_token_has_its_own_mixture_or_knobs(shared, null_score):
     layer, rows = make_layer(40), own_rows(50)
     statistics = None
     if shared:
-        statistics = torch.ops.phatgoose.gate_statistics(layer["x"], layer["signatures"])
+        statistics = operators.gate_statistics(layer["x"], layer["signatures"])
     tally = torch.zeros(50, 1 + SLOTS)
     found = add(layer, statistics, rows=rows, tally=tally, null_score=null_score)
     x = torch.nn.functional.layer_norm(layer["x"], (IN,), eps=EPS) / math.sqrt(IN)
@@ -222,14 +222,15 @@ def test_each_token_has_its_own_mixture_or_knobs(shared, null_score):
     assert tally[:40].any() and not tally[40:].any()
 
 
-def test_rows_that_ask_for_nothing_change_nothing():
-    layer = make_layer(40)
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_rows_that_ask_for_nothing_change_nothing(tokens):
+    layer = make_layer(tokens)
     usual = (
-        torch.full((40, 4), -1),
-        torch.zeros(40, 4),
-        torch.full((40,), 2),
-        torch.full((40,), 0.9),
-        torch.ones(40),
+        torch.full((tokens, 4), -1),
+        torch.zeros(tokens, 4),
+        torch.full((tokens,), 2),
+        torch.full((tokens,), 0.9),
+        torch.ones(tokens),
     )
     assert_near(add(layer, rows=usual), add(layer), 1e-6)
 
