@@ -169,9 +169,23 @@ def test_a_layer_that_sees_some_tokens_only_cannot_be_recorded(tmp_path):
     with record(model) as trace:
         model(ids)
     assert len(trace.experts["lm_head"]) == 3
-    model(ids, logits_to_keep=1)
+    some = torch.tensor([1])
+    model(ids, logits_to_keep=some)
     with pytest.raises(RoutingError, match=r"^lm_head: sees 1 tokens"), record(model):
-        model(ids, logits_to_keep=1)
+        model(ids, logits_to_keep=some)
+
+
+def test_a_head_that_sees_the_last_tokens_is_recorded_apart(tmp_path):
+    model = make_model("llama")
+    route(model, ExpertPool.load(save_experts(tmp_path, model, [["lm_head"]] * 2)))
+    ids = torch.tensor([[1, 2, 3]])
+    with record(model) as trace:
+        model(ids, logits_to_keep=2)
+    assert trace.streams["lm_head"] == "head"
+    assert trace.tokens["head"].position.tolist() == [1, 2]
+    with pytest.raises(RoutingError, match=r"lm_head: sees all tokens in one"), record(model):
+        model(ids, logits_to_keep=2)
+        model(ids)
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -191,3 +191,30 @@ def trace_weight(trace, module, expert):
     """How much each token takes of one expert; read while recording."""
     (_, _, routing) = trace._seen[module][-1]
     return (routing.weights * (routing.experts == expert)).sum(-1)
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "uniform", "adapter_evidence"])
+def test_an_output_head_is_routed_and_recorded_by_its_last_tokens(router, tmp_path):
+    """`generate` asks the head for the last token alone, which has a context all the same."""
+    family = Family("llama")
+    model = make_model(family.name)
+    for number, kind in enumerate(["head", "saved embedding and head", "dora"]):
+        folder = make_adapter(tmp_path / f"e{number}", family, VARIANTS[kind](family), seed=number)
+        save_gates(folder, model, seed=number)
+    route(model, ExpertPool.load(tmp_path), router)
+    ids = make_batch(model, [5, 5])["input_ids"]
+    with record(model) as trace:
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert trace.streams["lm_head"] == "head"
+    assert len(trace.experts["lm_head"]) == 2 * 3
+    assert trace.tokens["head"].position.tolist() == [4, 4, 5, 5, 6, 6]
+    with record(model) as trace, torch.no_grad():
+        model(ids)
+    assert trace.streams["lm_head"] == "decoder" and len(trace.experts["lm_head"]) == 2 * 5
+
+
+def test_routers_by_singular_vectors_say_what_to_do(tmp_path):
+    family = Family("llama")
+    make_adapter(tmp_path / "e", family, VARIANTS["dora"](family))
+    with pytest.raises(UnsupportedAdapterError, match="plain LoRA only.*Choose adapter_evidence"):
+        route(make_model(family.name), ExpertPool.load(tmp_path), "arrow")

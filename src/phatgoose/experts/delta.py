@@ -168,14 +168,14 @@ class Delta(ABC):
         """
         raise NotImplementedError
 
-    def plain(self, who: str) -> "Delta":
+    def plain(self, who: str, instead: str = "Leave the expert out") -> "Delta":
         """Return itself if it is the low-rank product alone. `who` takes nothing else.
 
         Raises UnsupportedAdapterError.
         """
         if self.needs_base or self.rest or not self.rank:
             raise UnsupportedAdapterError(
-                f"{who}: takes plain LoRA only, and this is {self.kind}. Leave the expert out, or "
-                "train a plain LoRA."
+                f"{who}: takes plain LoRA only, and this is {self.kind}. {instead}, or train a "
+                "plain LoRA."
             )
         return self

@@ -51,7 +51,7 @@ class LinearDifference(Difference):
     `factor` and `bias` are [O], `weight` is [O, I]; each may be missing.
     """
 
-    kind: ClassVar[str] = "more than a low-rank product at a linear layer"
+    kind: ClassVar[str] = "more than that (DoRA, biases or a whole weight)"
 
     @staticmethod
     def add_rest(
@@ -122,7 +122,7 @@ class ModuleDifference(Difference):
     whose product is N matrices, transposed where they are `name:at` and `name:bt`.
     """
 
-    kind: ClassVar[str] = "other parameters of a module that is not linear"
+    kind: ClassVar[str] = "other parameters of a norm or a mixture"
 
     @staticmethod
     def add_rest(

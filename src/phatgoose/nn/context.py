@@ -31,9 +31,9 @@ from phatgoose.types import TokenContext
 class ContextKeeper:
     """Follows the forwards of a transformers model and keeps their TokenContext.
 
-    A site's tokens are one of three streams: the encoder's, the decoder's (the only one of a
-    decoder-only model), or, for keys and values of cross-attention, the encoder's states as the
-    decoder sees them ("cross").
+    A site's tokens are one of four streams: the encoder's, the decoder's (the only one of a
+    decoder-only model), for keys and values of cross-attention, the encoder's states as the
+    decoder sees them ("cross"), or the last tokens, where the output head sees no others ("head").
 
     During `generate` the ids so far come from the arguments of `prepare_inputs_for_generation`,
     which are right under beam search. In a hand-written loop they come from the forwards that
@@ -46,6 +46,7 @@ class ContextKeeper:
         self._mine = threading.local()  # of each thread: see _generations, _step and _encoded
         self._undo: list[Callable[[], object]] = []
         self._encoder_prefix: str | None = None
+        self._head = _name_of_head(model)
         try:
             self._watch_all(model)
         except BaseException:
@@ -74,6 +75,8 @@ class ContextKeeper:
             elif forward.cross_states is not None and _same(x, forward.cross_states):
                 stream = "cross"
         context = forward.contexts.get(stream)
+        if context is not None and module == self._head and forward.kept is not None:
+            stream, context = "head", replace(context, length=min(context.length, forward.kept))
         if context is not None and context.batch * context.length != x.shape[:-1].numel():
             context = None
         return stream, context
@@ -203,6 +206,8 @@ class ContextKeeper:
         before = pasts.recall(cache, shape[0], past) if past else None
         context = self._read(shape, arguments, step, before, past)
         forward.contexts["decoder"] = context
+        kept = arguments.get("logits_to_keep")
+        forward.kept = kept if isinstance(kept, int) and kept > 0 else None
         self._enter_cross(forward, arguments)
 
     def _read(
@@ -287,6 +292,13 @@ class ContextKeeper:
         forward.contexts.pop("decoder", None)
         forward.contexts.pop("cross", None)
         forward.cross_states, forward.unread = None, ""
+
+
+def _name_of_head(model: Any) -> str | None:
+    """The name of the output head among the model's modules."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return next((name for name, m in model.named_modules() if m is head), None) if head else None
 
 
 def _context(

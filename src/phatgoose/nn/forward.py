@@ -22,7 +22,7 @@ from phatgoose.types import TokenContext
 if TYPE_CHECKING:
     from phatgoose.nn.trace import Trace
 
-Stream = Literal["decoder", "encoder", "cross"]
+Stream = Literal["decoder", "encoder", "cross", "head"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,7 @@ class Forward:
     unread: str = ""  # what of the arguments hides which tokens came before
     cache: Any = None  # the KV cache among the arguments
     cross_states: Tensor | None = None
+    kept: int | None = None  # how many last tokens the output head sees, if not all
     priors: dict[Stream, Tensor | None] = field(default_factory=dict)
     shared: dict[int, Any] = field(default_factory=dict)  # inputs on their way through banks
     between: dict[str, Any] = field(default_factory=dict)  # inputs between a layer's two hooks

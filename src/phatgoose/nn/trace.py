@@ -56,7 +56,11 @@ class Trace:
         self, module: str, stream: Stream, context: TokenContext, routing: Routing, forward: int
     ) -> None:
         """Take in one call of one site, in a forward of this number; `routing` is of `names`."""
-        self.streams[module] = stream
+        if self.streams.setdefault(module, stream) != stream:
+            raise RoutingError(
+                f"{module}: sees all tokens in one forward, and only the last ones in another, so "
+                "they cannot be recorded together. Record them in blocks of their own."
+            )
         self._seen[module].append((forward, context, routing))
 
     def places(self, names: list[str]) -> list[int]:

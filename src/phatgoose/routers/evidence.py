@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from phatgoose.errors import ConfigError, ExpertFormatError, MissingGateError
-from phatgoose.experts import Expert
+from phatgoose.experts import Expert, LoraModule
 from phatgoose.experts.kinds import KINDS
 from phatgoose.routers.base import Measuring, Modifier, Router, Vectors
 from phatgoose.routers.entropy import most_even
@@ -226,14 +226,14 @@ class AdapterEvidence(ContextEvidence):
     With Q an orthonormal basis of the row spaces of the adapter's A at all modules that read the
     first input, an input x is worth z(‖Qᵀ (Σ + λI)^-½ (x - m)‖), z the standard score over
     background text. An adapter learns to read the directions in which its prompts differ from
-    other text.
+    other text. Of DoRA, or of a LoRA with biases, it takes the low-rank product.
     """
 
     usual_strength = 8.0
     wants_background = True
 
     def require(self, expert: Expert) -> None:
-        if not set(self.readers) & set(expert.modules):
+        if not any(name in expert.modules and expert.modules[name].rank for name in self.readers):
             raise MissingGateError(
                 f"{expert.name}: adapts none of the modules that read the embeddings "
                 f"({', '.join(self.readers)}), so its weights do not tell which tokens it is for."
@@ -256,7 +256,8 @@ class AdapterEvidence(ContextEvidence):
     ) -> Float[Tensor, " V"]:
         """How long each input is within the adapter's input space, once whitened."""
         found = [expert.modules[name] for name in self.readers if name in expert.modules]
-        spaces = torch.cat([right_singular(lora)[1] for lora in found]).to(centred.device)
+        products = [LoraModule(delta.a, delta.b, delta.scale) for delta in found if delta.rank]
+        spaces = torch.cat([right_singular(lora)[1] for lora in products]).to(centred.device)
         values, basis = torch.linalg.svd(spaces, full_matrices=False)[1:]
         basis = basis[values > 1e-9 * values.max()]
         projection = (basis @ whitening).float()

@@ -107,13 +107,22 @@ def _first_input(
 def watching(
     model: nn.Module, modules: Sequence[str], seen: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call `seen(name, input)` for each of these modules, before it runs."""
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: seen(name, inputs[0])
-        )
-        for name in modules
-    ]
+    """Call `seen(name, input)` for each of these modules, before it runs.
+
+    Of an embedding it is what comes out, without what experts add: ids are no vectors.
+    """
+    handles = []
+    for name in modules:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            handle = module.register_forward_hook(
+                lambda _, __, output, name=name: seen(name, output), prepend=True
+            )
+        else:
+            handle = module.register_forward_pre_hook(
+                lambda _, inputs, name=name: seen(name, inputs[0])
+            )
+        handles.append(handle)
     try:
         yield
     finally:

@@ -15,7 +15,9 @@ def right_singular(lora: Delta) -> tuple[Float[Tensor, " R"], Float[Tensor, "R I
     never formed. The largest entry of every vector is positive, so that the result depends on the
     adapter alone. Directions on which the update is zero (up to rounding) are zero rows.
     """
-    lora = lora.plain("a router by singular vectors")
+    lora = lora.plain(
+        "a router by singular vectors", "Choose adapter_evidence, leave the expert out"
+    )
     q, inner = torch.linalg.qr(lora.a.double().T)
     outer = torch.linalg.qr(lora.b.double(), mode="r").R
     _, values, vectors = torch.linalg.svd(lora.scale * outer @ inner.T, full_matrices=False)
