@@ -1,4 +1,4 @@
-"""What the figures of task analyses share: colours, names, axes."""
+"""Holds what the figures of task analyses share: colours, names, axes."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,13 +18,13 @@ _LONGEST = 26  # characters of a name
 
 
 def cut(name: str, longest: int = _LONGEST) -> str:
-    """A name that fits beside an axis."""
+    """Cut a name so that it fits beside an axis."""
     name = visible(name)
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def plain(axis: "Axes", title: str, *, x: str = "", y: str = "") -> None:
-    """Title, units and light lines of a chart."""
+    """Draw title, units and light lines of a chart."""
     axis.set_title(title, loc="left", fontsize=10.5, parse_math=False)
     axis.set_xlabel(x, **TEXT)
     axis.set_ylabel(y, **TEXT)
@@ -35,14 +35,14 @@ def plain(axis: "Axes", title: str, *, x: str = "", y: str = "") -> None:
 
 
 def heat(axis: "Axes", title: str) -> None:
-    """Title of a heat map, which needs no frame."""
+    """Draw the title of a heat map, which needs no frame."""
     axis.set_title(title, loc="left", fontsize=10.5, parse_math=False)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
 
 
 def frame(axis: "Axes", corner: tuple[float, float], width: float, height: float) -> None:
-    """What marks the Oracle in a heat map."""
+    """Make the frame that marks the Oracle in a heat map."""
     from matplotlib.patches import Rectangle
 
     axis.add_patch(
@@ -55,7 +55,7 @@ def centres(names: Sequence[Any]) -> list[float]:
 
 
 def layer_ticks(axis: "Axes", layers: Sequence[str], most: int = 24) -> None:
-    """Layers along x, centred on whole numbers; some of their names where there are many."""
+    """Put layers along x, centred on whole numbers. If there are many, only some are named."""
     step = -(-len(layers) // most)
     at = range(0, len(layers), step)
     style: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def layer_ticks(axis: "Axes", layers: Sequence[str], most: int = 24) -> None:
 
 
 def spans(layers: Sequence[str]) -> list[tuple[int, int]]:
-    """First and last + 1 of each stack's layers; a line must not run on from one to the next."""
+    """Return first and last + 1 of each stack's layers. No line may run on to the next."""
     stacks = [layer.rpartition(" ")[0] if layer[-1:].isdecimal() else layer for layer in layers]
     breaks = [i for i in range(1, len(stacks)) if stacks[i] != stacks[i - 1]]
     return list(pairwise([0, *breaks, len(layers)]))

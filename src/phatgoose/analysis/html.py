@@ -1,4 +1,4 @@
-"""A trace as one web page that needs nothing else."""
+"""Shows a trace as one web page that needs nothing else."""
 
 import json
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ def render_html(
     title: str = "Routing",
     labels: Sequence[str] | None = None,
 ) -> str:
-    """One page: the experts' shares, a heat map by layer, and each sequence.
+    """Make one page of the experts' shares, a heat map by layer, and each sequence.
 
-    A sequence has its text, each token in the colour and with the number of its leading expert and
-    its experts by layer on demand, and a heat map of experts by token. The page asks no other host
-    for anything, follows the reader's light or dark setting, and works with the keyboard.
+    A sequence has its text and a heat map of experts by token. Each token has the colour and number
+    of its leading expert, and shows its experts by layer on demand. The page asks no other host for
+    anything, follows the reader's light or dark setting, and works with the keyboard.
     """
     view = look(trace, tokenizer, labels)
     page = Template((files(__package__) / "page.html").read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def _passage(view: View, number: int) -> str:
 
 
 def _text(view: View, passage: Passage, number: int) -> str:
-    """Buttons, so that each token can have the focus; one of them is a stop for the Tab key."""
+    """Make each token a button, so that it can have the focus. The Tab key stops at one of them."""
     parts = []
     for i, token in enumerate(passage.tokens):
         column = view.column[passage.leaders[i]]
@@ -114,7 +114,7 @@ def _sequences(view: View) -> str:
 
 
 def _table(view: View, heads: list[str], values: Float[Tensor, "n C"], what: str) -> str:
-    """A heat map, experts down, `heads` across; the darkest cell is the largest share."""
+    """Make a heat map, experts down, `heads` across. The darkest cell is the largest share."""
     largest = float(values[:, : view.shown].max()) or 1.0
     up = ' class="up"' if max(map(len, heads)) > 3 else ""
     top = "".join(f'<th scope="col"{up}>{escape(head)}</th>' for head in heads)
@@ -146,7 +146,7 @@ def _plain(share: float, _: float) -> str:
 
 
 def _data(trace: Trace, view: View) -> str:
-    """For each token and layer its first experts and their shares, %, in turn."""
+    """List the first experts and their shares, in %, for each token and layer in turn."""
     by_stream: dict[str, tuple[list[str], list[list[list[int]]]]] = {}
     for stream in {passage.stream for passage in view.passages}:
         names, tops = [], []

@@ -1,4 +1,4 @@
-"""Figures over all tasks: who finds its expert, and how evenly layers use the pool."""
+"""Draws all tasks: which find their expert, and how evenly layers use the pool."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +22,9 @@ _LINES = (charts.BLUE, "#E69F00", charts.GREEN, charts.PURPLE, "#56B4E9", charts
 def draw_overview(analyses: Mapping[str, TaskAnalysis], path: str | Path) -> None:
     """Write a PNG of tasks by experts: the share of routing weight, each task's Oracle framed.
 
-    Tasks are sorted by the share of their Oracle, those without one come last by their largest;
-    experts stand in the order of the tasks whose Oracle they are, so where tokens find their expert
-    the diagonal is dark.
+    Tasks are sorted by the share of their Oracle. Those without one come last, by their largest
+    share. Experts stand in the order of the tasks whose Oracle they are. So the diagonal is dark
+    where tokens find their expert.
     """
     from matplotlib.figure import Figure
 
@@ -78,8 +78,8 @@ def draw_overview(analyses: Mapping[str, TaskAnalysis], path: str | Path) -> Non
 def draw_entropy(analyses: Mapping[str, TaskAnalysis], path: str | Path) -> None:
     """Write a PNG of the entropy of each layer's shares, in bits, a line for each task.
 
-    The top line is the most there could be, every expert used alike. Of many tasks the three most
-    and the three least even are coloured and named, the rest are grey.
+    The top line is the most that there could be, with every expert used alike. Of many tasks the
+    three most and the three least even are coloured and named. The rest are grey.
     """
     from matplotlib.figure import Figure
 

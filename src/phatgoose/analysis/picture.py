@@ -1,4 +1,4 @@
-"""A trace as a picture."""
+"""Draws a trace as a picture."""
 
 import io
 import warnings
@@ -34,8 +34,8 @@ def save_picture(
 ) -> None:
     """Write a PNG of heat maps: experts by sequence (if several), by layer, and by token.
 
-    Shares of the routing weight, in %. The last panel has the first sequence (of an
-    encoder-decoder: one panel for each side), up to 80 tokens of it.
+    Shares are of the routing weight, in %. The last panel has up to 80 tokens of the first
+    sequence. An encoder-decoder has one such panel for each side.
     """
     from matplotlib.figure import Figure
 
@@ -90,7 +90,7 @@ def _heat(
     title: str,
     across: bool = False,
 ) -> None:
-    """Experts in columns, with numbers; or, where `heads` go across, in rows.
+    """Put experts in columns, with numbers; or, if `heads` go across, in rows.
 
     The sum of all other experts is grey: it would outshine every single one.
     """

@@ -1,4 +1,4 @@
-"""Task analyses as numbers and pictures in a folder."""
+"""Writes task analyses as numbers and pictures into a folder."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def save_analyses(
 
 
 def describe(analysis: TaskAnalysis) -> dict[str, Any]:
-    """A task's numbers, ready for JSON; lists of shares are in the order of the pool's experts.
+    """Give a task's numbers, ready for JSON. Lists of shares follow the pool's order of experts.
 
     A share is a part of a token's weight at a module, 0 to 1, mean over tokens and modules; where
     they do not sum to 1, the rest went to no expert. None stands for a part without tokens.

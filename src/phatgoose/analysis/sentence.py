@@ -1,4 +1,4 @@
-"""One example, token by token and layer by layer."""
+"""Draws one example, token by token and layer by layer."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,10 @@ _COLOURS = [colour for colour in LIGHT if colour != "#EE8866"][:7]  # too near t
 def draw_sentence(analysis: TaskAnalysis, tokenizer: Any, path: str | Path) -> None:
     """Write a PNG of one example: the expert with most weight at each token and layer.
 
-    Tokens go along x (the last 80 of a longer example), layers along y; the stronger the colour,
-    the larger that expert's share. The Oracle's colour is the same in every figure, the seven other
-    experts that lead most often have one each, the rest are grey. An encoder-decoder has a panel
-    for each side.
+    Tokens go along x (the last 80 of a longer example), layers along y. The stronger the colour,
+    the larger that expert's share. The Oracle's colour is the same in every figure. The seven other
+    experts that lead most often have a colour each, and the rest are grey. An encoder-decoder has a
+    panel for each side.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -58,7 +58,7 @@ def draw_sentence(analysis: TaskAnalysis, tokenizer: Any, path: str | Path) -> N
 
 
 def _by_layer(analysis: TaskAnalysis, stream: Stream) -> tuple[list[str], Float[Tensor, "L N E+1"]]:
-    """Layers that see this stream, and the shares of its tokens there."""
+    """Return the layers that see this stream, and the shares of its tokens there."""
     trace = analysis.sentence
     mine = {
         name: modules
@@ -72,7 +72,7 @@ def _by_layer(analysis: TaskAnalysis, stream: Stream) -> tuple[list[str], Float[
 def _colours(
     analysis: TaskAnalysis, given: dict[Stream, tuple[list[str], Float[Tensor, "L N E+1"]]]
 ) -> dict[int, str]:
-    """The Oracle, then the experts that lead most often."""
+    """Colour the Oracle, then the experts that lead most often."""
     count = len(analysis.experts)
     leading = sum(
         torch.bincount(part.argmax(-1).flatten(), minlength=count + 1) for _, part in given.values()

@@ -1,4 +1,4 @@
-"""A trace in numbers."""
+"""Puts a trace into numbers."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from phatgoose.nn import Stream, TokenTable, Trace
 
 
 def summarise(trace: Trace) -> dict[str, Any]:
-    """What was used where, ready for JSON.
+    """Say what was used where, ready for JSON.
 
     A share is a part of the routing weight, 0 to 1; with softmax weights an expert's share is its
     mean weight over all tokens and sites. `no_expert` is the part tokens gave to no expert.
@@ -50,7 +50,7 @@ def summarise(trace: Trace) -> dict[str, Any]:
 
 
 def layers(trace: Trace) -> dict[str, list[str]]:
-    """The recorded modules of each layer, in the order of the model: encoder, decoder, the rest.
+    """Return each layer's recorded modules, in the order of the model: encoder, decoder, the rest.
 
     A layer goes by the first number in its modules' names; a module without one by its own name.
     """
@@ -61,7 +61,7 @@ def layers(trace: Trace) -> dict[str, list[str]]:
 
 
 def layer_of(module: str) -> tuple[int, int, str]:
-    """A module's stack (0; 1 for a decoder beside an encoder; 2 for neither), depth and layer."""
+    """Return a module's stack (0; 1: a decoder beside an encoder; 2: neither), depth and layer."""
     parts = module.split(".")
     depth = next((int(part) for part in parts if part.isdecimal()), None)
     if depth is None:
@@ -71,7 +71,7 @@ def layer_of(module: str) -> tuple[int, int, str]:
 
 
 def layer_weights(trace: Trace) -> dict[str, Float[Tensor, " E+1"]]:
-    """Weight each expert got in each layer, over all tokens; last, what went to no expert."""
+    """Sum the weight of each expert in each layer, over all tokens. The last went to no expert."""
     if not trace.experts:
         raise RoutingError(
             "the trace is empty: no routed layer ran while it was recorded. Call the model inside "
@@ -86,7 +86,7 @@ def layer_weights(trace: Trace) -> dict[str, Float[Tensor, " E+1"]]:
 def token_weights(
     trace: Trace, stream: Stream, modules: list[str] | None = None
 ) -> Float[Tensor, "N E+1"]:
-    """Weight each token of a stream gave each expert, over these modules; last, to no expert."""
+    """Sum what each token of a stream gave each expert, over these modules; the last to none."""
     count = trace.tokens[stream].ids.shape[0]
     total = torch.zeros(count, len(trace.names) + 1, dtype=torch.float64)
     for module in trace.experts if modules is None else modules:
@@ -102,7 +102,7 @@ def token_weights(
 
 
 def sequence_numbers(table: TokenTable) -> list[int]:
-    """The sequence of each token, numbered as they first appear.
+    """Number the sequence of each token, as they first appear.
 
     A row of the batch whose positions start over, in a later forward, is a sequence of its own.
     """
@@ -119,18 +119,18 @@ def sequence_numbers(table: TokenTable) -> list[int]:
 
 
 def shares(weights: Float[Tensor, "*B E"]) -> Float[Tensor, "*B E"]:
-    """Each row's weights as parts of their sum; 0 where nothing was given."""
+    """Give each row's weights as parts of their sum; 0 where nothing was given."""
     return weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 def entropy(distribution: Float[Tensor, "*B E"]) -> Float[Tensor, "*B"]:
-    """-Σ p log2 p of each row, in bits."""
+    """Compute -Σ p log2 p of each row, in bits."""
     nats: Tensor = torch.special.entr(distribution).sum(-1).abs()
     return nats / math.log(2)
 
 
 def _spread(trace: Trace, module: str) -> Float[Tensor, "N E+1"]:
-    """The weights of one site with a column for every expert, and one for none."""
+    """Spread the weights of one site over a column for every expert, and one for none."""
     experts, weights = trace.experts[module], trace.weights[module].double()
     slots = torch.where(experts < 0, len(trace.names), experts)
     spread = torch.zeros(experts.shape[0], len(trace.names) + 1, dtype=torch.float64)

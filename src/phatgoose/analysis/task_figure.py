@@ -1,4 +1,4 @@
-"""One task's figure: where its tokens go by module, and what comes of that."""
+"""Draws one task: where its tokens go by module, and what comes of that."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -76,7 +76,7 @@ def _headline(analysis: TaskAnalysis) -> str:
 
 
 def _shown(analysis: TaskAnalysis) -> tuple[list[int], int]:
-    """The experts with a row, the most used first; no expert, the last, where it has a share."""
+    """Choose the experts with a row, the most used first. No expert is last, if it has a share."""
     share = analysis.shares()
     order = share[:-1].argsort(descending=True, stable=True).tolist()
     rows = order[:_ROWS]
@@ -180,7 +180,7 @@ def _agreement(axis: "Axes", analysis: TaskAnalysis, subject: str) -> None:
 
 
 def _distinct(axis: "Axes", analysis: TaskAnalysis) -> None:
-    """Histograms, one line for each stream of tokens."""
+    """Draw histograms, one line for each stream of tokens."""
     colours = {"decoder": charts.BLUE, "encoder": charts.GREEN, "cross": charts.PURPLE}
     several = len(analysis.distinct) > 1
     for stream, counts in analysis.distinct.items():
@@ -226,7 +226,7 @@ def _scale(axis: "Axes", analysis: TaskAnalysis) -> None:
 def _line(
     axis: "Axes", layers: list[str], y: Float[Tensor, " L"], colour: str, mark: str, label: str
 ) -> None:
-    """A line over layers, broken between stacks."""
+    """Draw a line over layers, broken between stacks."""
     for number, (start, end) in enumerate(charts.spans(layers)):
         axis.plot(
             range(start, end), y[start:end].numpy(), color=colour, marker=mark, ms=3.5, lw=1.6,

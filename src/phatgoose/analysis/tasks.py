@@ -1,4 +1,4 @@
-"""How a routed model treats the tokens of whole tasks."""
+"""Tells how a routed model treats the tokens of whole tasks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,14 +43,14 @@ class TaskAnalysis:
 
     @property
     def layers(self) -> dict[str, list[int]]:
-        """The modules of each layer, by index."""
+        """Return the modules of each layer, by index."""
         found: dict[str, list[int]] = {}
         for index, place in enumerate(self.places):
             found.setdefault(place.layer, []).append(index)
         return found
 
     def shares(self, segment: Segment | None = None) -> Float[Tensor, " E+1"]:
-        """Share of each expert over everything; NaN where the segment has no token."""
+        """Return the share of each expert over everything; NaN where a segment has no token."""
         return self._mean(list(range(len(self.places))), segment)
 
     def by_module(self, segment: Segment | None = None) -> Float[Tensor, "M E+1"]:
@@ -60,20 +60,20 @@ class TaskAnalysis:
         return torch.stack([self._mean(modules, segment) for modules in self.layers.values()])
 
     def entropy_by_layer(self) -> Float[Tensor, " L"]:
-        """Of each layer's shares, in bits: how evenly its tokens, together, use the pool."""
+        """Compute the entropy of each layer's shares, in bits: how evenly it uses the pool."""
         return entropy(shares(self.by_layer()))
 
     @property
     def most_entropy(self) -> float:
-        """What `entropy_by_layer` would be if all were used alike, no expert too where it is."""
+        """Say what `entropy_by_layer` would be if all were used alike, no expert included."""
         candidates = len(self.experts) + int(bool(self.weights[..., -1].sum() > 0))
         return float(torch.tensor(candidates).log2())
 
     def scale_by_layer(self) -> tuple[Float[Tensor, "L 2"], Float[Tensor, "L 2"]]:
-        """Mean and standard deviation of the sum and the maximum of a token's weights.
+        """Return mean and standard deviation of the sum and the maximum of a token's weights.
 
-        At one module; only weights that add something count, so not that of no expert. An adapter
-        on its own, as it was trained, has 1.
+        They are of one module. Only weights that add something count, so not that of no expert. An
+        adapter on its own, as it was trained, has 1.
         """
         layers = list(self.layers.values())
         sums = torch.stack([self.scales[modules].sum(0) for modules in layers])
@@ -82,12 +82,12 @@ class TaskAnalysis:
         return mean, (square - mean.square()).clamp_min(0).sqrt()
 
     def distinct_mean(self, stream: Stream) -> float:
-        """Different experts a token of the stream uses over all its modules, mean."""
+        """Return how many experts a token of the stream uses over all its modules: a mean."""
         counts = self.distinct[stream].double()
         return float(counts @ torch.arange(len(counts)).double() / counts.sum())
 
     def rank(self, expert: str) -> int:
-        """Place of an expert by its share of everything; 1 is the most used."""
+        """Rank an expert by its share of everything. 1 is the most used."""
         given = self.shares()[:-1]
         return 1 + int((given > given[self.experts.index(expert)]).sum())
 
@@ -171,7 +171,7 @@ def _encode(model: Any, tokenizer: Any, task: str, examples: Sequence[Example]) 
 
 
 def _one_to_show(rows: list[Encoded]) -> Encoded:
-    """The first that fits in a picture; the shortest where none does."""
+    """Take the first that fits in a picture, or the shortest if none does."""
     lengths = [len(row.prompt) + len(row.target) for row in rows]
     fits = (row for row, length in zip(rows, lengths, strict=True) if length <= SENTENCE)
     return next(fits, rows[lengths.index(min(lengths))])

@@ -1,4 +1,4 @@
-"""A trace in a terminal."""
+"""Shows a trace in a terminal."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def render_text(
     labels: Sequence[str] | None = None,
     tokens: bool = True,
 ) -> str:
-    """The experts with their shares, then each sequence.
+    """Write the experts with their shares, then each sequence.
 
     In colour (ANSI, 256 colours) the text has each token on its leading expert's colour; without,
     a table has a line for each token. Control characters in the text are made harmless.
@@ -68,7 +68,7 @@ def _bars(view: View, width: int, color: bool) -> list[str]:
 
 
 def _coloured(view: View, passage: Passage, width: int) -> list[str]:
-    """The text, a line break after each newline and where the terminal ends."""
+    """Write the text, with a line break after each newline and where the terminal ends."""
     lines, used = [""], 0
     for token, leader in zip(passage.tokens, passage.leaders, strict=True):
         text = token.text.replace("␣", " ")  # its background shows the space
@@ -98,7 +98,7 @@ def _paint(view: View, column: int, text: str) -> str:
 
 
 def _ansi(colour: str) -> int:
-    """The nearest of the terminal's 6 x 6 x 6 colours."""
+    """Find the nearest of the terminal's 6 x 6 x 6 colours."""
     levels = (0, 95, 135, 175, 215, 255)
     parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     red, green, blue = (min(range(6), key=lambda n: abs(levels[n] - part)) for part in parts)
@@ -106,7 +106,7 @@ def _ansi(colour: str) -> int:
 
 
 def _width(text: str) -> int:
-    """Columns a terminal needs: two for wide characters, none for combining ones."""
+    """Count the columns that a terminal needs: two for wide characters, none for combining ones."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
 

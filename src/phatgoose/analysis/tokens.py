@@ -1,4 +1,4 @@
-"""Tokens as text a reader can see."""
+"""Turns tokens into text that a reader can see."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Token:
 
 
 def token_table(trace: Trace, tokenizer: Any) -> list[Token]:
-    """Every real token, in the order seen, stream after stream; nothing is merged.
+    """List every real token, in the order seen, stream after stream. Nothing is merged.
 
     A token that is part of a character shows its bytes (\\xe2\\x82).
     """
@@ -46,10 +46,10 @@ def token_table(trace: Trace, tokenizer: Any) -> list[Token]:
 def label_sequences(
     trace: Trace, tokenizer: Any, labels: Sequence[str] | None = None
 ) -> dict[Stream, list[str]]:
-    """A short name for each sequence: the caller's, or how its text begins.
+    """Give each sequence a short name: the caller's, or how its text begins.
 
-    Fewer labels than rows of the batch are shared out evenly, as `generate` does with prompts and
-    their beams. Raises ConfigError where that does not come out even.
+    If there are fewer labels than rows of the batch, they are shared out evenly, as `generate` does
+    with prompts and their beams. Raises ConfigError if that does not come out even.
     """
     named: dict[Stream, list[str]] = {}
     for stream, table in trace.tokens.items():
@@ -76,14 +76,14 @@ def label_sequences(
 
 
 def _begin(tokenizer: Any, ids: list[int]) -> str:
-    """The first words of a sequence, on one line."""
+    """Take the first words of a sequence, on one line."""
     real = [token for token in ids[: 2 * _LABEL] if token >= 0]
     text = " ".join(tokenizer.decode(real, skip_special_tokens=True).split())
     return visible(text if len(text) <= _LABEL else text[: _LABEL - 1] + "…")
 
 
 def _piece(tokenizer: Any, token: int) -> str:
-    """The text of one token, with the space it starts with."""
+    """Return the text of one token, with the space that it starts with."""
     if token < 0:
         return "<embedding>"
     name = tokenizer.convert_ids_to_tokens(token)
@@ -98,7 +98,7 @@ def _piece(tokenizer: Any, token: int) -> str:
 
 
 def _bytes(name: str) -> str:
-    """Part of a character: what decodes as text, the rest as \\xNN."""
+    """Show part of a character: what decodes as text, the rest as \\xNN."""
     if name.startswith("<0x"):  # SentencePiece's byte fallback
         return "\\x" + name[3:5].lower()
     known = _byte_values()
@@ -109,7 +109,7 @@ def _bytes(name: str) -> str:
 
 @cache
 def _byte_values() -> dict[str, int]:
-    """The byte each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    """Map each character of a byte-level vocabulary to the byte it stands for (GPT-2's table)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}

@@ -1,4 +1,4 @@
-"""What all displays share: the experts shown, their colours, and each sequence's tokens."""
+"""Holds what all displays share: the experts shown, their colours, and each sequence's tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,18 +50,18 @@ class View:
     passages: list[Passage]
 
     def heading(self, passage: Passage) -> str:
-        """A sequence's label, with its side where there are two."""
+        """Return a sequence's label, with its side if there are two."""
         sides = len({other.stream for other in self.passages}) > 1
         return f"{passage.label} ({STREAMS[passage.stream]})" if sides else passage.label
 
     def mark(self, column: int) -> str:
-        """A short sign for a column: rank of its expert, + for the others, – for none."""
+        """Return a column's short sign: the rank of its expert, + for the others, – for none."""
         if column < self.shown:
             return str(column + 1)
         return "–" if self.columns[column] == self.names[-1] else "+"
 
     def colours(self, column: int) -> tuple[str, str]:
-        """Background and text colour of a column."""
+        """Return the background and the text colour of a column."""
         if column >= min(self.shown, len(LIGHT) + len(DARK)):
             return GREY, "#111111"
         light = column < len(LIGHT)
@@ -112,7 +112,7 @@ def look(trace: Trace, tokenizer: Any, labels: Sequence[str] | None) -> View:
 
 
 def _columns(names: list[str], total: Float[Tensor, " E+1"]) -> tuple[list[str], list[int], int]:
-    """The columns, the column of each expert and of none, and how many are single experts."""
+    """Return the columns, the column of each expert and of none, and how many are experts."""
     order = total[:-1].argsort(descending=True, stable=True).tolist()
     shown = len(order) if len(order) <= SHOWN + 1 else SHOWN
     columns = [names[i] for i in order[:shown]]

@@ -1,4 +1,4 @@
-"""Answers kept as files, a chunk of the stream each, so that a run goes on where it stopped."""
+"""Keeps answers as files, one for each chunk of the stream, so that a run can go on."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ Known = Mapping[tuple[str, int], Row]  # by task and line
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some examples to answer by one method, kept as one file."""
+    """Some examples that one method answers, in one file."""
 
     method: Method
     items: Sequence[Item]
     path: Path
 
     def read(self) -> list[Row] | None:
-        """The rows of the file; None where it is missing, cut short or of other examples."""
+        """Read the rows; None if the file is missing, cut short or of other examples."""
         try:
             lines = self.path.read_text(encoding="utf-8").split("\n")
             rows = [json.loads(line) for line in lines if line]
@@ -51,10 +51,10 @@ def chunks_of(
     out: Path,
     size: int,
 ) -> list[Chunk]:
-    """Examples in chunks of at most `size`.
+    """Cut examples into chunks of at most `size`.
 
-    A file's name has the hash of all its answers depend on: the settings (of the base too, and of
-    how it computes) and the examples. So nothing stale is ever taken for finished.
+    A file's name has the hash of all that its answers depend on: the examples, the settings, the
+    base and how it computes. So nothing stale is ever taken for finished.
     """
     folder = out / "answers" / file_name(method.name)
     chunks = []
@@ -71,7 +71,7 @@ def chunks_of(
 def answer_chunks(
     bench: Bench, method: Method, chunks: Sequence[Chunk], *, known: Known | None = None
 ) -> Iterator[list[Row]]:
-    """The rows of each chunk: read where the file is whole, else computed and written.
+    """Return the rows of each chunk: read them if the file is whole, else compute and write them.
 
     `known` are rows that need not be computed. The model is set up for the method only if there is
     something to compute.
@@ -92,7 +92,7 @@ def answer_chunks(
 def answer_singles(
     bench: Bench, chunks: Sequence[tuple[OneExpert, Chunk]], *, size: int, pool: ExpertPool
 ) -> None:
-    """Write those chunks of single experts that are not there, those of several in one batch.
+    """Write the chunks of single experts that are missing. One batch answers for several of them.
 
     Each row of a batch goes through its own chunk's expert, so few examples of many experts fill
     batches as well as many of one.
@@ -138,7 +138,7 @@ def place_of(item: Item) -> tuple[str, int]:
 
 
 def file_name(name: str) -> str:
-    """A method's name as the name of a folder, on any system."""
+    """Turn a method's name into a folder's name that every system takes."""
     return re.sub(r"[^\w.+=,-]+", "-", name)
 
 

@@ -1,4 +1,4 @@
-"""Batches for evaluation: of similar lengths, padded on the side that suits."""
+"""Makes batches for evaluation, of similar lengths and padded on the side that suits."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ UNLIMITED = 1 << 20  # tokenizers without a limit name an enormous one
 def token_batches(
     lengths: Sequence[int], max_tokens: int, *, rows: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Indices in batches of at most `max_tokens` with padding, longest first.
+    """Put indices into batches of at most `max_tokens`, padding included. The longest come first.
 
     Item i takes rows[i] rows (default: one) of lengths[i] tokens. One that is too big goes alone.
     """
@@ -45,7 +45,7 @@ def token_batches(
 def padded(
     rows: Sequence[Sequence[int]], fill: int, side: Literal["left", "right"]
 ) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
-    """Token ids as one tensor, and a mask that is 1 where they are not padding."""
+    """Make one tensor of token ids, and a mask that is 1 where they are not padding."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), fill, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -62,7 +62,7 @@ def positions(mask: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
 
 
 def forward(model: Any, **inputs: Any) -> Any:
-    """One forward on the model's device, without the optional arguments its class does not know."""
+    """Run the model on its device, without the optional arguments that its class does not know."""
     known = inspect.signature(model.forward).parameters
     for name in ("position_ids", "logits_to_keep"):
         if name not in known:
@@ -73,7 +73,7 @@ def forward(model: Any, **inputs: Any) -> Any:
 
 
 def using(model: Any, experts: Experts | None) -> AbstractContextManager[None]:
-    """Row i of the forwards inside by `experts[i]`; None leaves the model as it is."""
+    """Have row i of the forwards inside follow `experts[i]`. None leaves the model as it is."""
     return nullcontext() if experts is None else assign(model, experts)
 
 
@@ -82,12 +82,12 @@ def is_seq2seq(model: Any) -> bool:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """What to fill rows with; masked, so any token does where a tokenizer has no padding."""
+    """The id that fills rows up. It is masked, so any will do if a tokenizer has no padding."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
 def longest_input(model: Any, tokenizer: Any) -> int:
-    """How many tokens a model reads, by its configuration and its tokenizer."""
+    """Say how many tokens a model reads, by its configuration and its tokenizer."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return int(min(UNLIMITED, limit or UNLIMITED, tokenizer.model_max_length))
 
@@ -143,7 +143,7 @@ class Remembering:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; then the modules' modes as they were."""
+    """Switch gradients and dropout off, and put the modules' modes back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -156,7 +156,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def counting(progress: Progress, total: int, what: str) -> Iterator[Callable[[int], object]]:
-    """What to call with the number of examples just answered."""
+    """Yield a function to call with the number of examples just answered."""
     if callable(progress):
         yield progress
         return

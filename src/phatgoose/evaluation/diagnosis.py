@@ -1,4 +1,4 @@
-"""Whether tokens find the expert of their task."""
+"""Tells whether tokens find the expert of their task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from phatgoose.tasks import Encoded, Example
 
 @dataclass(frozen=True)
 class OwnShare:
-    """Share of the routing weight that goes to one expert: mean over tokens and sites, 0 to 1."""
+    """The share of the routing weight that one expert gets: a mean over tokens and sites."""
 
     prompt: float  # over all prompt tokens
     last: float  # over each prompt's last token, which chooses the answer's first
@@ -32,9 +32,9 @@ def own_share(
     *,
     max_tokens_per_batch: int = MAX_TOKENS,
 ) -> OwnShare:
-    """How much of a routed model's weight `expert` gets on prompts and reference answers.
+    """Measure how much weight `expert` gets on prompts and on reference answers.
 
-    In an encoder-decoder the prompt's tokens are the encoder's, the answer's the decoder's.
+    In an encoder-decoder the encoder reads the prompt's tokens and the decoder the answer's.
     """
     rows = encode_references(model, tokenizer, examples)
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in ("prompt", "last", "answer")}

@@ -1,4 +1,4 @@
-"""From examples to scored answers."""
+"""Turns examples into scored answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,13 +47,13 @@ def predict(
     experts: Experts | None = None,
     progress: Progress = False,
 ) -> list[str]:
-    """The answer to each example: the likeliest of its choices, or generated where it has none.
+    """Answer each example by the likeliest of its choices, or in words if it has none.
 
     Examples of any tasks may be mixed. `max_tokens_per_batch` and `share_prompts` are for ranking
     (see `score_choices`), `max_new_tokens` and `batch_size` for generating (see
-    `generate_answers`). `experts` has a routed model answer each example by one of them, or by the
-    bare base where it is None. `progress` shows bars on stderr, or is told how many
-    examples more are answered.
+    `generate_answers`). `experts` has a routed model answer each example by one of them, by a
+    mixture, or by the bare base if it is None. `progress` shows bars on stderr, or is told how
+    many more examples are answered.
     """
     ranked = [i for i, example in enumerate(examples) if example.choices is not None]
     written = [i for i, example in enumerate(examples) if example.choices is None]

@@ -1,4 +1,4 @@
-"""Ways to answer a stream of examples with a pool: routers, single experts, merges, references."""
+"""Ways to answer a stream of examples: routers, single experts, mixtures, merges, references."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class Bench:
     progress: Progress = False
 
     def answer(self, items: Sequence[Item], experts: Experts | None = None) -> list[str]:
-        """Answers by the model as it stands; or, if it routes, each by what `assign` takes."""
+        """Answer by the model as it stands; or, if it routes, by what `assign` takes."""
         return predict(
             self.model,
             self.tokenizer,
@@ -68,11 +68,11 @@ class Method(ABC):
 
     @abstractmethod
     def settings(self, bench: Bench) -> dict[str, Any]:
-        """All that its answers depend on beside base and examples, as JSON values."""
+        """Return all that its answers depend on, apart from base and examples, as JSON values."""
 
     @abstractmethod
     def ready(self, bench: Bench) -> AbstractContextManager[Answering]:
-        """The model set up, and undone after; what it yields answers examples.
+        """Set the model up, and undo it afterwards. What it yields answers examples.
 
         Raises PhatgooseError where the pool does not serve this method.
         """
@@ -138,7 +138,7 @@ class Routed(Method):
 def together(
     bench: Bench, pool: ExpertPool
 ) -> Iterator[Callable[[Sequence[Item], Experts], list[str]]]:
-    """The model set up to answer each example by an expert, or a mixture, of its own."""
+    """Set the model up to answer each example by an expert, or a mixture, of its own."""
     phatgoose.route(bench.model, pool, ASSIGNED)
     try:
         yield bench.answer
@@ -147,11 +147,11 @@ def together(
 
 
 class OneExpert(Method):
-    """Each example by one expert at weight 1, the plain adapter, or by one fixed mixture."""
+    """Answers each example by one expert at weight 1, or by one fixed mixture."""
 
     @abstractmethod
     def choose(self, items: Sequence[Item], bench: Bench) -> Experts:
-        """The expert, or the weights, of each example; None is the bare base."""
+        """Return the expert, or the weights, of each example. None is the bare base."""
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Answering]:
@@ -160,12 +160,12 @@ class OneExpert(Method):
             yield lambda items: answer(items, self.choose(items, bench))
 
     def settle_first(self, bench: Bench) -> None:
-        """What has to be done while the model is plain."""
+        """Do what has to be done while the model is plain."""
 
 
 @dataclass(frozen=True)
 class Own(OneExpert):
-    """Told the task, uses the expert of its name; defined on the experts' own tasks only."""
+    """Knows the task and takes the expert of its name. It is defined on the experts' own tasks."""
 
     roles: tuple[Role, ...] = field(default=("own",), kw_only=True)
 
@@ -178,7 +178,7 @@ class Own(OneExpert):
 
 @dataclass(frozen=True)
 class Single(OneExpert):
-    """One expert for everything."""
+    """Takes one expert for everything."""
 
     expert: str = ""
 
@@ -192,7 +192,7 @@ class Single(OneExpert):
 
 @dataclass(frozen=True)
 class Weighted(OneExpert):
-    """One fixed mixture for everything."""
+    """Takes one fixed mixture for everything."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -206,7 +206,7 @@ class Weighted(OneExpert):
 
 @dataclass(frozen=True)
 class LoraHub(OneExpert):
-    """One mixture for everything, whose weights suit a few examples best (arXiv:2307.13269)."""
+    """Takes one mixture for everything, which suits a few examples best (arXiv:2307.13269)."""
 
     examples: Sequence[Example] = ()
     shots: int = SHOTS
@@ -244,7 +244,7 @@ class LoraHub(OneExpert):
 
 @dataclass(frozen=True)
 class PerTask(OneExpert):
-    """An expert for each task, chosen by what the singles scored."""
+    """Takes one expert for each task, which the scores of the singles chose."""
 
     chosen: Mapping[str, str] = field(default_factory=dict)  # by task
 
@@ -262,7 +262,7 @@ class PerTask(OneExpert):
 
 @dataclass(frozen=True)
 class Retrieval(OneExpert):
-    """One expert per prompt: that of the nearest stored example (arXiv:2302.03202)."""
+    """Takes the expert of the stored example that is nearest to a prompt (arXiv:2302.03202)."""
 
     index: Callable[[], ExampleIndex] | None = None  # asked for when it is needed
 
@@ -287,7 +287,7 @@ class Retrieval(OneExpert):
 
 @dataclass(frozen=True)
 class Static(Method):
-    """One adapter at weight 1, made of the pool or read from elsewhere, when it is needed."""
+    """Takes one adapter at weight 1. It is made of the pool, or read, when it is needed."""
 
     make: Callable[[ExpertPool], Expert] | None = None
     made_with: Mapping[str, Any] = field(default_factory=dict)  # settings, hashes
@@ -309,10 +309,10 @@ class Static(Method):
 
 @dataclass(frozen=True)
 class Afterwards(Method, ABC):
-    """An upper reference: chosen by the held-out scores of every single expert.
+    """An upper reference, which the held-out scores of every single expert choose.
 
-    Singles answer `probe` examples a task (None: all); the choice then answers all of them, so its
-    score is the less biased upward the fewer of them it was chosen on.
+    Singles answer `probe` examples of each task (None: all of them). Then the chosen expert answers
+    all. Its score is less biased upward if it was chosen on few.
     """
 
     roles: tuple[Role, ...] = field(default=("heldout",), kw_only=True)
@@ -326,7 +326,7 @@ class Afterwards(Method, ABC):
 
     @abstractmethod
     def settle(self, means: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-        """The expert of each task, given the mean score by task and expert."""
+        """Choose the expert of each task, given the mean scores by task and expert."""
 
     def settings(self, bench: Bench) -> dict[str, Any]:
         return {"probe": self.probe, "adapters": adapter_hashes(self.experts(bench))}
@@ -359,7 +359,7 @@ def adapter_hashes(pool: ExpertPool) -> dict[str, str]:
 
 
 def pool_hashes(pool: ExpertPool) -> dict[str, dict[str, Any]]:
-    """What experts are, by content."""
+    """Hash what experts are, by content."""
     hashes = {}
     for expert in pool:
         kept = {kind: vectors_hash(found.vectors) for kind, found in expert.signatures.items()}

@@ -13,17 +13,17 @@ Metric = Callable[[str, str], float]  # of a prediction and its target
 
 
 def accuracy(prediction: str, target: str) -> float:
-    """1 where the chosen answer is the target."""
+    """Give 1 if the chosen answer is the target, else 0."""
     return float(prediction == target)
 
 
 def exact_match(prediction: str, target: str) -> float:
-    """1 where both are equal after stripping."""
+    """Give 1 if both are equal after stripping, else 0."""
     return float(prediction.strip() == target.strip())
 
 
 def squad_f1(prediction: str, target: str) -> float:
-    """F1 of the words in common, as SQuAD counts: no case, punctuation or articles."""
+    """Give the F1 of the words in common. Like SQuAD, it ignores case, punctuation and articles."""
     found, wanted = _squad_words(prediction), _squad_words(target)
     if not found or not wanted:
         return float(found == wanted)
@@ -32,7 +32,7 @@ def squad_f1(prediction: str, target: str) -> float:
 
 
 def rouge_l(prediction: str, target: str) -> float:
-    """ROUGE-L F-measure, without stemming.
+    """Give the ROUGE-L F-measure, without stemming.
 
     Raises ConfigError where the rouge-score package is missing.
     """
@@ -48,7 +48,7 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_by_name(name: str) -> Metric:
-    """Raises ConfigError for an unknown name."""
+    """Find a metric. Raises ConfigError for an unknown name."""
     if name not in METRICS:
         known = ", ".join(sorted(METRICS))
         raise ConfigError(f"metric: none is called {name!r}. Choose from: {known}.")

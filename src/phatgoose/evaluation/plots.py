@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: averages and recovered gains by method, with intervals."""
+"""Draws an evaluation: averages and recovered gains by method, with intervals."""
 
 import io
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Results = Mapping[str, Any]
 
 
 def draw(results: Results, out: Path) -> list[Path]:
-    """Write average.png, and recovered-gain.png where there is one to tell."""
+    """Write average.png, and recovered-gain.png if a gain is known."""
     over = results["average_over"]
     tasks = [name for name, task in results["tasks"].items() if not task["unanswerable"]]
     counts = {r: sum(results["tasks"][t]["role"] == r for t in tasks) for r in ("heldout", "own")}
@@ -48,7 +48,7 @@ def _forest(
     label: str,
     line: tuple[str, Mapping[str, Any] | None],
 ) -> Path | None:
-    """A point and its interval for each method, the best on top; None where nothing is known."""
+    """Draw a point and its interval for each method, the best on top; None if nothing is known."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

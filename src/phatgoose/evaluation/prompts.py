@@ -1,4 +1,4 @@
-"""Prompts that belong to no task, answered by any method."""
+"""Answers prompts that belong to no task, by any method."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def answer_prompts(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
-    """The greedy answer to each prompt, by the code that answers the tasks of an evaluation.
+    """Answer each prompt greedily, by the code that answers the tasks of an evaluation.
 
     `model` is the plain base, and comes back as it was. All prompts go in one batch.
 

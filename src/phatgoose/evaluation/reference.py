@@ -1,4 +1,4 @@
-"""Prompts and their reference answers, read by a routed model while its routing is recorded."""
+"""Has a routed model read prompts and their reference answers while its routing is recorded."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,30 +18,30 @@ from phatgoose.tasks import IGNORED, Encoded, Example
 
 
 def encode_references(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
-    """Prompts and reference answers as ids; raises as `encode_within`."""
+    """Turn prompts and reference answers into ids. Raises what `encode_within` raises."""
     seq2seq, longest = is_seq2seq(model), longest_input(model, tokenizer)
     return [encode_within(tokenizer, e, max_length=longest, seq2seq=seq2seq) for e in examples]
 
 
 def reference_batches(rows: Sequence[Encoded], max_tokens: int) -> Iterator[list[Encoded]]:
-    """The rows in `token_batches`."""
+    """Put the rows into `token_batches`."""
     lengths = [len(row.prompt) + len(row.target) for row in rows]
     for batch in token_batches(lengths, max_tokens):
         yield [rows[index] for index in batch]
 
 
 def trace_references(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Trace:
-    """The routing of one forward over these rows."""
+    """Record the routing of one forward over these rows."""
     with record(model) as trace:
         forward(model, **teacher_forced(model, rows, pad_id(tokenizer)))
     return trace
 
 
 def teacher_forced(model: Any, rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
-    """What to give `forward` so that a model reads these prompts and their reference answers.
+    """Make what `forward` needs for a model to read these prompts and their reference answers.
 
-    A decoder-only model reads both up to the answer's last token, whose successor nobody asks for;
-    in an encoder-decoder the decoder reads a start token and the answer.
+    A decoder-only model reads both, up to the answer's last token, because nobody asks what comes
+    after that. In an encoder-decoder the decoder reads a start token and the answer.
     """
     if not is_seq2seq(model):
         ids, mask = padded([row.prompt + row.target[:-1] for row in rows], pad, "right")

@@ -1,4 +1,4 @@
-"""Methods by name, as the command line asks for them."""
+"""Makes methods by name, as the command line asks for them."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ COMBINED = (  # of routers with modifiers, in "all"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What methods can be made of beside the pool."""
+    """What methods are made of, apart from the pool."""
 
     pool: ExpertPool
     index: Callable[[], ExampleIndex] | None = None  # of the experts' training prompts
@@ -37,12 +37,12 @@ class Inputs:
 
 
 def method_names() -> list[str]:
-    """All names but single:NAME, in the order of a table."""
+    """List all names but single:NAME, in the order of a table."""
     return [*_MAKERS, *filter(is_router, router_names()), *COMBINED]
 
 
 def is_router(name: str) -> bool:
-    """Whether a router goes by this name; a modifier alone may not be one."""
+    """Tell whether a router has this name. A modifier alone may not be one."""
     try:
         make_router(name)
     except ConfigError:
@@ -51,14 +51,14 @@ def is_router(name: str) -> bool:
 
 
 def is_method(name: str) -> bool:
-    """Whether a method, a router among them, goes by this name."""
+    """Tell whether a method, which a router is too, has this name."""
     return name in _MAKERS or name.startswith(SINGLE) or is_router(name)
 
 
 def make_methods(
     names: Sequence[str], inputs: Inputs
 ) -> tuple[list[methods.Method], dict[str, str]]:
-    """Methods by name, and those that "all" had to leave out, with the reason.
+    """Make methods by name. Returns them, and those that "all" had to leave out, with the reason.
 
     Raises ConfigError for an unknown name, or a method that lacks an input and was asked for.
     """
@@ -79,7 +79,7 @@ def make_methods(
 
 
 def make_method(name: str, inputs: Inputs) -> methods.Method:
-    """One method by name; raises ConfigError as `make_methods` does."""
+    """Make one method by name. Raises ConfigError as `make_methods` does."""
     try:
         return _make(name, inputs)
     except _LacksInput as error:
@@ -87,7 +87,7 @@ def make_method(name: str, inputs: Inputs) -> methods.Method:
 
 
 class _LacksInput(Exception):
-    """What a method would need."""
+    """Says what a method would need."""
 
 
 def _lacking(name: str, error: _LacksInput) -> ConfigError:
@@ -145,7 +145,7 @@ def _merged(method: str, name: str, inputs: Inputs) -> methods.Method:
 
 
 def _merged_svd(name: str, inputs: Inputs) -> methods.Method:
-    """The average at the largest rank of the pool's."""
+    """Average the experts at the largest of the pool's ranks."""
     rank = max(lora.rank for expert in inputs.pool for lora in expert.modules.values())
     return methods.Static(
         name,

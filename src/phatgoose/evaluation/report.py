@@ -1,4 +1,4 @@
-"""An evaluation as Markdown."""
+"""Writes an evaluation as Markdown."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ Results = Mapping[str, Any]
 
 
 def table(results: Results) -> str:
-    """All of results.json that a person reads, as Markdown."""
+    """Write as Markdown what a person reads of results.json."""
     notes: dict[str, None] = {}
     parts = [_head(results), _overview(results, notes)]
     for role, title in (("heldout", "Held-out tasks"), ("own", "The experts' own tasks")):
@@ -23,7 +23,7 @@ def table(results: Results) -> str:
 
 
 def cell(value: Mapping[str, Any] | None, *, signed: bool = False) -> str:
-    """A score with its interval, or the sign for none."""
+    """Write a score with its interval, or the sign for none."""
     if value is None or value["score"] is None:
         return GONE
     plus = "+" if signed else ""
@@ -52,7 +52,7 @@ def _head(results: Results) -> list[str]:
 
 
 def _overview(results: Results, notes: dict[str, None]) -> list[str]:
-    """One row a method."""
+    """Write one row for each method."""
     over = results["average_over"]
     title = "held-out average" if over == "heldout" else "average of own tasks"
     columns: list[tuple[str, Mapping[str, Any], bool]] = [(title, results["average"], False)]
@@ -75,7 +75,7 @@ def _overview(results: Results, notes: dict[str, None]) -> list[str]:
 def _tasks(
     results: Results, names: Sequence[str], role: str, notes: dict[str, None]
 ) -> Iterator[str]:
-    """One row a task; methods that are not defined on such tasks have no column."""
+    """Write one row for each task. Methods that are not defined on such tasks have no column."""
     methods = [
         m
         for m in results["average"]

@@ -1,4 +1,4 @@
-"""How far a mean over few examples may be off."""
+"""Tells how far a mean over few examples may be off."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Interval:
 def resampled_means(
     scores: Float[np.ndarray, "N M"], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Float[np.ndarray, "S M"]:
-    """Means of M scores per example over S draws of N examples with replacement.
+    """Take the means of M scores per example over S draws of N examples, with replacement.
 
     The M scores of an example stay together, so differences of methods are paired.
     """
@@ -33,7 +33,7 @@ def resampled_means(
 
 
 def interval(value: float, samples: Float[np.ndarray, " S"]) -> Interval:
-    """The value with the 2.5th and 97.5th percentile of what resampling made of it."""
+    """Give the value with the 2.5th and 97.5th percentiles of what resampling made of it."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return Interval(float(value), float(low), float(high))
 
@@ -41,7 +41,7 @@ def interval(value: float, samples: Float[np.ndarray, " S"]) -> Interval:
 def mean_interval(
     scores: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The mean of some scores and its interval."""
+    """Give the mean of some scores and its interval."""
     values = np.asarray(scores, dtype=float)
     samples = resampled_means(values[:, None], resamples=resamples, seed=seed)
     return interval(values.mean(), samples[:, 0])

@@ -1,4 +1,4 @@
-"""Published held-out suites by name, read from the Hub by the `datasets` package.
+"""Reads published held-out suites from the Hub by name, with the `datasets` package.
 
 The sets are those of arXiv:2402.05859, section 4, as its code lists them: `t0ho`, T0's 11 held-out
 sets, each with all of its original prompt templates, from bigscience/P3; `bbh`, 22 sets of
@@ -101,7 +101,7 @@ SPLITS = {P3: "validation", BIG_BENCH: "train+validation", BBH: "test"}
 
 
 def load_suite(name: str) -> Iterator[Named]:
-    """The tasks of a suite, named SUITE_SET: their examples and metric.
+    """Load the tasks of a suite: their names, SUITE_SET, their examples and their metric.
 
     A set that P3 does not hold comes without examples. Raises TaskFormatError where the Hub does
     not answer or a row is not as expected, ConfigError for an unknown suite or without the datasets
@@ -155,7 +155,7 @@ def _ask_hub(what: str, ask: Callable[[Any], Any]) -> Any:
 
 
 def _from_scored(rows: Sequence[Mapping[str, Any]], where: str) -> list[Example]:
-    """P3's "score_eval" form: a row per choice, those of an example with the same first index."""
+    """Read P3's "score_eval" form: a row per choice. Those of one example share the first index."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["idx"][0], []).append(row)
@@ -187,7 +187,7 @@ def _from_bbh(row: Mapping[str, Any], which: _Set, where: str) -> Example:
 
 
 def _example(prompt: str, right: Sequence[str], choices: list[str] | None, where: str) -> Example:
-    """With the first right answer as the target, and no second one among the choices."""
+    """Make an example. The first right answer is the target, and no second one is a choice."""
     if not right:
         raise TaskFormatError(f"{where}: no answer is marked as right.")
     if choices is not None:

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: means, paired differences and recovered gains, with intervals."""
+"""Computes the numbers of an evaluation: means, paired differences and gains, with intervals."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class _Means:
 
 
 def missing(reason: str) -> Cell:
-    """A cell without a score, and why."""
+    """Make a cell without a score, which says why."""
     return {"score": None, "low": None, "high": None, "n": 0, "reason": reason}
 
 
@@ -44,11 +44,11 @@ def summarise(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
-    """Everything a table says, 0 to 100, with 95% bootstrap intervals over the examples.
+    """Compute all that a table says, 0 to 100, with 95% bootstrap intervals over the examples.
 
-    A draw takes as many examples of each task, with replacement, the same for all methods, so that
-    differences are paired; tasks are fixed. An average is the mean of the tasks' means. `reasons`
-    says by (task, method) why a score is not there.
+    A draw takes as many examples of each task as it has, with replacement. All methods get the same
+    draw, so their differences are paired. Tasks are fixed. An average is the mean of the tasks'
+    means. `reasons` says by (task, method) why a score is missing.
     """
     means = _means(tasks, scores, seed=seed, resamples=resamples)
     results = {
@@ -108,7 +108,7 @@ def _means(
 def _averages(
     group: Sequence[EvalTask], methods: Sequence[str], means: Mapping[str, Mapping[str, _Means]]
 ) -> dict[str, _Means]:
-    """Over a group of tasks, of the methods that have a score on every one."""
+    """Average over a group of tasks the methods that have a score on every one."""
     found = {}
     for method in methods:
         of_tasks = [means[task.name][method] for task in group if method in means[task.name]]
@@ -125,7 +125,7 @@ def _why(
     reasons: Mapping[tuple[str, str], str],
     there: Mapping[str, _Means],
 ) -> dict[str, str]:
-    """For methods without an average: why."""
+    """Say why methods have no average."""
     if not group:
         return dict.fromkeys(methods, "no such tasks")
     return {
@@ -142,7 +142,7 @@ def _cells(
 
 
 def _differences(methods: Sequence[str], means: Mapping[str, _Means]) -> dict[str, Cell]:
-    """Each method less PHATGOOSE, over the same draws."""
+    """Subtract PHATGOOSE from each method, over the same draws."""
     if REFERENCE not in means:
         return {}
     reference = means[REFERENCE]
@@ -158,7 +158,7 @@ def _differences(methods: Sequence[str], means: Mapping[str, _Means]) -> dict[st
 def _recovered(
     methods: Sequence[str], means: Mapping[str, _Means], why: Mapping[str, str]
 ) -> dict[str, Cell]:
-    """(method - base) / (own - base) in percent, for every other method."""
+    """Compute (method - base) / (own - base) in percent, for every other method."""
     others = [m for m in methods if m not in ("base", "own")]
     lacking = [m for m in ("base", "own") if m not in means]
     if lacking:

@@ -23,15 +23,15 @@ class Choosing(NamedTuple):
     null_score: float | None
 
     def candidates(self, slots: int) -> int:
-        """How many there are to choose from: so many slots, and the null candidate."""
+        """Count what there is to choose from: so many slots, and the null candidate."""
         return slots + (self.null_score is not None)
 
     def count(self, slots: int) -> int:
-        """K: how many of them a token keeps."""
+        """Return K, how many of them a token keeps."""
         return min(self.top_k, self.candidates(slots))
 
     def choose(self, scores: Float[Tensor, "*T C"], **more: Any) -> Routing:
-        """`choose_experts` by these knobs, but for what is given."""
+        """Call `choose_experts` with these knobs, apart from those that are given."""
         knobs = {
             "top_k": self.top_k,
             "temperature": self.temperature,

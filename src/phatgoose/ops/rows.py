@@ -1,4 +1,4 @@
-"""What the rows of a batch ask for themselves: fixed mixtures, and knobs of their own."""
+"""Gives the rows of a batch what they ask for: fixed mixtures, and knobs of their own."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from phatgoose.types import Routing
 
 
 class Rows(NamedTuple):
-    """By token, what its row asks. M is the most experts that any of them may use.
+    """What the row of each token asks. M is the most experts that any of them may use.
 
     Where `top_k` is 0, the mixture is fixed, and the scores have no say.
     """
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
         )
 
     def mixtures(self, opened: Bool[Tensor, "*S C"]) -> Routing:
-        """The fixed mixtures [T, *S, M]. An expert whose slot is not open adds nothing."""
+        """Return the fixed mixtures [T, *S, M]. An expert whose slot is not open adds nothing."""
         between = [1] * (opened.dim() - 1)
         tokens, places = self.slots.shape
         slots = self.slots.view(tokens, *between, places)

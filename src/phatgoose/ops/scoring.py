@@ -51,7 +51,7 @@ def choose_open(
 
 
 def gate_scores(x: Tensor, signatures: Tensor) -> Tensor:
-    """s · standardised x / sqrt(I) of tokens [T, I] and signatures [E, I]: fp32 [T, E].
+    """Compute s · standardised x / sqrt(I) of tokens [T, I] and signatures [E, I]: fp32 [T, E].
 
     Standardising takes the population variance and eps 1e-5. arXiv:2402.05859, section 3.2.
     """
@@ -59,13 +59,13 @@ def gate_scores(x: Tensor, signatures: Tensor) -> Tensor:
 
 
 def _standardised(x: Tensor) -> Tensor:
-    """x with zero mean and unit variance, over sqrt(I). Scaling here spares a [T, E] tensor."""
+    """Give x zero mean and unit variance, over sqrt(I). Scaling here spares a [T, E] tensor."""
     width = x.shape[-1]
     return F.layer_norm(x.float(), (width,), eps=EPS) / math.sqrt(width)
 
 
 def choose_by_gate(x: Tensor, gates: Gates, choosing: Choosing, extras: Extras) -> Routing:
-    """Experts and weights [T, S, K] for x [T, I], given whole signatures [S * C, I]."""
+    """Choose experts and weights [T, S, K] for x [T, I], given whole signatures [S * C, I]."""
     parts, slots = gates.open.shape
     u = _standardised(x)
     signatures = gates.signatures.view(parts, slots, x.shape[1])

@@ -20,7 +20,7 @@ BESIDE_TOKENS = 256
 
 
 def may_run_beside(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured and x [..., I] has few tokens."""
+    """Tell whether a CUDA graph is being captured and x [..., I] has few tokens."""
     if torch.compiler.is_compiling() or not x.is_cuda:
         return False
     if x.shape[:-1].numel() > BESIDE_TOKENS:

@@ -37,14 +37,14 @@ class Backend(ABC):
     spare_slots: ClassVar[bool] = False  # whether results do not depend on slots that are closed
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
-        """Why it cannot run on such a device with factors of this dtype, in words; None if it can.
+        """Say why it cannot run on such a device with factors of this dtype; None if it can.
 
         The words follow "backend='name': " in an error.
         """
         return None
 
     def halves_gates(self, dtype: torch.dtype) -> bool:
-        """Whether it wants signatures as two halves of the factors' dtype; see `pieces_of`."""
+        """Tell whether it wants signatures as two halves of the factors' dtype; see `pieces_of`."""
         return False
 
     @abstractmethod

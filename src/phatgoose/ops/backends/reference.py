@@ -16,10 +16,10 @@ def routed_lora_reference(
     b: Float[Tensor, "E O R"],
     routing: Routing,
 ) -> Float[Tensor, "T O"]:
-    """The definition. `b` already carries each expert's scale; a slot of -1 adds nothing.
+    """Compute the definition. `b` carries each expert's scale; a slot of -1 adds nothing.
 
-    Computes in fp32; returns x's dtype. arXiv:2402.05859, section 3.2. Gathers [T K R I], so it is
-    for tests and small inputs.
+    It computes in fp32 and returns x's dtype. arXiv:2402.05859, section 3.2. It gathers [T K R I],
+    so it is for tests and small inputs.
     """
     slots = routing.experts.clamp_min(0)
     weights = routing.weights * (routing.experts >= 0)

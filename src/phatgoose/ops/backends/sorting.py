@@ -47,13 +47,13 @@ def _empty_plan(x: Tensor, a: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
 
 
 def sort_pairs(experts: Int[Tensor, "T K"]) -> tuple[Int[Tensor, " P"], Int[Tensor, " N"]]:
-    """The T * K pairs in the order of their slots, and how many have slot -1, 0, 1, ..."""
+    """Order the T * K pairs by slot, and count those of slot -1, 0, 1, ..."""
     slots, order = experts.flatten().sort(stable=True)
     return order, torch.bincount(slots + 1)
 
 
 def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each slot that was chosen, and its place among the sorted pairs."""
+    """Yield each slot that was chosen, and its place among the sorted pairs."""
     sizes = counts.tolist()
     start = sizes[0] if sizes else 0  # pairs without an expert come first
     for slot, size in enumerate(sizes[1:]):
@@ -63,7 +63,7 @@ def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _batched(segments: Iterator[tuple[int, slice]], rows: int) -> Iterator[list[tuple[int, slice]]]:
-    """Join neighbouring segments up to about `rows` rows: few calls, little memory."""
+    """Join neighbouring segments up to about `rows` rows, for few calls and little memory."""
     batch: list[tuple[int, slice]] = []
     for slot, here in segments:
         if batch and here.stop - batch[0][1].start > rows:
@@ -80,7 +80,7 @@ def down_sorted(
     experts: Int[Tensor, "T S K"],
     weights: Float[Tensor, "T S K"],
 ) -> tuple[Float[Tensor, "S P R"], list[tuple[Tensor, Tensor]]]:
-    """w A x of every pair of each part, in fp32, and the order of the pairs: P = T * K.
+    """Compute w A x of every pair of each part, in fp32, and the order of the pairs: P = T * K.
 
     Few pairs have no order. Otherwise a part's rows are in that order.
     """
@@ -133,7 +133,7 @@ def up_sorted(
 
 
 def _few_down(x: Tensor, a: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """w A x [T, K, R] in fp32, gathering the factors of each pair."""
+    """Compute w A x [T, K, R] in fp32, gathering the factors of each pair."""
     tokens, chosen = experts.shape
     shares = weights * (experts >= 0)
     pairs = x.to(a.dtype).repeat_interleave(chosen, dim=0)  # [T*K I]
@@ -142,7 +142,7 @@ def _few_down(x: Tensor, a: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
 
 
 def _few_up(z: Tensor, b: Tensor, experts: Tensor) -> Tensor:
-    """The sum over k of B z, [T, O] in fp32."""
+    """Sum B z over k: [T, O] in fp32."""
     y = torch.bmm(b[experts.clamp_min(0).flatten()], z.to(b.dtype).flatten(0, 1).unsqueeze(-1))
     return y.view(*experts.shape, b.shape[1]).float().sum(1)
 
@@ -154,7 +154,7 @@ def lora_gradients(
     b: Float[Tensor, "C O R"],
     routing: Routing,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the routed sum in x, a, b and the weights, computed and summed in fp32.
+    """Compute the gradients of the routed sum in x, a, b and the weights, in fp32.
 
     With h = B.T grad and u = A x of a pair: dx += w A.T h, dA += w h x.T, dB += w grad u.T, and
     dw = h · u.

@@ -1,4 +1,4 @@
-"""Many experts, some at a time: those of one group train in one pass over the base."""
+"""Trains many experts, some at a time. Those of one group train in one pass over the base."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -25,7 +25,7 @@ Modules = Mapping[str, Delta]
 
 
 def in_groups(names: Sequence[str], together: int | None) -> Iterator[list[str]]:
-    """The names in turn, so many at a time; ConfigError if that is below one."""
+    """Yield the names in turn, so many at a time. Raises ConfigError if that is below one."""
     if together is not None and together < 1:
         raise ConfigError(f"together must be at least 1, got {together}.")
     size = together or max(1, len(names))
@@ -34,7 +34,7 @@ def in_groups(names: Sequence[str], together: int | None) -> Iterator[list[str]]
 
 
 def group_name(names: Sequence[str]) -> str:
-    """A short name for a group's files."""
+    """Make a short name for a group's files."""
     return sha256(repr(list(names)).encode()).hexdigest()[:12]
 
 
@@ -87,7 +87,7 @@ class Group:
 
 
 def _own(resolved: Resolved) -> Modules:
-    """The modules that have gates of their own."""
+    """List the modules that have gates of their own."""
     modules = resolved.expert.modules
     return {site: delta for site, delta in modules.items() if site not in resolved.signed_by}
 
@@ -127,7 +127,7 @@ class GateGroup(Group):
         super().__init__(list(adapters), settings, run, packed=packed, joint=joint)
 
     def vectors(self, expert: int) -> dict[str, Tensor]:
-        """One expert's gates, a copy of their own."""
+        """Copy one expert's gates."""
         return {
             site: self.packed.parameters[site].detach()[expert].to("cpu", copy=True)
             for site in self.adapters[self.names[expert]]
@@ -166,7 +166,7 @@ class AdapterGroup(Group):
         super().__init__(names, settings, run, packed=packed, joint=joint)
 
     def modules(self, expert: int) -> dict[str, LoraModule]:
-        """One expert's adapter, in the dtype it is saved in."""
+        """Return one expert's adapter, in the dtype that it is saved in."""
         parameters, made = self.packed.parameters, {}
         for site, module in self.shape.items():
             a, b = (

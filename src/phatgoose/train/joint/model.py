@@ -1,4 +1,4 @@
-"""A frozen base that runs the rows of many experts at once, each through its own adapter."""
+"""Runs the rows of many experts through one frozen base, each through its own adapter."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ class JointModel:
 
     @contextmanager
     def installed(self, *, dropout: bool = False) -> Iterator[None]:
-        """Apply the stacks, with the base frozen; then undo all of it."""
+        """Freeze the base and apply the stacks. All of it is undone afterwards."""
         handles = [
             self.model.get_submodule(name).register_forward_hook(
                 self._hook(name, stack), with_kwargs=True
@@ -148,7 +148,7 @@ def check_model(model: Any) -> None:
 def joint_stream(
     batches: Mapping[str, Iterable[Batch]], accelerator: Accelerator, seed: int
 ) -> Iterator[dict[str, Batch]]:
-    """One micro-batch of every expert at a time, in the order each would have alone."""
+    """Yield one micro-batch of every expert at a time, in the order that each would have alone."""
 
     def stream(name: str) -> Iterator[Batch]:
         return own_share(batches[name], accelerator, f"{name}: ")
@@ -159,7 +159,7 @@ def joint_stream(
 
 
 def _means(losses: Float[Tensor, " N"], targets: Targets, rows: Rows) -> Float[Tensor, " E"]:
-    """Nats per target token of each expert; one without any has NaN."""
+    """Compute the nats per target token of each expert. One without targets has NaN."""
     owners = rows.owners[targets.rows].to(losses.device)
     sums = losses.new_zeros(2, len(rows.counts))
     total, count = sums.index_add(1, owners, torch.stack([losses, torch.ones_like(losses)]))

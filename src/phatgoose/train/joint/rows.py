@@ -1,4 +1,4 @@
-"""Whose rows are whose: one batch put together from those of several experts."""
+"""Puts one batch together from those of several experts, and knows whose rows are whose."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ FILL = {
 class Rows:
     """The experts' rows lie one after the other: `counts[e]` rows are expert e's.
 
-    Where all have as many, each expert's tokens are one batch of a batched product (G = E), and its
-    factors are used as they are. Else each row is one (G = B), and takes its expert's factors,
-    which are small beside the row: R rows to its L.
+    If all have equally many rows, each expert's tokens are one batch of a batched product (G = E),
+    and its factors are used as they are. Otherwise each row is one batch (G = B) and takes its
+    expert's factors, which are small beside the row: R rows to its L.
     """
 
     counts: Sequence[int]
@@ -47,16 +47,16 @@ class Rows:
         return len(set(self.counts)) == 1
 
     def batched(self, x: Shaped[Tensor, "*B_L I"]) -> Shaped[Tensor, "G T I"]:
-        """Tokens that share factors, side by side; a view."""
+        """Return a view with tokens that share factors side by side."""
         groups = len(self.counts) if self.equal else len(self.owners)
         return x.reshape(groups, -1, x.shape[-1])
 
     def each(self, factors: Shaped[Tensor, "E *N"]) -> Shaped[Tensor, "G *N"]:
-        """The factors of each of them."""
+        """Return the factors of each of them."""
         return factors if self.equal else factors.index_select(0, self.owners.to(factors.device))
 
     def sums(self, x: Shaped[Tensor, " B"]) -> Shaped[Tensor, " E"]:
-        """The sum over each expert's rows; one expert's NaN is no other's."""
+        """Sum over each expert's rows. One expert's NaN does not reach another."""
         zeros = x.new_zeros(len(self.counts))
         return zeros.index_add(0, self.owners.to(x.device), x)
 
@@ -64,7 +64,7 @@ class Rows:
 def put_together(
     batches: Mapping[str, Batch], *, pad: int, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor, Rows]:
-    """One batch of all experts' rows, padded on the right to a common length.
+    """Make one batch of all experts' rows, padded on the right to a common length.
 
     Its inputs are on the device; its labels stay where the batches are.
 
@@ -92,7 +92,7 @@ def put_together(
 
 
 def _checked(name: str, batch: Batch) -> dict[str, Tensor]:
-    """A batch's tensors, with a mask if it has none."""
+    """Return a batch's tensors, with a mask if it has none."""
     for key in ("input_ids", "labels"):
         if key not in batch:
             raise ConfigError(f"{name}: its batch has no {key}. Give batches with labels.")

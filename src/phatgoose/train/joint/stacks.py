@@ -1,4 +1,4 @@
-"""One site's LoRAs of many experts, each for its own tokens, as batched products."""
+"""Runs one site's LoRAs of many experts, each for its own tokens, as batched products."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from phatgoose.train.joint.rows import Rows
 
 
 class Stack(ABC):
-    """What a site adds to the base's output for each expert's tokens."""
+    """What one site adds to the base's output, for each expert's tokens."""
 
     @property
     def rank(self) -> int:
@@ -26,14 +26,14 @@ class Stack(ABC):
     def add_rest(
         self, output: Float[Tensor, "*B_L O"], x: Float[Tensor, "*B_L I"], rows: Rows, call: Call
     ) -> Float[Tensor, "*B_L O"]:
-        """The base's output with what it adds beside two factors."""
+        """Return the base's output with what the stack adds beside two factors."""
         return output
 
     @abstractmethod
     def halves(
         self, x: Float[Tensor, "G T I"], rows: Rows
     ) -> tuple[Float[Tensor, "G T R"], Float[Tensor, "G R O"]]:
-        """Two factors of it: tokens brought down to a rank, and the way up."""
+        """Return two factors of it: tokens brought down to a rank, and the way up."""
 
 
 @final
@@ -117,7 +117,7 @@ class LoraStack(Stack):
 def add_stack(
     output: Float[Tensor, "*B_L O"], x: Float[Tensor, "*B_L I"], stack: Stack, rows: Rows
 ) -> Float[Tensor, "*B_L O"]:
-    """The base's output with the stack's added, in the output's dtype."""
+    """Add the stack's output to the base's, in the latter's dtype."""
     z, up = stack.halves(rows.batched(x), rows)
     if torch.is_autocast_enabled(x.device.type) or z.dtype == up.dtype == output.dtype:
         whole = torch.baddbmm(rows.batched(output), z, up)
@@ -153,5 +153,5 @@ class _Down(torch.autograd.Function):
 
 
 def sites_of(adapters: Mapping[str, Mapping[str, Delta]]) -> list[str]:
-    """Every site that some adapter has, in the order of first mention."""
+    """List every site that some adapter has, in the order of first mention."""
     return list(dict.fromkeys(name for modules in adapters.values() for name in modules))

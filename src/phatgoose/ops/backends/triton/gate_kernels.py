@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def _write_moments(x, moments, row, features, eps, BLOCK_X: tl.constexpr):
-    """A row's mean, and 1 / (its deviation * sqrt(features)).
+    """Write a row's mean, and 1 / (its deviation * sqrt(features)).
 
-    About a value near the mean, so that nothing cancels.
+    It takes both about a value near the mean, so that nothing cancels.
     """
     at = tl.arange(0, BLOCK_X)
     x_row = x + row.to(tl.int64) * features
