@@ -15,6 +15,7 @@
 #   make stress   changes of a pool beside 8 threads of 500 forwards, and of generate, in minutes
 #   make fuzz     200,000 bad files for every reader, on all cores: out/fuzz.json (FUZZ_ARGS=--help)
 #   make matrix   adapters of every kind on six architectures against PEFT: out/matrix.json, in minutes
+#   make found    200 adapter folders, changed as they are found, against PEFT or refused
 #   make crash    every writer killed at every step of its way to the disk
 #   make mutants  small faults put into the code one by one: do tests catch each? In hours; a part of
 #                    them with MUTANTS='phatgoose.ops.*'
@@ -33,7 +34,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test stress crash fuzz matrix test-vllm soak check docs shapes study bench format mutants clean test-oldest test-newest dist
+.PHONY: demo test stress crash fuzz found matrix test-vllm soak check docs shapes study bench format mutants clean test-oldest test-newest dist
 
 demo: $(READY)
 	$(BIN)/phatgoose demo
@@ -60,6 +61,9 @@ MATRIX_ARGS ?=
 matrix: $(READY)
 	PYTHONPATH=src OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	$(BIN)/python -W ignore -m tests.experts.matrix --out out/matrix.json $(MATRIX_ARGS)
+
+found: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python -m tests.experts.found --folders 200
 
 # The ends of the ranges in pyproject.toml. Warnings are no errors there: other versions have others.
 ARGS ?= and core

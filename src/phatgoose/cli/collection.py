@@ -142,7 +142,11 @@ def _encode(
 
 def _common_base(folders: Mapping[str, Path]) -> str:
     """The base that all adapters' configs name."""
-    return one_base(_bases(folders))
+    bases = _bases(folders)
+    for name, base in bases.items():
+        if not base:
+            raise ConfigError(f"{folders[name]}: its config names no base model. Pass --base.")
+    return one_base({str(folders[name]): base for name, base in bases.items()})
 
 
 def _bases(folders: Mapping[str, Path]) -> dict[str, str | None]:
