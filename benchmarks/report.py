@@ -350,6 +350,62 @@ def memory_section(runs: list[Run]) -> Iterator[str]:
         yield source(mine)
 
 
+def serving_section(runs: list[Run]) -> Iterator[str]:
+    mine = [run for run in runs if run.head["benchmark"] == "serving"]
+    if not mine:
+        return
+    yield "## Serving with vLLM\n"
+    yield (
+        "A server under the load of vLLM's own serving benchmark. Over two GPUs it is tensor "
+        "parallel. [Serving](serving.md#how-fast-it-is) says what takes the time.\n"
+    )
+    for run in mine:
+        yield table(
+            (
+                *("", "GPUs", "experts", "output tokens/s", "over the base's", "over one LoRA's"),
+                *("first token, median", "each further token, median"),
+            ),
+            (
+                [
+                    *(name(row["contender"]), str(row.get("gpus", 1)), str(row["experts"] or "-")),
+                    *(f"{row['output_tokens_per_s']:.0f}", f"{row['over_base']:.2f}"),
+                    *(f"{row['over_lora']:.2f}", duration(row["ttft_median_ms"] * 1e3)),
+                    duration(row["tpot_median_ms"] * 1e3),
+                ]
+                for row in sorted(run.rows, key=lambda row: row.get("gpus", 1))
+                if "over_lora" in row
+            ),
+        )
+        yield source([run])
+
+
+def training_section(runs: list[Run]) -> Iterator[str]:
+    for device, mine in by_device(runs, "train").items():
+        yield f"## Training on several devices, {device}\n"
+        yield (
+            "`phatgoose experts train`, from the command's start to its end. Speedup and "
+            "differences are those to the first row. A difference is the norm of what two tensors "
+            "are apart over the norm of one, at most.\n"
+        )
+        for run in mine:
+            yield table(
+                (
+                    *("devices", "experts", "experts in a group", "time", "speedup"),
+                    *("files that are equal", "difference"),
+                ),
+                (
+                    [
+                        *(str(row["devices"]), str(run.head["experts"]), str(row["together"])),
+                        *(f"{row['seconds']:.1f} s", f"{row['speedup']:.2f}"),
+                        f"{row['equal_files']} of {row['files']}",
+                        f"{row['worst']:.1g}" if row["worst"] else "0",
+                    ]
+                    for row in run.rows
+                ),
+            )
+            yield source([run])
+
+
 # ---------------------------------------------------------------- figure
 
 
@@ -444,6 +500,8 @@ def main(arguments: list[str] | None = None) -> None:
         *model_section(runs),
         *gates_section(runs),
         *memory_section(runs),
+        *serving_section(runs),
+        *training_section(runs),
     ]
     args.out.write_text("\n".join(parts), encoding="utf-8")
     print(args.out)

@@ -163,6 +163,26 @@ def test_report(run, script, tmp_path):
     assert "8B shape" in text
     assert "not measured" in text
     assert text.index("## What you get") < text.index("## What we aimed at")
+    assert "## Serving" not in text and "## Training on" not in text
+
+
+def test_report_of_several_gpus(script, tmp_path):
+    head = {"device": "NVIDIA H200", "threads": 1, "command": "it", "commit": "c0ffee"}
+    one = {"output_tokens_per_s": 90.0, "ttft_median_ms": 7.0, "tpot_median_ms": 3.0}
+    one |= {"over_base": 0.9, "over_lora": 1.1, "experts": 128, "contender": "phatgoose"}
+    rows = [{**one, "gpus": 2}, one, {"contender": "lora", "experts": 1, "note": "no server"}]
+    served = {**head, "benchmark": "serving", "rows": rows}
+    row = {"devices": 2, "together": 4, "seconds": 12.0, "speedup": 1.8}
+    row |= {"equal_files": 16, "files": 16, "worst": 0.0}
+    trained = {**head, "benchmark": "train", "experts": 8, "rows": [row]}
+    for found in (served, trained):
+        (tmp_path / f"{found['benchmark']}.json").write_text(json.dumps(found))
+    out = tmp_path / "performance.md"
+    script("report").main(["--results", str(tmp_path), "--out", str(out)])
+    text = out.read_text()
+    assert "| phatgoose | 1 | 128 | 90 | 0.90 | 1.10 | 7.00 ms | 3.00 ms |" in text
+    assert text.index("| phatgoose | 1 |") < text.index("| phatgoose | 2 |")
+    assert "| 2 | 8 | 4 | 12.0 s | 1.80 | 16 of 16 | 0 |" in text
 
 
 def test_the_page_says_what_the_results_do(script, tmp_path):
