@@ -118,7 +118,11 @@ VARIANTS: dict[str, Variant] = {
     "mlp": _on(lambda f: f.mlp),
     "attention and mlp": _on(lambda f: [*f.attention, *f.mlp]),
     "every linear layer": _on(lambda f: f.linears),
-    "all-linear": lambda f: {"target_modules": "all-linear"},
+    "all-linear": lambda f: (
+        "refused: it names the mixture's own router, whose choice cannot be mixed"
+        if f.moe
+        else {"target_modules": "all-linear"}
+    ),
     "one kind of layer": _on(lambda f: f.attention[:1]),
     "a pattern": lambda f: {"target_modules": rf".*\.({'|'.join(f.attention)})"},
     "layers_to_transform": _plain(layers_to_transform=[1]),
@@ -178,7 +182,11 @@ VARIANTS: dict[str, Variant] = {
     "embedding, rslora": _on(lambda f: [f.embedding], use_rslora=True),
     "embedding, dora": _on(lambda f: [f.embedding], use_dora=True),
     "embedding and head": _on(lambda f: [f.embedding, HEAD, *f.mlp]),
-    "embedding and head, tied": _on(lambda f: [f.embedding], ensure_weight_tying=True),
+    "embedding and head, tied": lambda f: (
+        "PEFT saves it as one of `shared`, which T5 does not run"
+        if f.name == "t5"
+        else {"target_modules": [f.embedding], "ensure_weight_tying": True}
+    ),
     "saved head": _saving(lambda f: [HEAD]),
     "saved embedding": _saving(lambda f: [f.embedding]),
     "saved embedding and head": _saving(lambda f: [f.embedding, HEAD]),
@@ -206,6 +214,12 @@ VARIANTS: dict[str, Variant] = {
     "experts, down": _experts("down_proj"),
     "experts, both": _experts("gate_up_proj", "down_proj"),
     "experts and attention": _experts("gate_up_proj", "down_proj", target_modules=["q_proj"]),
+    "experts, of two ranks": _experts(
+        "gate_up_proj",
+        "down_proj",
+        rank_pattern={r".*\.gate_up_proj": 6},
+        alpha_pattern={r".*\.down_proj": 2},
+    ),
     "experts, rslora": _experts("down_proj", use_rslora=True, r=2),
 }
 QUICK = (

@@ -56,6 +56,10 @@ class Delta(ABC):
         """The rank that PEFT divides alpha by; 0 where there is no alpha."""
         return self.rank
 
+    def alphas(self, module: str) -> Mapping[str, tuple[int, float]]:
+        """Rank and scale of all that PEFT's patterns may name at `module`."""
+        return {module: (self.alpha_rank, self.scale)} if self.alpha_rank else {}
+
     @property
     def in_features(self) -> int:
         return self.a.shape[1]

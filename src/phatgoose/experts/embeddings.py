@@ -120,6 +120,7 @@ class TokenRows(Delta):
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     indices: tuple[int, ...] = ()
+    key: str = ""  # what the config calls the module; PEFT takes another name for another tying
 
     kind: ClassVar[str] = "rows of an embedding (trainable_token_indices)"
     keys: ClassVar[frozenset[str]] = frozenset({ROWS})
@@ -135,16 +136,17 @@ class TokenRows(Delta):
     def read_of(
         cls, tensors: Mapping[str, Tensor], scale: float, module: str, config: Mapping[str, Any]
     ) -> Delta:
-        rows, said = tensors[ROWS], config.get(INDICES)
+        rows, said, key = tensors[ROWS], config.get(INDICES), ""
         if isinstance(said, Mapping):
-            said = next((v for k, v in said.items() if f".{module}".endswith(f".{k}")), None)
+            key = next((str(k) for k in said if f".{module}".endswith(f".{k}")), "")
+            said = said.get(key)
         fits = isinstance(said, list) and all(type(i) is int and i >= 0 for i in said)
         if not fits or rows.dim() != 2 or len(said or ()) != len(rows):
             raise ExpertFormatError(
                 f"adapter_config.json: {INDICES} does not name {len(rows)} tokens of {module}, as "
                 "many as its file has rows. The two do not belong together; save the adapter again."
             )
-        return cls(*nothing(rows.shape[1]), 1.0, dict(tensors), tuple(said or ()))
+        return cls(*nothing(rows.shape[1]), 1.0, dict(tensors), tuple(said or ()), key)
 
     @classmethod
     def merged(cls, low: Delta, rest: Mapping[str, Tensor]) -> Delta:
@@ -167,7 +169,7 @@ class TokenRows(Delta):
         return tuple(self.tensors.values())
 
     def setting(self, module: str) -> Mapping[str, Any]:
-        return {INDICES: {module: list(self.indices)}}
+        return {INDICES: {self.key or module: list(self.indices)}}
 
     def problem(self, layer: nn.Module) -> str | None:
         known = isinstance(layer, nn.Embedding) or linear_sizes(layer) is not None
@@ -186,7 +188,8 @@ class TokenRows(Delta):
     def also(self, module: str, model: nn.Module) -> Mapping[str, Delta]:
         layer: Any = model.get_submodule(module)
         weight = getattr(layer, "weight", None)
-        if not isinstance(layer, nn.Embedding):
+        # PEFT changes what is tied to the embedding that the model itself calls its own.
+        if layer is not model.get_input_embeddings():  # type: ignore[operator]
             return {}
         return {
             name: self

@@ -52,17 +52,16 @@ def peft_config(expert: Expert, task_type: str | None = None) -> Any:
 
     ranks: dict[str, Number] = {}
     alphas: dict[str, Number] = {}
-    for name, delta in expert.modules.items():
-        if delta.alpha_rank:
-            ranks[name] = delta.alpha_rank
-            alphas[name] = _alpha(delta.scale, delta.alpha_rank)
-    rank, alpha = _most_common(ranks), _most_common(alphas)
+    for module, delta in expert.modules.items():
+        for name, (rank, scale) in delta.alphas(module).items():
+            ranks[name], alphas[name] = rank, _alpha(scale, rank)
+    usual, alpha = _most_common(ranks), _most_common(alphas)
     settings = _together(delta.setting(name) for name, delta in expert.modules.items())
     return LoraConfig(
         task_type=task_type,
-        r=int(rank),
+        r=int(usual),
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with floats as well
-        rank_pattern=_pattern(ranks, rank),
+        rank_pattern=_pattern(ranks, usual),
         alpha_pattern=_pattern(alphas, alpha),
         base_model_name_or_path=expert.base_name,
         inference_mode=True,
