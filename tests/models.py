@@ -145,7 +145,8 @@ def save_expert(
     for name, parameter in adapted.named_parameters():
         if ".lora_" in name:
             noise = torch.randn(parameter.shape, generator=random)
-            parameter.data = (noise / parameter.shape[1] ** 0.5).to(parameter.dtype)
+            width = parameter.shape[min(1, parameter.dim() - 1)]
+            parameter.data = (noise / width**0.5).to(parameter.dtype)
     adapted.save_pretrained(folder, save_embedding_layers=False)
     if gates:
         save_gates(folder, model, seed=seed)

@@ -371,3 +371,28 @@ def one_layer():
             for i in range(3)
         ]
         return model, ExpertPool.load(folders)
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_other_kinds_are_mixed_by_what_they_add(config, tmp_path):
+    """DoRA is not linear in its factors, so a weight is of all that it adds at a layer."""
+    model = make_model("llama", layers=1)
+    name = "model.layers.0.mlp.down_proj"
+    folders = [
+        save_expert(tmp_path / f"e{i}", model, seed=i, targets=[name], **kind)
+        for i, kind in enumerate([config, config, {}])
+    ]
+    layer, x = model.get_submodule(name), torch.randn(1, 5, 31)
+    base = layer(x)
+    plain = [
+        PeftModel.from_pretrained(copy.deepcopy(model), folder)
+        .get_base_model()
+        .get_submodule(name)(x)
+        - base
+        for folder in folders
+    ]
+    route(model, ExpertPool.load(folders))
+    with assign(model, [{"e0": 0.5, "e1": 1.5, "e2": 0.25}]):
+        found = layer(x) - base
+    wanted = 0.5 * plain[0] + 1.5 * plain[1] + 0.25 * plain[2]
+    assert_near(found, wanted, TOLERANCE[torch.float32].delta)
