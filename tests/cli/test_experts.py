@@ -5,6 +5,7 @@ import shutil
 
 import huggingface_hub
 import pytest
+from safetensors.torch import load_file
 
 from phatgoose.default import smollm2, tiny
 from phatgoose.experts import load_expert
@@ -37,6 +38,38 @@ def test_list_looks_into_a_folder_of_experts(run, world):
     assert [(row["name"], row["gates"]) for row in rows] == [("one", True), ("two", False)]
     assert [row["rank"] for row in rows] == [3, 3]
     assert "no gates" in run("experts", "list", world.two).out
+
+
+def test_list_shows_a_repository_without_its_weights(run, world, monkeypatch):
+    """Of a tree on the Hub only configs come; NAME= is a prefix there."""
+    commit, asked = "a" * 40, []
+    top = world.root / "snapshots" / commit
+    for name in ("law/checkpoint-5", "code"):
+        shutil.copytree(world.one, top / name)
+        (top / name / "adapter_model.safetensors").unlink()
+
+    def snapshot_download(name, *, allow_patterns, **_):
+        asked.append(allow_patterns)
+        return str(top)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    result = run("experts", "list", "owner/pool", "mine=owner/pool/law", "--json")
+    assert [row["name"] for row in json.loads(result.out)] == [
+        *("owner/pool/code", "owner/pool/law", "mine/law"),
+    ]
+    assert all(row["rank"] == 3 and row["modules"] is None for row in json.loads(result.out))
+    assert all(name.endswith("adapter_config.json") for names in asked for name in names)
+    assert "owner/pool/law   rank 3, on the Hub" in run("experts", "list", "owner/pool").out
+
+
+def test_convert_makes_a_plain_lora(run, world):
+    world.edit("one", lambda t: {k.replace(".weight", ".default.weight"): v for k, v in t.items()})
+    result = run("experts", "convert", world.one, "--out", world.new, "--json")
+    assert result.code == 0, result
+    row = json.loads(result.out)
+    assert (row["was"], row["error"], row["gates"]) == ("LORA", None, True)
+    assert not any(".default." in key for key in load_file(world.new / "adapter_model.safetensors"))
+    assert "from LORA" in run("experts", "convert", world.one, "--out", world.third).out
 
 
 def test_verify_finds_nothing_wrong(run, world):

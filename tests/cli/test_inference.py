@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from phatgoose.cli.main import _warning_line
 from phatgoose.default import tiny as packaged
 from phatgoose.evaluation import generate_text
+from phatgoose.experts.bases import BaseWarning
 from phatgoose.models import load_base
 
 PROMPTS = ["Is it a question or a statement: where is the goose?", "Reverse the words: one two"]
@@ -47,6 +49,70 @@ def test_one_expert_with_the_published_settings_is_its_adapter(run, world):
     asked = run(*base, "--max-new-tokens", 8)
     assert asked.code == 0
     assert asked.out == run(*base, "--max-new-tokens", 8, "--router", "single:one").out
+
+
+def test_the_base_that_the_experts_name(run, world):
+    """It is found, told, and gives what --base gives."""
+    options = ("goose", *CPU, "--max-new-tokens", 8)
+    given = run("generate", *options, "--base", world.base, "--experts", world.one)
+    for name in ("one", "two"):
+        config = world.root / name / "adapter_config.json"
+        said = {**json.loads(config.read_text()), "base_model_name_or_path": str(world.base)}
+        config.write_text(json.dumps(said))
+    found = run("generate", *options, "--experts", world.one)
+    assert (found.code, found.out) == (0, given.out)
+    assert f"the base is {world.base}, which the experts name" in found.err
+
+
+def test_experts_that_name_no_base_or_several(refuses, world):
+    for name, base in (("one", None), ("two", "owner/other")):
+        config = world.root / name / "adapter_config.json"
+        said = {**json.loads(config.read_text()), "base_model_name_or_path": base}
+        config.write_text(json.dumps(said))
+        if base is None:
+            refuses("generate", "goose", *CPU, "--experts", world.one, says=["Pass --base"])
+    config = world.one / "adapter_config.json"
+    config.write_text(json.dumps({**said, "base_model_name_or_path": "owner/base"}))
+    says = ["owner/base", "owner/other", "pass --base"]
+    refuses("generate", "goose", *CPU, "--experts", world.one, world.two, says=says)
+
+
+def test_another_bases_name_is_one_line_and_can_be_settled(run, world):
+    config = world.one / "adapter_config.json"
+    said = {**json.loads(config.read_text()), "base_model_name_or_path": "mistralai/Mistral-7B"}
+    config.write_text(json.dumps(said))
+    world.ungated("one")
+    options = ("--experts", world.one, world.two, *CPU, "--max-new-tokens", 4, "--router", "arrow")
+    for name in ("two",):
+        other = world.root / name / "adapter_config.json"
+        other.write_text(json.dumps({**said, "base_model_name_or_path": "meta-llama/Llama-3"}))
+        world.ungated(name)
+    merge = ("experts", "merge", world.one, world.two, "--out")
+    with pytest.warns(BaseWarning) as heard:
+        assert run(*merge, world.merged).code == 0
+    (warning,) = heard
+    line = _warning_line(warning.message, warning.category, "file", 1)
+    assert line.startswith("phatgoose: two: made on the base meta-llama/Llama-3")
+    assert "mistralai/Mistral-7B" in line and line.count("\n") == 1
+    assert "file:1" in _warning_line("other", UserWarning, "file", 1)
+    settled = run(*merge, world.again, "--same-base")
+    assert settled.code == 0 and "made on the base" not in settled.err
+    assert run("generate", "goose", *options, "--base", world.base, "--same-base").code == 0
+
+
+def test_checkpoints_of_two_runs(run, world):
+    """As trainers leave them: each has the name of its run, or the one that it is given."""
+    for name in ("one", "two"):
+        (world.root / "runs" / name).mkdir(parents=True)
+        (world.root / name).rename(world.root / "runs" / name / "checkpoint-500")
+    one, two = (world.root / "runs" / name / "checkpoint-500" for name in ("one", "two"))
+    options = ("generate", "goose", "--base", world.base, *CPU, "--max-new-tokens", 8)
+    both = run(*options, "--experts", one, two)
+    assert both.code == 0
+    for experts in ([f"law={one}", f"code={two}"], [world.root / "runs"]):
+        assert run(*options, "--experts", *experts).out == both.out
+    asked = run(*options, "--experts", f"law={one}", two, "--router", "single:law")
+    assert asked.out == run(*options, "--experts", one, two, "--router", "single:one").out
 
 
 def test_raw_prompts_get_no_newline(run, world, tiny):

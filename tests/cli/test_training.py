@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from phatgoose.experts import load_expert, verify_expert
@@ -75,6 +77,20 @@ def test_gate_on_every_kind_of_example(run, world, options, rows):
     assert record["last_loss"] > 0
     assert (folder / WEIGHTS_FILE).read_bytes() == before
     assert run("experts", "verify", folder, "--base", world.base).code == 0
+
+
+def test_gate_reads_keys_that_peft_leaves_out(run, world, options):
+    """PEFT would train gates of an adapter of zeros."""
+    plain = world.ungated("one")
+    shutil.copytree(plain, world.root / "odd")
+    path = world.root / "odd" / WEIGHTS_FILE
+    tensors = {k.replace(".weight", ".default.weight"): v for k, v in load_file(path).items()}
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path, {"format": "pt"})
+    for folder in (plain, world.odd):
+        assert run("gate", folder, *options).code == 0
+    one, odd = (load_expert(folder).gates for folder in (plain, world.odd))
+    assert odd.record.adapter == one.record.adapter
+    assert odd.record.last_loss == pytest.approx(one.record.last_loss, rel=1e-3)
 
 
 def test_gate_takes_the_base_from_the_adapter(run, world):

@@ -1,7 +1,9 @@
 """experts list, verify, merge, convert, import, push, pull."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,25 +20,30 @@ from phatgoose.experts import (
     verify_expert,
 )
 from phatgoose.experts.convert import convert_adapter
+from phatgoose.experts.lora import read_config
 from phatgoose.experts.save import check_new
+from phatgoose.experts.sources import default_name, split_name
 from phatgoose.experts.verify import check_modules
 from phatgoose.models import load_base
 from phatgoose.pool import ExpertPool, merge_experts
 
 
 def list_experts(asked: List) -> None:
-    """One line per expert."""
-    rows = [_row(load_expert(source)) for source in expert_sources(asked.experts or None)]
+    """One line per expert. Of trees on the Hub only the configs are downloaded."""
+    rows = [
+        _row(load_expert(source))
+        if str(source) in asked.experts or os.path.isdir(split_name(source)[1])
+        else _row_on_the_hub(source)
+        for source in expert_sources(asked.experts or None)
+    ]
     if asked.json:
         print(json.dumps(rows))
         return
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
         gates = f"gates {row['gate_steps']} steps" if row["gates"] else "no gates"
-        print(
-            f"{row['name']:<{width}}  rank {row['rank']}, {row['modules']} modules, {gates}, "
-            f"base {row['base']}"
-        )
+        more = "on the Hub" if row["modules"] is None else f"{row['modules']} modules, {gates}"
+        print(f"{row['name']:<{width}}  rank {row['rank']}, {more}, base {row['base']}")
 
 
 def verify(asked: Verify) -> int:
@@ -132,6 +139,23 @@ def pull(asked: Pull) -> None:
     """Download an expert and check it."""
     folder = hub.pull(asked.hub_id, asked.out)
     print(json.dumps(_row(load_expert(folder))) if asked.json else folder)
+
+
+def _row_on_the_hub(source: str | Path) -> dict[str, Any]:
+    """What a config alone tells: None stands for what it does not."""
+    name, place = split_name(source)
+    listing = hub.configs(str(place))
+    config = read_config(listing[0]) if listing else {}
+    unknown = dict.fromkeys(
+        ("modules", "gates", "gate_steps", "gate_examples", "gate_first_loss", "gate_last_loss")
+    )
+    return {
+        "name": name or default_name(place),
+        "folder": str(place),
+        "base": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        **unknown,
+    }
 
 
 def _row(expert: Expert) -> dict[str, Any]:

@@ -4,8 +4,10 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from phatgoose.errors import ExpertNotFoundError, UnsupportedAdapterError, first_line
 from phatgoose.experts import lora
@@ -17,6 +19,7 @@ from phatgoose.text import visible
 ADAPTER_FILES = (lora.CONFIG_FILE, lora.WEIGHTS_FILE, "README.md")
 ARRIVING = ".arriving"  # where a download goes first
 _SPECIAL = set("*?[]\\:=@")  # of patterns, of Windows' paths, and of our own spelling
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
 
 
@@ -147,18 +150,29 @@ def configs(hub_id: str) -> tuple[Path, str] | None:
         return None
     wanted = asked.inside([lora.CONFIG_FILE, f"*/{lora.CONFIG_FILE}"])
     try:
+        if asked.revision and _COMMIT.fullmatch(asked.revision):  # which never changes
+            with suppress(*_failures()):
+                top = _snapshot(asked, wanted, local_files_only=True)
+                if (top / asked.folder / lora.CONFIG_FILE).is_file():
+                    return top / asked.folder, top.name
         top = _snapshot(asked, wanted)
     except _failures():
         return None
     return top / asked.folder, top.name
 
 
-def _snapshot(asked: HubId, wanted: list[str], *, local_dir: Path | None = None) -> Path:
+def _snapshot(
+    asked: HubId, wanted: list[str], *, local_dir: Path | None = None, **more: Any
+) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(
         snapshot_download(
-            asked.repository, revision=asked.revision, allow_patterns=wanted, local_dir=local_dir
+            asked.repository,
+            revision=asked.revision,
+            allow_patterns=wanted,
+            local_dir=local_dir,
+            **more,
         )
     )
 
