@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from phatgoose import Choice
 from phatgoose.default import tiny
 from phatgoose.experts.lora import WEIGHTS_FILE
 from phatgoose.models import load_base
@@ -51,9 +52,8 @@ def root(tmp_path_factory):
 def server(tmp_path_factory, root):
     """All experts but one. The last test ends it."""
     experts = [path for path in tiny.expert_folders() if path.name != NEW]
-    found = Server(
-        tmp_path_factory.mktemp("server"), "--enforce-eager", "--experts", *experts, root=root
-    )
+    flags = ("--enforce-eager", "--max-mixture", 3)
+    found = Server(tmp_path_factory.mktemp("server"), *flags, "--experts", *experts, root=root)
     try:
         yield found.wait()
     finally:
@@ -119,6 +119,23 @@ def complete(client, prompt, model="pool", **field):
 
 def texts(client, prompts, model="pool", **field):
     return [complete(client, prompt, model, **field).choices[0].text for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        ("pool", {"weights": {"snips": 0.7, "ud_pos": 0.6, "trec_question_type": 0.4}}),
+        ("pool", {"top_k": 1, "scale": 0.5}),
+        ("pool", {"deny": ["snips"], "temperature": 3.0, "top_k": 3}),
+        ("pool/snips", {"scale": 1.5}),
+    ],
+    ids=str,
+)
+def test_requests_mix_experts(model, field, client, prompts, expected):
+    asked = {"allow": ["snips"], **field} if model == "pool/snips" else field
+    right = expected(names_at_start(), top_k=2, choice=Choice(**asked))
+    assert texts(client, prompts, model, **field) == right
+    assert right != expected(names_at_start())
 
 
 def test_it_streams_completions_and_chats(client, prompts, expected):

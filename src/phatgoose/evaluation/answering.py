@@ -1,4 +1,4 @@
-"""A stream of examples answered by many methods, and what came of it."""
+"""Answers a stream of examples by many methods, and keeps what came of it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ class Answering:
         self._alone: dict[tuple[str | None, str, int], Row] = {}
 
     def answer(self, methods: Sequence[Method]) -> None:
-        """Answer all; those that need other methods' scores last."""
+        """Answer by all methods. Those that need other methods' scores come last."""
         afterwards = [method for method in methods if isinstance(method, Afterwards)]
         probes = self._probes(methods)
         total = sum(len(self._items(method)) for method in methods)
@@ -68,21 +68,21 @@ class Answering:
         self.rows = {m.name: self.rows[m.name] for m in methods if m.name in self.rows}
 
     def jobs(self, methods: Sequence[Method]) -> dict[str, tuple[Method, list[Item]]]:
-        """What can be answered without the scores of others."""
+        """List what can be answered without the scores of others."""
         found = {m.name: (m, self._items(m)) for m in methods if not isinstance(m, Afterwards)}
         for (name, probe), job in self._probes(methods).items():
             found[f"{name} on {probe or 'all'}"] = job
         return found
 
     def do(self, method: Method, items: Sequence[Item]) -> None:
-        """Answer one job, into the folder; a method that cannot serve its pool leaves nothing."""
+        """Answer one job, into the folder. A method that cannot serve its pool leaves nothing."""
         with tqdm(total=len(items), unit="example", disable=not self.progress) as bar:
             self._answer(method, items, bar)
 
     def _probes(
         self, methods: Sequence[Method]
     ) -> dict[tuple[str, int | None], tuple[Method, list[Item]]]:
-        """Single experts on the examples they are chosen by; two that choose alike share them."""
+        """Find the single experts to ask, and what they are chosen by. Equal choices share them."""
         return {
             (single.name, method.probe): (single, self._probe(method))
             for method in methods
@@ -91,7 +91,7 @@ class Answering:
         }
 
     def scores(self) -> dict[str, dict[str, list[float]]]:
-        """By task and method, in the task's order."""
+        """Return the scores by task and method, in the task's order."""
         found: dict[str, dict[str, dict[int, float]]] = {}
         for method, rows in self.rows.items():
             for row in rows:
@@ -105,7 +105,7 @@ class Answering:
     def _answer(
         self, method: Method, items: Sequence[Item], bar: Any, known: Known | None = None
     ) -> list[Row] | str:
-        """All rows of a method; or the reason, where it cannot serve its pool."""
+        """Return all rows of a method, or the reason why it cannot serve its pool."""
         bar.set_description(method.name)
         self.bench.progress = bar.update
         done, rows = bar.n, []
@@ -142,7 +142,7 @@ class Answering:
         return [(hashes[n], *place_of(item)) for n, item in zip(names, items, strict=True)]
 
     def _answer_singles(self, probes: Sequence[tuple[Method, list[Item]]], bar: Any) -> None:
-        """Write what single experts answer, several in a batch; who reads it counts it."""
+        """Write what single experts answer, several in a batch. Who reads it counts it."""
         before = bar.n
         self.bench.progress = bar.update
         by_pool: dict[int, list[tuple[OneExpert, Chunk]]] = {}
@@ -195,7 +195,7 @@ class Answering:
         return [item for item in self.stream if item.task.role in method.roles]
 
     def _probe(self, method: Afterwards) -> list[Item]:
-        """The first examples of each task in the stream, which is shuffled."""
+        """Take the first examples of each task in the stream, which is shuffled."""
         taken: dict[str, int] = {}
         items = []
         for item in self._items(method):
@@ -206,7 +206,7 @@ class Answering:
 
 
 def _means(rows: Sequence[tuple[str, Row]]) -> dict[str, dict[str, float]]:
-    """Mean score by task and expert."""
+    """Average the scores by task and expert."""
     scores: dict[str, dict[str, list[float]]] = {}
     for expert, row in rows:
         scores.setdefault(row["task"], {}).setdefault(expert, []).append(row["score"])

@@ -1,4 +1,4 @@
-"""The tasks of an evaluation: where they come from, and which examples of them are asked."""
+"""Reads the tasks of an evaluation, and chooses which of their examples are asked."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ class EvalTask:
 
     @property
     def hash(self) -> str:
-        """Of all that the answers and their scores depend on."""
+        """Hash all that the answers and their scores depend on."""
         asked = [self.metric, self.max_new_tokens, [asdict(example) for example in self.examples]]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -82,7 +82,7 @@ def read_tasks(
     cards: Mapping[str, str] | None = None,
     chat: bool = False,
 ) -> list[EvalTask]:
-    """The tasks that `sources` name, each with a seeded subset of its test split.
+    """Read the tasks that `sources` name, each with a seeded subset of its test split.
 
     Args:
         sources: task folders, folders of them, or names of published suites (`suites.SUITES`).
@@ -154,7 +154,7 @@ def _as_chat(example: Example) -> Example:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """What an INDEX.json beside or above a task folder says of it; nothing where there is none."""
+    """Read what an INDEX.json beside or above a task folder says of it, if there is one."""
     path = next((p / INDEX for p in [folder, *folder.parents][:3] if (p / INDEX).is_file()), None)
     if path is None:
         return {}
@@ -187,7 +187,7 @@ def _contamination(
     seen: Mapping[str, set[str]],
     cards: Mapping[str, str],
 ) -> dict[str, str]:
-    """Experts that know a held-out task from their training, and how."""
+    """Find experts that know a held-out task from their training, and say how."""
     found = {name: "similar skill" for name in source.near if name in experts}
     for name, card in cards.items():
         if f"`{source.name}`" in card:
@@ -200,7 +200,7 @@ def _contamination(
 
 
 def _without_examples(source: _Source) -> EvalTask:
-    """A set of a published suite that the Hub does not hold."""
+    """Make a task of a set that the Hub does not hold."""
     reason = "the Hub does not hold this set; give it as a folder instead"
     return EvalTask(source.name, "heldout", source.metric or "accuracy", [], [], 0, {}, reason)
 
@@ -221,7 +221,7 @@ def _task(model: Any, tokenizer: Any, **fields: Any) -> EvalTask:
 def _unanswerable(
     tokenizer: Any, examples: Sequence[Example], *, bound: int, room: int, seq2seq: bool
 ) -> str | None:
-    """Why some example does not fit the model, so that a score of the task would mean nothing."""
+    """Say why some example does not fit the model, so that a score would mean nothing."""
     if not seq2seq and bound + 1 >= room and any(e.choices is None for e in examples):
         return f"answers of {bound} tokens leave no room for a prompt in {room} tokens"
     for example in examples:

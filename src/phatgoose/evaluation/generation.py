@@ -1,4 +1,4 @@
-"""Greedy answers in batches."""
+"""Writes greedy answers, in batches."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -47,7 +47,7 @@ def generate_answers(
     experts: Experts | None = None,
     progress: Progress = False,
 ) -> list[str]:
-    """The greedy answer to each example, stripped; a batch holds prompts of similar lengths.
+    """Answer each example greedily, stripped. A batch holds prompts of similar lengths.
 
     `max_new_tokens` is one bound for all, or one for each example. Prompts too long for the model
     lose their beginning. `experts` has a routed model answer each example by one of them, or by the
@@ -81,7 +81,7 @@ def generate_answers(
 def generate_text(
     model: Any, tokenizer: Any, prompts: Sequence[str | Example], *, max_new_tokens: int
 ) -> list[str]:
-    """The greedy continuation of each prompt, stripped, all in one batch and in this order.
+    """Continue each prompt greedily, stripped, all in one batch and in this order.
 
     So while `phatgoose.record` is on, row n of the trace is prompt n.
     """
@@ -95,7 +95,7 @@ def generate_text(
 def _prompt_ids(
     model: Any, tokenizer: Any, prompt: str | Example, max_new_tokens: int
 ) -> list[int]:
-    """A prompt's ids, as training encodes them, cut to leave room for the answer."""
+    """Encode a prompt as training does, cut to leave room for the answer."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     seq2seq, room = is_seq2seq(model), longest_input(model, tokenizer)
@@ -117,7 +117,7 @@ def _answers(
     bounds: Sequence[int],
     experts: Experts | None,
 ) -> list[list[int]]:
-    """The new ids of each row, up to end-of-sequence or its bound.
+    """Return the new ids of each row, up to end-of-sequence or its bound.
 
     Most answers are short, so rows that have ended leave the batch after a few tokens, and the
     others go on from the KV cache.

@@ -1,4 +1,4 @@
-"""Rank classification: the choice a model finds likeliest, by its mean token log-likelihood."""
+"""Ranks choices: a model takes the one it finds likeliest, by mean token log-likelihood."""
 
 import inspect
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class _Group:
 def rank_choices(
     model: Any, tokenizer: Any, examples: Sequence[Example], **settings: Any
 ) -> list[str]:
-    """The choice with the highest score of each example; ties go to the first.
+    """Return the choice with the highest score of each example. Ties go to the first.
 
     Settings and errors are those of `score_choices`.
     """
@@ -70,10 +70,10 @@ def score_choices(
     experts: Experts | None = None,
     progress: Progress = False,
 ) -> list[list[float]]:
-    """Each choice's score: sum of log p(token), end-of-sequence included, over their number.
+    """Score each choice: the mean of log p(token), end-of-sequence included.
 
     That is the published evaluation (arXiv:2402.05859, section 4, and its code). Every choice gets
-    a forward of its own with the whole prompt, so also a routing of its own.
+    a forward of its own with the whole prompt, and so a routing of its own.
 
     Args:
         examples: with choices, all of them; prompts too long for the model lose their beginning.
@@ -114,7 +114,7 @@ def score_choices(
 
 
 def _groups(model: Any, tokenizer: Any, examples: Sequence[Any], *, share: bool) -> list[_Group]:
-    """One group per choice, or per distinct prompt of an example if those are shared.
+    """Make one group per choice, or per distinct prompt of an example if those are shared.
 
     The choices of a prompt at the length limit may leave different parts of it.
     """
@@ -134,7 +134,7 @@ def _groups(model: Any, tokenizer: Any, examples: Sequence[Any], *, share: bool)
 def _causal_scores(
     model: Any, groups: Sequence[_Group], pad: int, experts: Experts | None
 ) -> Float[Tensor, " N"]:
-    """One forward over prompts and targets; left padding puts all targets at the end."""
+    """Run one forward over prompts and targets. Left padding puts all targets at the end."""
     rows = [(group.prompt, target) for group in groups for target in group.targets]
     ids, mask = padded([prompt + target[:-1] for prompt, target in rows], pad, "left")
     targets, _ = padded([target for _, target in rows], IGNORED, "left")
@@ -154,7 +154,7 @@ def _causal_scores(
 def _shared_scores(
     model: Any, groups: Sequence[_Group], pad: int, experts: Experts | None
 ) -> Float[Tensor, " N"]:
-    """One forward over the prompts but their last tokens, then one over those and the targets."""
+    """Run a forward over the prompts but their last tokens, then one over those and the targets."""
     rows = [(group.prompt[-1], target) for group in groups for target in group.targets]
     tails, mask = padded([[last, *target[:-1]] for last, target in rows], pad, "right")
     targets, _ = padded([target for _, target in rows], IGNORED, "right")
@@ -204,7 +204,7 @@ def _announce(model: Any, ids: Tensor, mask: Tensor, *, cache: Any) -> None:
 def _seq2seq_scores(
     model: Any, groups: Sequence[_Group], pad: int, experts: Experts | None
 ) -> Float[Tensor, " N"]:
-    """One forward with prompts in the encoder and targets in the decoder."""
+    """Run one forward with prompts in the encoder and targets in the decoder."""
     rows = [(group.prompt, target) for group in groups for target in group.targets]
     ids, mask = padded([prompt for prompt, _ in rows], pad, "right")
     targets, target_mask = padded([target for _, target in rows], IGNORED, "right")
@@ -221,7 +221,7 @@ def _seq2seq_scores(
 
 
 def _of_rows(groups: Sequence[_Group], experts: Experts | None) -> Experts | None:
-    """Each group's expert for each of its targets."""
+    """Repeat each group's expert for each of its targets."""
     if experts is None:
         return None
     return [name for name, g in zip(experts, groups, strict=True) for _ in g.targets]
@@ -230,9 +230,10 @@ def _of_rows(groups: Sequence[_Group], experts: Experts | None) -> Experts | Non
 def _mean_log_likelihood(
     logits: Float[Tensor, "B L V"], targets: Int[Tensor, "B L"]
 ) -> Float[Tensor, " B"]:
-    """Mean log p(target) of each row over the targets that are not IGNORED, in fp32.
+    """Average log p(target) of each row over the targets that are not IGNORED, in fp32.
 
-    A few rows at a time: log-probabilities of a whole batch would be the largest thing in memory.
+    It takes a few rows at a time, because log-probabilities of a whole batch would be the largest
+    thing in memory.
     """
     targets = targets.to(logits.device)
     rows = max(1, LOGITS_AT_ONCE // max(1, logits[0].numel()))

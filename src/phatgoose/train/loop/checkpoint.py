@@ -1,4 +1,4 @@
-"""Progress of a training phase on disk, to go on from after an interrupt."""
+"""Keeps the progress of a training phase on disk, to go on from after an interrupt."""
 
 import json
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def load_checkpoint(
     packed: Packed,
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Put all of it back; ConfigError if the file is of other adapters or settings."""
+    """Put all of it back. Raises ConfigError if the file is of other adapters or settings."""
     tensors, metadata = read_tensors(path)
     saved = json.loads(metadata.get("identity", "{}"))
     different = sorted(key for key in identity if saved.get(key) != identity[key])

@@ -1,4 +1,4 @@
-"""A model that is frozen for a while."""
+"""Freezes a model for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from phatgoose.errors import ConfigError
 
 @contextmanager
 def frozen(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
-    """Freeze all parameters, in training mode if its dropout is wanted, else with none; then undo.
+    """Freeze all parameters for a while. Dropout is on if it is wanted, and else off.
 
     Without dropout the model is in evaluation mode, but for what checkpointing needs: modules that
     transformers checkpoints in training mode alone, and embeddings with a gradient, for what a
@@ -44,7 +44,7 @@ def frozen(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
 
 
 def _thaw_embeddings(model: nn.Module) -> Any:
-    """Hook the input embeddings, so that what they return has a gradient; the hook's handle."""
+    """Hook the input embeddings, so that what they return has a gradient. Returns the handle."""
     find: Any = getattr(model, "get_input_embeddings", None)
     embeddings = find() if callable(find) else None
     if not isinstance(embeddings, nn.Module):
@@ -63,7 +63,7 @@ def is_checkpointed(module: nn.Module) -> bool:
 
 
 def any_checkpointed(model: nn.Module) -> bool:
-    """Whether some module is; ConfigError where the model says so, and none can be found."""
+    """Tell whether some module is. Raises ConfigError if the model says so and none is found."""
     if any(map(is_checkpointed, model.modules())):
         return True
     for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # the new name first

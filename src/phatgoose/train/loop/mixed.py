@@ -1,4 +1,4 @@
-"""Mixed precision: which, and where."""
+"""Chooses mixed precision: which, and where."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +10,7 @@ from phatgoose.errors import ConfigError
 
 
 def autocast_dtype(asked: torch.dtype | None) -> torch.dtype | None:
-    """What to autocast to: what was asked for, else what the launcher says.
+    """Return what to autocast to: what was asked for, else what the launcher says.
 
     Accelerator.autocast() would follow whichever Trainer this process ran last.
     """

@@ -1,4 +1,4 @@
-"""Parameters of many experts, packed so that one operation serves them all."""
+"""Packs the parameters of many experts, so that one operation serves them all."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -39,7 +39,7 @@ class Packed:
 
     @property
     def vectors(self) -> list[nn.Parameter]:
-        """What an optimiser steps."""
+        """Return what an optimiser steps."""
         return list(self._vectors.values())
 
     @property
@@ -49,11 +49,11 @@ class Packed:
     def moments(
         self, optimizer: torch.optim.Optimizer, moment: str
     ) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's part of what the optimiser keeps."""
+        """Return each parameter's part of what the optimiser keeps."""
         return self._views({d: optimizer.state[v][moment] for d, v in self._vectors.items()})
 
     def zero_grad(self) -> None:
-        """Gradients of zero, in place; what no batch uses keeps them."""
+        """Set gradients to zero, in place. What no batch uses keeps zeros."""
         for vector in self.vectors:
             if vector.grad is None:
                 vector.grad = torch.zeros_like(vector)
@@ -63,7 +63,7 @@ class Packed:
             self.parameters[name].grad = view
 
     def norms(self) -> Float[Tensor, " E"]:
-        """The norm of each expert's gradient."""
+        """Compute the norm of each expert's gradient."""
         parts = [torch.linalg.vector_norm(part, dim=1) for part in self._by_expert()]
         stacked = torch.stack([part.to(parts[0].device) for part in parts])
         norms: Tensor = torch.linalg.vector_norm(stacked, dim=0)
@@ -77,7 +77,7 @@ class Packed:
         torch._foreach_mul_(parts, [on[part.device] for part in parts])
 
     def _by_expert(self) -> list[Float[Tensor, "E N"]]:
-        """The gradients, a row an expert."""
+        """Return the gradients, one row for each expert."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         return [gradient.view(self.experts, -1) for gradient in gradients]
 

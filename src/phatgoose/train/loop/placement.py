@@ -29,17 +29,17 @@ def place(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether accelerate has spread the model by a device_map."""
+    """Tell whether accelerate has spread the model by a device_map."""
     return any(hasattr(module, "hf_device_map") for module in model.modules())
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some weights are sharded over processes, by FSDP2 or DeepSpeed's ZeRO-3."""
+    """Tell whether some weights are sharded over processes, by FSDP2 or DeepSpeed's ZeRO-3."""
     return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes; an offloaded one's weights are there only while it does."""
+    """Say where a module computes. An offloaded one's weights are there only while it does."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):  # accelerate's hooks may come in sequence
@@ -53,7 +53,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextmanager
 def whole_weight(module: nn.Module) -> Iterator[Tensor]:
-    """A module's weight, brought back if it is offloaded, gathered if it is sharded.
+    """Return a module's weight. It is brought back if offloaded, and gathered if sharded.
 
     Every process has to ask for a sharded weight, in the same order.
     """

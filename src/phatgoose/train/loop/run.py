@@ -1,4 +1,4 @@
-"""How a phase is run, whatever it trains."""
+"""Says how a phase is run, whatever it trains."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from phatgoose.train.settings import MAX_GRAD_NORM, AdapterTraining, GateTrainin
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """On which processes, in which precision, and what is kept and told on the way."""
+    """The processes and the precision of a phase, and what is kept and told on the way."""
 
     accelerator: Accelerator
     autocast: torch.dtype | None
@@ -35,7 +35,7 @@ class Run:
         )
 
     def identity(self, settings: Any) -> dict[str, str]:
-        """What has to be the same for a run to go on from a checkpoint."""
+        """Return what has to be the same for a run to go on from a checkpoint."""
         return {
             "number of processes": str(self.accelerator.num_processes),
             "autocast": str(self.autocast),
@@ -44,7 +44,7 @@ class Run:
 
 
 def optimisation(settings: AdapterTraining | GateTraining) -> Optimisation:
-    """What the loop has to know of a phase."""
+    """Return what the loop has to know of a phase."""
     if isinstance(settings, GateTraining):
         return Optimisation(
             steps=settings.steps,

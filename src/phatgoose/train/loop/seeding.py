@@ -1,4 +1,4 @@
-"""Random generators: seeded for a while, and put back as they were."""
+"""Seeds random generators for a while, and puts them back as they were."""
 
 import random
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Batches without end, shared out among processes."""
+"""Shares batches out among processes, without end."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def own_share(batches: Iterable[T], accelerator: Accelerator, who: str = "") -> Iterator[T]:
-    """This process's share of the batches, starting again when they end."""
+    """Yield this process's share of the batches. It starts again when they end."""
     from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 
     shared = isinstance(batches, DataLoaderShard | DataLoaderDispatcher)
@@ -44,7 +44,7 @@ def skip(stream: Iterator[T], count: int) -> None:
 
 
 def size(batch: Any) -> tuple[int, Tensor]:
-    """Examples and real tokens of a batch; the latter where the batch is, so that none waits.
+    """Count a batch's examples and real tokens. The latter stay on its device, so nothing waits.
 
     A batch of a trainer's own kind, like GRPO's list of prompts, has no tokens to count.
     """

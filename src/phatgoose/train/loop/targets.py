@@ -1,4 +1,4 @@
-"""The loss of next tokens, with logits only where there is a label.
+"""Computes the loss of next tokens, with logits only where there is a label.
 
 A head over a large vocabulary is most of a small model's memory: [rows, length, vocabulary] in
 fp32, though labels stand on the answers alone. So the head is given those tokens and no others.
@@ -64,7 +64,7 @@ class Targets:
 def target_losses(
     model: Any, inputs: Mapping[str, Any], targets: Targets, *, whole: bool = False
 ) -> Float[Tensor, " N"]:
-    """Nats of each target: -log p(token), as the model's own loss has it before the mean.
+    """Compute the nats of each target: -log p(token), as the model's own loss before the mean.
 
     `inputs` has no labels. `whole` runs the head on all tokens, where something else has to see
     them there. Raises TrainingError where the model gives logits of other tokens.
@@ -85,7 +85,7 @@ def target_losses(
 
 
 def batch_losses(model: Any, batch: Mapping[str, Any]) -> Float[Tensor, " N"] | None:
-    """The losses that `model(**batch).loss` is the mean of, or None where it may be another."""
+    """Return the losses that `model(**batch).loss` is the mean of, or None if it may be another."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config: Any = getattr(base, "config", None)
     labels = batch.get("labels")
@@ -106,7 +106,7 @@ def batch_losses(model: Any, batch: Mapping[str, Any]) -> Float[Tensor, " N"] | 
 
 
 def output_head(model: Any) -> nn.Module | None:
-    """The layer that makes logits, if the model names one."""
+    """Return the layer that makes logits, if the model names one."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     return head if isinstance(head, nn.Module) else None
