@@ -280,6 +280,8 @@ CONTRADICTING = [
     ({"base": True, "allow": ["e0"]}, "name none beside it"),
     ({"allow": []}, '"allow" is empty'),
     ({"allow": "e0"}, "allow must be a list"),
+    ({"allow": "e" * 10**6}, "allow must be a list"),
+    ({"weights": ["\n"] * 10**5}, "weights must be experts' names"),
     ({"scale": -1}, "scale must be at least 0 and finite"),
     ({"scale": float("nan")}, "scale must be at least 0 and finite"),
     ({"temperature": 0}, "temperature must be above 0"),
@@ -300,8 +302,9 @@ def test_bad_rows_change_nothing(model_and_pool):
         with pytest.raises(ConfigError, match=message), assign(model, ["e1", row]):
             raise AssertionError(row)
     for contradicting, message in CONTRADICTING:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as raised:
             Choice(**contradicting)
+        assert len(str(raised.value)) < 250 and "\n" not in str(raised.value)
     with pytest.raises(ConfigError, match="deny"), assign(model, [Choice(deny=pool.names)]):
         pass
     assert torch.equal(model(**batch).logits, before)

@@ -69,8 +69,9 @@ def training_examples(
 def tell_found(method: Method) -> None:
     """Say on stderr which weights were found, in the words of --weights."""
     if isinstance(method, LoraHub) and method.found:
-        weights = ",".join(f"{name}={weight:.4g}" for name, weight in method.found.items())
-        print(f"phatgoose: {method.name}: --weights {weights}", file=sys.stderr)
+        used = [f"{name}={weight:.4g}" for name, weight in method.found.items() if weight]
+        words = f"--weights {','.join(used)}" if used else "no expert helps, so the base alone"
+        print(f"phatgoose: {method.name}: {words}", file=sys.stderr)
 
 
 def method_inputs(

@@ -40,38 +40,38 @@ class Choice:
 
     def _check_numbers(self) -> None:
         if not isinstance(self.base, bool):
-            raise ConfigError(f"phatgoose: base must be true or false, got {self.base!r}.")
+            raise ConfigError(f"base must be true or false, got {_short(self.base)}.")
         if self.scale is not None:
             object.__setattr__(self, "scale", _number("scale", self.scale))
         if self.temperature is not None:
             temperature = _number("temperature", self.temperature)
             object.__setattr__(self, "temperature", temperature)
             if not torch.tensor(temperature, dtype=torch.float32) > 0:
-                raise ConfigError(f"phatgoose: temperature must be above 0, got {temperature}.")
+                raise ConfigError(f"temperature must be above 0, got {temperature}.")
         top_k = self.top_k
         if top_k not in (None, "all") and not (type(top_k) is int and top_k >= 1):
             raise ConfigError(
-                f'phatgoose: top_k must be a whole number, at least 1, or "all", got {top_k!r}.'
+                f'top_k must be a whole number, at least 1, or "all", got {_short(top_k)}.'
             )
         if max(self.mixture().values(), default=0.0) > LARGEST:
-            raise ConfigError("phatgoose: weights times scale is more than float32 holds.")
+            raise ConfigError("weights times scale is more than float32 holds.")
 
     def _check_whole(self) -> None:
         """Raise ConfigError where one setting leaves another without a meaning."""
         if self.allow == ():
-            raise ConfigError('phatgoose: "allow" is empty. Ask for {"base": true}, or name some.')
+            raise ConfigError('"allow" is empty. Ask for {"base": true}, or name some.')
         if self.base and (self.allow is not None or self.deny):
-            raise ConfigError('phatgoose: "base" leaves out every expert, so name none beside it.')
+            raise ConfigError('"base" leaves out every expert, so name none beside it.')
         own = [name for name in ("weights", *OWN) if getattr(self, name) is not None]
         if self.base and own:
             raise ConfigError(
-                f'phatgoose: "base" leaves out every expert, so {own[0]} has no meaning beside it.'
+                f'"base" leaves out every expert, so {own[0]} has no meaning beside it.'
             )
         router = [name for name in own if name not in ("weights", "scale")]
         router += [name for name in ("allow", "deny") if getattr(self, name)]
         if self.weights is not None and router:
             raise ConfigError(
-                f"phatgoose: weights fix the mixture and the router is not asked, so {router[0]} "
+                f"weights fix the mixture and the router is not asked, so {router[0]} "
                 "has no meaning beside them. Leave one of the two out."
             )
 
@@ -101,16 +101,14 @@ class Choice:
             return [name for name in names if name in self.weights]
         left = [n for n in names if (self.allow is None or n in self.allow) and n not in self.deny]
         if names and not left:
-            raise ConfigError(
-                'phatgoose: "deny" leaves no expert. Ask for {"base": true} if that is meant.'
-            )
+            raise ConfigError('"deny" leaves no expert. Ask for {"base": true} if that is meant.')
         return left
 
     def check_router(self, *, scale: str) -> None:
         """Raise ConfigError for a setting that changes nothing where experts are weighed so."""
         if self.temperature is not None and scale == "unit":
             raise ConfigError(
-                'phatgoose: with scale="unit" every chosen expert has weight 1, so temperature '
+                'with scale="unit" every chosen expert has weight 1, so temperature '
                 "changes nothing. Leave it out."
             )
 
@@ -121,28 +119,34 @@ KEYS = tuple(each.name for each in fields(Choice))
 
 def _names(key: str, given: Iterable[Any]) -> tuple[str, ...]:
     if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-        raise ConfigError(f"phatgoose: {key} must be a list of experts' names, got {given!r}.")
+        raise ConfigError(f"{key} must be a list of experts' names, got {_short(given)}.")
     return tuple(given)
 
 
 def _weights(given: Any) -> dict[str, float]:
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise ConfigError(
-            f'phatgoose: weights must be experts\' names with numbers, {{"name": 0.7}} for '
-            f"example, got {given!r}."
+            f'weights must be experts\' names with numbers, {{"name": 0.7}} for '
+            f"example, got {_short(given)}."
         )
     if not given:
-        raise ConfigError("phatgoose: weights are empty. Name an expert, or ask for the base.")
+        raise ConfigError("weights are empty. Name an expert, or ask for the base.")
     return {name: _number(f"the weight of {name}", value) for name, value in given.items()}
 
 
 def _number(what: str, value: Any) -> float:
     if type(value) is bool or not isinstance(value, numbers.Real):
-        raise ConfigError(f"phatgoose: {what} must be a number, got {value!r}.")
+        raise ConfigError(f"{what} must be a number, got {_short(value)}.")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not 0 <= number <= LARGEST:  # NaN is not
-        raise ConfigError(f"phatgoose: {what} must be at least 0 and finite, got {value!r}.")
+        raise ConfigError(f"{what} must be at least 0 and finite, got {_short(value)}.")
     return number
+
+
+def _short(value: Any, most: int = 100) -> str:
+    """A value as one line of an error has it."""
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
