@@ -10,6 +10,7 @@ from torch import nn
 
 from phatgoose import ExpertPool, load_expert, record, restrict, route, unroute
 from phatgoose.errors import ConfigError, IncompatibleExpertError, MissingGateError, RoutingError
+from phatgoose.experts.bases import BaseWarning
 from phatgoose.nn.settings import _say_fewer
 from tests.models import (
     LINEARS,
