@@ -67,7 +67,7 @@ def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Exper
     Raises:
         ExpertNotFoundError: no such folder, and the Hub does not give it.
         ExpertFormatError: a file is missing, damaged, or not what the format says.
-        UnsupportedAdapterError: DoRA, modules_to_save, biases, pickles and the like.
+        UnsupportedAdapterError: a kind of adapter that is not computed, or a pickle.
         IncompatibleExpertError: a signature belongs to another adapter, or to another base than
             the others.
         ConfigError: its name has characters that cannot be seen.

@@ -11,6 +11,7 @@ from phatgoose.errors import (
     IncompatibleExpertError,
     MissingGateError,
     RoutingError,
+    UnsupportedAdapterError,
 )
 from tests.models import save_expert
 from tests.serve.models import save_base, save_pool
@@ -93,6 +94,15 @@ def test_output_heads(world, load):
     save_expert(folder / "head", base, seed=1, targets=("q_proj", "lm_head"))
     with pytest.raises(RoutingError, match="adapts lm_head.*not embeddings or output heads"):
         load(folder / "base", {"experts": [str(folder / "head")], "top_k": 1})
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"lora_bias": True}])
+def test_other_kinds_of_adapters(kind, world, load, tmp_path):
+    folder, base = world
+    save_expert(tmp_path / "other", base, seed=1, targets=ATTENTION, **kind)
+    match = "vLLM: other at .* takes plain LoRA only, .* Route it on transformers"
+    with pytest.raises(UnsupportedAdapterError, match=match):
+        load(folder / "base", {"experts": [str(tmp_path / "other")], "top_k": 1})
 
 
 def test_layers_that_vllm_has_not(load, tmp_path):

@@ -116,7 +116,8 @@ class Slots:
         """
         found: dict[str, list[Adapted]] = {}
         for module, lora in expert.modules.items():
-            lora = lora.plain(f"vLLM: {expert.name} at {module}")
+            who = f"vLLM: {expert.name} at {module}"
+            lora = lora.plain(who, "Route it on transformers, leave it out")
             signature = self.router.signature(expert, module)
             if self.gated:
                 signature = F.pad(signature, (0, lora.in_features - len(signature)))
