@@ -94,9 +94,9 @@ check: $(READY)
 # torch must not load our lm_eval hook, which would be checked before torch itself is there. What tells
 # forwards apart looks at the frames of its callers, so nothing may be put around it.
 SHAPED := phatgoose.ops,phatgoose.routers,phatgoose.experts,phatgoose.pool,phatgoose.train,phatgoose.types
-SHAPED := $(SHAPED),phatgoose.nn.bank,phatgoose.nn.trace,phatgoose.nn.settings
+SHAPED := $(SHAPED),phatgoose.nn.bank,phatgoose.nn.trace,phatgoose.nn.settings,phatgoose.nn.rows
 SHAPES := tests/ops/test_choose.py tests/ops/test_lora.py tests/nn tests/routers \
-  tests/pool/test_identities.py tests/pool/test_routing.py tests/train/test_together.py
+  tests/pool/test_identities.py tests/pool/test_routing.py tests/pool/test_assign.py tests/train/test_together.py
 shapes: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	PYTHONPATH=. $(BIN)/pytest -p tests.shapes --jaxtyping-packages=$(SHAPED),tests.shapes.check \

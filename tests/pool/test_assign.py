@@ -293,6 +293,7 @@ CONTRADICTING = [
 ]
 
 
+@pytest.mark.wrong_types
 def test_bad_rows_change_nothing(model_and_pool):
     model, pool = model_and_pool("llama", 4)
     batch = make_batch(model, [3, 2])

@@ -48,10 +48,10 @@ def choose_experts(
     scores: Float[Tensor, "*T E"],
     top_k: int,
     *,
-    temperature: float | Float[Tensor, "*T 1"] = 1.0,
+    temperature: float | Float[Tensor, "*#T 1"] = 1.0,
     scale: Scale = "softmax",
     null_score: float | None = None,
-    keep: Int[Tensor, "*T"] | None = None,
+    keep: Int[Tensor, "*#T"] | None = None,
 ) -> Routing:
     """Keep the K = min(top_k, candidates) highest scores of each token, then weigh them.
 
