@@ -3,7 +3,7 @@
 #   make demo     watch default experts route a few prompts
 #   make test     the tests, on all cores; those of the served page need Chromium, or are skipped
 #   make check    lint, format, types, import order
-#   make study    every router on two pools: docs/study.md, in hours (DATA=tasks TEXT=text)
+#   make study    every router on two pools: docs/study.md, on a GPU (DATA=tasks)
 #   make bench    what routing costs on this machine: out/benchmarks/performance.md, in minutes
 #   make test-vllm   the plugin inside vLLM on a CPU, in .venv-vllm (Python 3.11 to 3.13); all its
 #                    tests with VLLM_ARGS=, in twice the time
@@ -134,8 +134,8 @@ bench: $(READY)
 
 # DATA holds tasks/NAME/{train,validation,test}.jsonl, heldout/NAME/test.jsonl and INDEX.json.
 study: $(READY)
-	@test -d "$(DATA)" -a -d "$(TEXT)" || { echo 'give make study DATA=FOLDER TEXT=FOLDER' >&2; exit 1; }
-	$(BIN)/python recipes/study/run.py --data "$(DATA)" --text "$(TEXT)" $(STUDY_ARGS)
+	@test -d "$(DATA)" || { echo 'give make study DATA=FOLDER' >&2; exit 1; }
+	$(BIN)/python recipes/study/run.py --data "$(DATA)" $(STUDY_ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix

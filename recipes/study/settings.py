@@ -1,9 +1,7 @@
-"""What the study compares: the methods of its tables, and the variants its settings come from."""
+"""The variants that the study chooses settings from, on validation sets."""
 
 import random
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +22,10 @@ from phatgoose.routers import (
     Router,
 )
 
-# In the order of the tables; what decides most comes first, should the time run out.
-METHODS = (
-    "base own phatgoose phatgoose+evidence phatgoose+prompt_evidence adapter_evidence "
-    "adapter_prompt_evidence average_activation arrow retrieval merged multitask "
-    "phatgoose+adapter_evidence evidence prompt_evidence arrow+adapter_evidence spectr lag "
-    "best_individual oracle seqr spectr_norm seqr+zscore merged_svd peft_linear peft_ties "
-    "peft_dare"
-).split()
+MANY = (1.0, 2.0, 4.0, 8.0, 16.0)  # strengths of evidence
+PARTS = [
+    f"{router}, {n} experts" for n in (8, 4, 2) for router in ("phatgoose", "phatgoose+evidence")
+]
 
 
 class RawRouter(Router):
@@ -67,15 +61,21 @@ def routed(name: str, router: Router | str, **options: Any) -> Routed:
     return Routed(name, router=router, options=options, made_with=made_with)
 
 
-def variants(pool: ExpertPool) -> list[Method]:
+def variants() -> list[Method]:
     """Settings of the published recipe, and changes to it."""
     unit = {"top_k": 1, "scale": "unit"}
     found: list[Method] = [
         Base("base"),
         Own("own"),
         routed("phatgoose", "phatgoose"),
-        *(routed(f"top_k {k}", "phatgoose", top_k=k) for k in (1, 4)),
-        routed("top_k all", "phatgoose", top_k="all"),
+        *(routed(f"evidence x {s:g}", EvidenceRouter(PhatgooseRouter(), strength=s)) for s in MANY),
+        *(
+            routed(f"prompt evidence x {s:g}", PromptEvidenceRouter(PhatgooseRouter(), strength=s))
+            for s in MANY
+        ),
+        routed("evidence alone", EvidenceRouter()),
+        routed("prompt evidence alone", PromptEvidenceRouter()),
+        *(routed(f"top_k {k}", "phatgoose", top_k=k) for k in (1, 4, "all")),
         *(routed(f"temperature {t}", "phatgoose", temperature=t) for t in (0.3, 0.5, 2.0)),
         routed("unit scale, top_k 1", "phatgoose", **unit),
         routed("unit scale, top_k 2", "phatgoose", top_k=2, scale="unit"),
@@ -84,44 +84,22 @@ def variants(pool: ExpertPool) -> list[Method]:
         routed("z-scored", "phatgoose+zscore"),
         routed("random", RandomRouter()),
     ]
-    for short, kind, whole in (
-        ("evidence", EvidenceRouter, PromptEvidenceRouter),
-        ("adapter evidence", AdapterEvidenceRouter, AdapterPromptEvidenceRouter),
-    ):
-        for strength in (1.0, 2.0, 4.0, 8.0, 16.0):
-            router = kind(PhatgooseRouter(), strength=strength)
-            found.append(routed(f"{short} x {strength:g}", router))
-        router = kind(PhatgooseRouter(), strength=8.0)
-        found.append(routed(f"{short} x 8, unit scale, top_k 1", router, **unit))
-        found.append(routed(f"{short} alone", kind()))
-        router = whole(PhatgooseRouter(), strength=8.0)
-        found.append(routed(f"{short} of the whole prompt x 8", router))
-        found.append(
-            routed(f"{short} x 8 alone, top_k 2", kind(strength=8.0), top_k=2, scale="softmax")
-        )
-    found.append(
-        routed("arrow + adapter evidence x 16", AdapterEvidenceRouter(ArrowRouter(), strength=16.0))
-    )
-    if all("average_activation" in expert.signatures for expert in pool):
-        inner = EvidenceRouter(AverageActivationRouter(), strength=8.0)
-        found.append(routed("average activation + evidence x 8", inner))
+    for s in (4.0, 8.0, 16.0):
+        router = AdapterEvidenceRouter(PhatgooseRouter(), strength=s)
+        found.append(routed(f"adapter evidence x {s:g}", router))
+        whole = AdapterPromptEvidenceRouter(PhatgooseRouter(), strength=s)
+        found.append(routed(f"adapter prompt evidence x {s:g}", whole))
+    arrow = AdapterEvidenceRouter(ArrowRouter(), strength=16.0)
+    average = EvidenceRouter(AverageActivationRouter(), strength=8.0)
+    found.append(routed("arrow + adapter evidence x 16", arrow))
+    found.append(routed("average activation + evidence x 8", average))
     return found
 
 
-def with_gates_of(folders: Sequence[Path], steps: str) -> Method:
-    """PHATGOOSE with gates trained for another number of steps."""
-    return Routed(f"{steps} gate steps", router="phatgoose", pool=ExpertPool.load(folders))
-
-
-def sub_pools(pool: ExpertPool) -> list[Method]:
-    """Parts of the pool, each inside the next, by the published recipe and with evidence."""
+def of_size(name: str, pool: ExpertPool) -> Routed:
+    """A part of the pool, each inside the next larger one; `name` is "ROUTER, N experts"."""
+    router, _, size = name.removesuffix(" experts").partition(", ")
     names = list(pool.names)
     random.Random(0).shuffle(names)
-    found: list[Method] = []
-    size = len(names) // 2
-    while size >= 2:
-        part = ExpertPool(pool[name] for name in sorted(names[:size]))
-        for router in ("phatgoose", "phatgoose+evidence"):
-            found.append(Routed(f"{router}, {size} experts", router=router, pool=part))
-        size //= 2
-    return found
+    part = ExpertPool(pool[each] for each in sorted(names[: int(size)]))
+    return Routed(name, router=router, pool=part)
