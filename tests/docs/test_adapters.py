@@ -8,6 +8,7 @@ import pytest
 
 from phatgoose import load_expert
 from phatgoose.errors import UnsupportedAdapterError
+from tests.experts.found import HARMLESS, REFUSED
 from tests.experts.matrix import VARIANTS, Family, make_adapter
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
@@ -35,6 +36,12 @@ def test_what_is_routed_is_in_the_matrix():
     table = rows("What is routed")
     assert len(table) == 11
     assert all(named(cells[-1]) for cells in table)
+
+
+def test_what_is_found_is_among_the_changes():
+    table = rows("Files as trainers leave them")
+    changes = [name for cells in table for name in cells[-1].split(", ")]
+    assert len(table) == 8 and set(changes) <= {*HARMLESS, *REFUSED}
 
 
 @pytest.mark.parametrize("said", [cells[0].strip("`") for cells in rows("What is refused")])
