@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from phatgoose.cli.arguments.collection import Derive, GateMany, TrainMany
+from phatgoose.cli.loading import load
 from phatgoose.cli.sources import by_name, experts_by_name
 from phatgoose.cli.training import encode_examples
 from phatgoose.errors import ConfigError, TaskFormatError
@@ -17,7 +18,7 @@ from phatgoose.experts import Expert, GateRecord, identify_base, load_expert
 from phatgoose.experts.bases import one_base, tell_bases
 from phatgoose.experts.kinds import KINDS
 from phatgoose.experts.lora import read_config
-from phatgoose.models import DEFAULT, load_base
+from phatgoose.models import DEFAULT
 from phatgoose.routers.base import measuring_routers
 from phatgoose.tasks import Encoded, Example, load_examples, task_folders
 from phatgoose.train import derive_signatures, gate_experts, train_experts, train_experts_on
@@ -29,7 +30,7 @@ def train(asked: TrainMany) -> None:
     gates, adapter = asked.gate_training(), asked.adapter_training()
     folders = by_name(task_folders(asked.tasks, "train"))
     examples = {name: load_examples(folder, chat=asked.chat) for name, folder in folders.items()}
-    opened = partial(_opened, examples, asked.base or DEFAULT, asked.max_length)
+    opened = partial(_opened, examples, asked)
     settings: dict[str, Any] = {
         "adapter": adapter,
         "gates": gates,
@@ -44,11 +45,11 @@ def train(asked: TrainMany) -> None:
 
 
 def _opened(
-    examples: Mapping[str, list[Example]], base: str, max_length: int, device: str | None
+    examples: Mapping[str, list[Example]], asked: TrainMany, device: str | None
 ) -> tuple[Any, Any, dict[str, list[Encoded]]]:
     """The base on a device, its tokenizer, and the examples for it."""
-    model, tokenizer = load_base(base, device=device, dtype=torch.float32)
-    return model, tokenizer, _encode(examples, model, tokenizer, max_length)
+    model, tokenizer = load(asked.base or DEFAULT, asked, training=True, device=device)
+    return model, tokenizer, _encode(examples, model, tokenizer, asked.max_length)
 
 
 def _every(devices: Sequence[str]) -> list[str]:
@@ -74,7 +75,7 @@ def gate(asked: GateMany) -> None:
                 f"alone: phatgoose gate {folder}"
             )
     examples = {name: load_examples(tasks[name], chat=asked.chat) for name in folders}
-    model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
+    model, tokenizer = load(base, asked, training=True)
     named = [Expert(name, {}, base_name=base) for name, base in _bases(folders).items()]
     tell_bases(named, identify_base(model), same_base=asked.same_base)
     made = gate_experts(
@@ -105,7 +106,7 @@ def derive(asked: Derive) -> None:
         for name in folders
         if tasks
     }
-    model, tokenizer = load_base(asked.base or _common_base(folders), device=asked.device)
+    model, tokenizer = load(asked.base or _common_base(folders), asked)
     tell_bases(experts.values(), identify_base(model), same_base=asked.same_base)
     made = derive_signatures(
         model,

@@ -2,9 +2,8 @@
 
 import json
 
-import torch
-
 from phatgoose.cli.arguments.evaluation import Evaluate
+from phatgoose.cli.loading import load
 from phatgoose.cli.methods import (
     base_of,
     less_general,
@@ -20,7 +19,6 @@ from phatgoose.evaluation import (
     run_evaluation,
     table,
 )
-from phatgoose.models import load_base
 from phatgoose.pool import ExpertPool
 
 CARD = "README.md"
@@ -40,8 +38,7 @@ def evaluate(asked: Evaluate) -> None:
     whole = whole_pool(asked)
     pool = less_general(whole, asked.general)
     training = training_examples(asked.train_tasks, pool, chat=asked.chat)
-    dtype = getattr(torch, asked.dtype) if asked.dtype else None
-    model, tokenizer = load_base(base_of(asked, whole), device=asked.device, dtype=dtype)
+    model, tokenizer = load(base_of(asked, whole), asked)
     inputs = method_inputs(
         asked,
         pool,

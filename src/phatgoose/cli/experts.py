@@ -50,7 +50,7 @@ def verify(asked: Verify) -> int:
     """Check experts; 3 if anything is wrong with any."""
     base: Any = None
     if asked.base:
-        base, _ = load_base(asked.base, device="cpu")
+        base, _ = load_base(asked.base, device="cpu", trust_remote_code=asked.trust_remote_code)
     found = {
         str(source): verify_expert(source, base, same_base=asked.same_base)
         for source in expert_sources(asked.experts)
@@ -72,7 +72,7 @@ def merge(asked: Merge) -> None:
     pool = ExpertPool.load(expert_sources(asked.experts), same_base=asked.same_base)
     task_type, base = None, None
     if asked.base:
-        base, _ = load_base(asked.base, device="cpu")
+        base, _ = load_base(asked.base, device="cpu", trust_remote_code=asked.trust_remote_code)
         pool.rename_for(base)
         for problem in (problem for expert in pool for problem in check_modules(expert, base)):
             raise IncompatibleExpertError(problem)
@@ -104,7 +104,10 @@ def merge(asked: Merge) -> None:
 def convert(asked: Convert) -> None:
     """Make a plain LoRA folder."""
     check_new(asked.out)
-    model = load_base(asked.base, device="cpu", dtype=torch.float32)[0] if asked.base else None
+    model = None
+    if asked.base:
+        trust = asked.trust_remote_code
+        model, _ = load_base(asked.base, device="cpu", dtype=torch.float32, trust_remote_code=trust)
     made = convert_adapter(
         asked.expert, asked.out, base=model, rank=asked.rank, read_pickle=asked.bin
     )

@@ -11,6 +11,7 @@ import phatgoose
 from phatgoose import analysis
 from phatgoose.cli.arguments.inference import Demo, Generate, Trace
 from phatgoose.cli.fields import flag
+from phatgoose.cli.loading import load
 from phatgoose.cli.methods import base_of, load_pool, method_inputs, tell_found, training_examples
 from phatgoose.cli.options import ROUTER, AnswerOptions, RoutedOptions
 from phatgoose.default import smollm2, tiny
@@ -24,7 +25,7 @@ from phatgoose.evaluation import (
     make_method,
     method_names,
 )
-from phatgoose.models import DEFAULT, TINY, load_base
+from phatgoose.models import DEFAULT, TINY
 from phatgoose.pool import ExpertPool
 from phatgoose.routers import derivations, make_router
 from phatgoose.tasks import SEPARATOR, Example, one_turn
@@ -95,7 +96,7 @@ def generate(asked: Generate) -> None:
     prompts, name = _prompts(asked.prompt, asked), method_name(asked)
     pool = load_pool(asked)
     training = training_examples(asked.train_tasks, pool, chat=asked.chat)
-    model, tokenizer = load_base(base_of(asked, pool), device=asked.device)
+    model, tokenizer = load(base_of(asked, pool), asked)
     inputs = method_inputs(asked, pool, model, tokenizer, training=training, chat=asked.chat)
     method, knobs = make_method(name, inputs), asked.routing()
     if isinstance(method, Routed):
@@ -151,7 +152,7 @@ def routed_model(asked: RoutedOptions) -> tuple[Any, Any, ExpertPool]:
     """The base that routes among the experts as the options say, its tokenizer, and the pool."""
     _check_routes(asked.router)
     pool = load_pool(asked)
-    model, tokenizer = load_base(base_of(asked, pool), device=asked.device)
+    model, tokenizer = load(base_of(asked, pool), asked)
     phatgoose.route(model, pool, asked.router, **asked.routing())
     _tell_derived(asked.router, pool)
     return model, tokenizer, pool

@@ -1,16 +1,19 @@
 """Options that several commands share, by groups. Nothing heavy is imported here."""
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from phatgoose.cli.fields import Options, option
+from phatgoose.errors import ConfigError
 from phatgoose.train.settings import AdapterTraining, GateTraining, SaveDtype
 
 # As nn.RoutingSettings and pool.retrieval have them; they load torch, and tests/cli compares.
 Scale = Literal["softmax", "unit"]
+Quantization = Literal["bnb-8bit", "bnb-4bit", "torchao-int8", "gguf"]
 ROUTER = "phatgoose"
 ENCODER = "base"
 MODEL = "model and experts"
@@ -25,14 +28,49 @@ class JsonOption(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOption(Options):
-    """Where the model runs."""
+class TrustOption(Options):
+    """Whether a base's own code may run."""
+
+    TITLE: ClassVar = MODEL
+    trust_remote_code: bool = option(
+        "run the Python code that the base brings along; read it first", default=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(TrustOption):
+    """How the base is loaded, and where it runs."""
 
     TITLE: ClassVar = MODEL
 
     device: str | None = option(
         "device to run on, cpu or cuda for example; without it, a GPU if there is one", default=None
     )
+    device_map: str | None = option(
+        "how to spread the base over devices: auto, balanced or the like, or a JSON object of "
+        "modules and devices; without it, all is on --device",
+        default=None,
+        metavar="MAP",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        "dtype of the base; without it, bfloat16, and float32 on a CPU and in training",
+        default=None,
+    )
+    quantization: Quantization | None = option(
+        "quantise the base while it is loaded; without it, the base is as it is saved, quantised "
+        "ones too",
+        default=None,
+    )
+
+
+def read_map(text: str | None) -> Any:
+    """A device map as it was typed: a word, or a JSON object."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--device-map: is not JSON ({error}). Correct it.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +206,7 @@ class RoutingOptions(KnobOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedOptions(RoutingOptions, ExpertsOptions, DeviceOption, JsonOption):
+class RoutedOptions(RoutingOptions, ExpertsOptions, LoadOptions, JsonOption):
     """All that a routed model is made of."""
 
 
@@ -326,10 +364,10 @@ class GateOptions(BatchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatingOptions(GateOptions, AdaptersBaseOption, DeviceOption, JsonOption):
+class GatingOptions(GateOptions, AdaptersBaseOption, LoadOptions, JsonOption):
     """All that training gates takes, of one adapter or of many."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(AdapterOptions, GateOptions, BaseOption, DeviceOption, JsonOption):
+class TrainingOptions(AdapterOptions, GateOptions, BaseOption, LoadOptions, JsonOption):
     """All that training an adapter and its gates takes, of one expert or of many."""

@@ -12,12 +12,13 @@ import torch
 from peft import PeftModel
 
 from phatgoose.cli.arguments.training import Gate, Train
+from phatgoose.cli.loading import load
 from phatgoose.cli.options import GateOptions
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Delta, Expert, LoraModule, identify_base
 from phatgoose.experts.bases import tell_bases
 from phatgoose.experts.lora import has_peft_keys, read_adapter
-from phatgoose.models import DEFAULT, load_base
+from phatgoose.models import DEFAULT
 from phatgoose.tasks import Encoded, Example, batches, encode_example, load_examples, within
 from phatgoose.train import train_adapter, train_gates, train_gates_together
 from phatgoose.train.gates import check_adapter
@@ -34,7 +35,7 @@ def gate(asked: Gate) -> None:
     if not base:
         raise ConfigError(f"{folder}: its config names no base model. Pass --base.")
     examples = load_examples(asked.data, chat=asked.chat)
-    model, tokenizer = load_base(base, device=asked.device, dtype=torch.float32)
+    model, tokenizer = load(base, asked, training=True)
     check_adapter(folder.name, modules, model)  # PEFT would load what fits, with a warning
     expert = Expert(folder.name, modules, base_name=config.get("base_model_name_or_path"))
     tell_bases([expert], identify_base(model), same_base=asked.same_base)
@@ -58,7 +59,7 @@ def train(asked: Train) -> None:
             f"trained and only its gates are missing: phatgoose gate {out}"
         )
     examples = load_examples(asked.data, chat=asked.chat)
-    model, tokenizer = load_base(asked.base or DEFAULT, device=asked.device, dtype=torch.float32)
+    model, tokenizer = load(asked.base or DEFAULT, asked, training=True)
     encoded = encode_examples(examples, model, tokenizer, asked.max_length, who=asked.data)
     peft_model = train_adapter(model, encoded, out, settings, pad=tokenizer.pad_token_id)
     _train_gates(asked, peft_model, tokenizer, encoded, out, json_wanted=asked.json)

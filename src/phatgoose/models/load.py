@@ -1,5 +1,6 @@
 """Loads a base model and its tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,33 @@ from torch import nn
 from phatgoose.errors import BaseNotFoundError, ConfigError, first_line
 from phatgoose.models import wheel
 from phatgoose.models.named import Base, find_base, tell
+from phatgoose.models.quantization import quantization_config
 
 
 def load_base(
-    source: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
+    source: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    quantization: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A transformers model in evaluation mode, and its tokenizer, by folder, Hub id or name.
 
     The names are `SMOLLM2`, which is fetched where it is not on this disk, and `TINY`.
 
-    `device` is the first accelerator by default; `dtype` is fp32 on a CPU and bf16 elsewhere.
+    Args:
+        device: the first accelerator by default.
+        dtype: by default fp32 on a CPU and bf16 elsewhere.
+        quantization: one of `QUANTIZATIONS`; a base that is saved quantised needs none.
+        device_map: how accelerate spreads the layers over devices, in place of `device`.
+        trust_remote_code: run what Python code the base brings along.
 
     Raises:
         BaseNotFoundError: the folder or the Hub does not give them.
-        ConfigError: torch cannot use the device, or the tokenizer has no token to pad with.
+        ConfigError: torch cannot use the device, a package is missing, the base has code of its
+            own that is not trusted, or the tokenizer has no token to pad with.
     """
     from transformers import (
         AutoConfig,
@@ -31,19 +45,39 @@ def load_base(
         AutoTokenizer,
     )
 
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map: both say where the base is. Leave one out.")
     device = device or best_device()
     _check_device(device)
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    quantizer = None if quantization is None else quantization_config(quantization, dtype)
     base = find_base(source)
     tell(base)
     name = base.source
+    quantised = quantizer is not None
     try:
-        config = AutoConfig.from_pretrained(name)
+        where, common = _where(name)
+        common["trust_remote_code"] = trust_remote_code
+        config = AutoConfig.from_pretrained(where, **common)
+        quantised |= getattr(config, "quantization_config", None) is not None
+        how: dict[str, Any] = {} if quantizer is None else {"quantization_config": quantizer}
+        if quantised or device_map is not None:  # what is quantised cannot always be moved
+            how["device_map"] = {"": device} if device_map is None else device_map
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: nn.Module = kind.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        model: nn.Module = kind.from_pretrained(where, dtype=dtype, **common, **how)
     except Exception as error:  # transformers raises many kinds, some only through its backends
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ConfigError(
+                f"{name}: brings Python code of its own, which runs only if you say so: "
+                "--trust-remote-code, or trust_remote_code=True. Read it first."
+            ) from error
+        if isinstance(error, ImportError) or quantised:
+            raise ConfigError(
+                f"{name}: cannot be loaded here ({first_line(error)}). Install what it names, or "
+                "give a base that is not quantised."
+            ) from error
         raise BaseNotFoundError(
             f"{name}: no base model could be loaded from it ({first_line(error)}). Give a folder "
             "saved with save_pretrained, or a Hub id and a network."
@@ -56,7 +90,15 @@ def load_base(
             )
         tokenizer.pad_token = tokenizer.eos_token
     _rename(model, tokenizer, base)
-    return model.to(device).eval(), tokenizer
+    return (model if "device_map" in how else model.to(device)).eval(), tokenizer
+
+
+def _where(name: str) -> tuple[str, dict[str, Any]]:
+    """What transformers is to read: a folder or Hub id, and which gguf in it if one is meant."""
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {}
 
 
 def _rename(model: Any, tokenizer: Any, base: Base) -> None:

@@ -8,9 +8,9 @@ from phatgoose.cli.fields import Command, argument, option
 from phatgoose.cli.options import (
     AdaptersBaseOption,
     ChatOption,
-    DeviceOption,
     GatingOptions,
     JsonOption,
+    LoadOptions,
     TrainingOptions,
 )
 from phatgoose.errors import ConfigError
@@ -68,7 +68,7 @@ class GateMany(Together, GatingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Derive(ChatOption, AdaptersBaseOption, DeviceOption, JsonOption):
+class Derive(ChatOption, AdaptersBaseOption, LoadOptions, JsonOption):
     """Measure what routers without gates need of experts, on some of their data."""
 
     adapters: Sequence[str] = argument(

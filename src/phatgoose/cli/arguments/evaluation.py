@@ -3,20 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from phatgoose.cli.fields import Command, option
 from phatgoose.cli.options import (
     ChatOption,
-    DeviceOption,
     ExpertsOptions,
     JsonOption,
+    LoadOptions,
     MethodOptions,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(ChatOption, MethodOptions, ExpertsOptions, DeviceOption, JsonOption):
+class Evaluate(ChatOption, MethodOptions, ExpertsOptions, LoadOptions, JsonOption):
     """Score methods on tasks, and write a table, pictures and every answer."""
 
     tasks: Sequence[str] = option(
@@ -55,9 +54,6 @@ class Evaluate(ChatOption, MethodOptions, ExpertsOptions, DeviceOption, JsonOpti
         "prompts in a batch of generation; without it, 1024, and 64 on a CPU",
         default=None,
         least=1,
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        "dtype of the base; without it, bfloat16, and float32 on a CPU", default=None
     )
     share_prompts: bool = option(
         "read a prompt once for all its choices, which is faster and the same up to rounding; "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.cli.fields import Command, argument, option
-from phatgoose.cli.options import JsonOption, SameBaseOption
+from phatgoose.cli.options import JsonOption, SameBaseOption, TrustOption
 
 EXPERTS = (
     "experts: their folders, trees of such folders, or Hub ids (owner/name[/folder][@revision]); "
@@ -26,7 +26,7 @@ class List(JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(SameBaseOption, JsonOption):
+class Verify(SameBaseOption, TrustOption, JsonOption):
     """Check experts, and say what is wrong with them."""
 
     experts: Sequence[str] = argument(EXPERTS, metavar="EXPERT")
@@ -36,7 +36,7 @@ class Verify(SameBaseOption, JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(SameBaseOption, JsonOption):
+class Merge(SameBaseOption, TrustOption, JsonOption):
     """Make one adapter out of several."""
 
     experts: Sequence[str] = argument(EXPERTS, metavar="EXPERT")
@@ -66,7 +66,7 @@ class Merge(SameBaseOption, JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(JsonOption):
+class Convert(TrustOption, JsonOption):
     """Make a plain LoRA folder of an adapter that is something else."""
 
     expert: str = argument("the adapter's folder or Hub id")
