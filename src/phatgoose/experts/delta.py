@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
@@ -183,3 +183,32 @@ class Delta(ABC):
                 "plain LoRA."
             )
         return self
+
+
+@dataclass(frozen=True)
+class OnBase(Delta):
+    """A kind that says what it adds only on its layer. `tensors` are what its file has, by key."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], scale: float) -> Delta:
+        raise NotImplementedError(f"{cls.__name__} is read by read_of")
+
+    @classmethod
+    def merged(cls, low: Delta, rest: Mapping[str, Tensor]) -> Delta:
+        raise NotImplementedError(
+            f"{cls.__name__} is merged on its base, as what it comes to there"
+        )
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        return self.tensors
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        return tuple(self.tensors.values())

@@ -1,7 +1,7 @@
 """LoRA on an embedding, and rows of it that were trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from phatgoose.errors import ExpertFormatError, IncompatibleExpertError
 from phatgoose.experts.base import linear_sizes
-from phatgoose.experts.delta import Delta
+from phatgoose.experts.delta import Delta, OnBase
 from phatgoose.experts.differences import DOWN, FACTOR, UP, WEIGHT, EmbeddingDifference
 from phatgoose.experts.layers import difference, embed_scale_of, weight_of
 from phatgoose.experts.lora_parts import BASE_WEIGHT, MAGNITUDE
@@ -23,14 +23,12 @@ INDICES = "trainable_token_indices"
 
 @final
 @dataclass(frozen=True)
-class EmbeddingLora(Delta):
+class EmbeddingLora(OnBase):
     """LoRA, or DoRA, on an embedding: it adds scale * B A[id] to what an id is embedded as.
 
     Its gate scores what the embedding gives, because ids are no vectors. So `a` and `b` are empty
     here, and its factors are in `tensors`.
     """
-
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     kind: ClassVar[str] = "LoRA on an embedding"
     keys: ClassVar[frozenset[str]] = frozenset({EMBEDDING_A, EMBEDDING_B})
@@ -45,25 +43,13 @@ class EmbeddingLora(Delta):
     def read(cls, tensors: Mapping[str, Tensor], scale: float) -> Delta:
         return cls(*nothing(len(tensors[EMBEDDING_B])), scale, dict(tensors))
 
-    @classmethod
-    def merged(cls, low: Delta, rest: Mapping[str, Tensor]) -> Delta:
-        raise NotImplementedError
-
     @property
     def alpha_rank(self) -> int:
         return len(self.tensors[EMBEDDING_A])
 
     @property
-    def others(self) -> Mapping[str, Tensor]:
-        return self.tensors
-
-    @property
     def hashed(self) -> Mapping[str, Tensor]:
         return {key: tensor for key, tensor in self.tensors.items() if key != BASE_WEIGHT}
-
-    @property
-    def needs_base(self) -> bool:
-        return True
 
     @property
     def trained(self) -> tuple[Tensor, ...]:
@@ -111,14 +97,13 @@ class EmbeddingLora(Delta):
 
 @final
 @dataclass(frozen=True)
-class TokenRows(Delta):
+class TokenRows(OnBase):
     """Rows that stand in for the base's, of some tokens: PEFT's trainable_token_indices.
 
     The difference is of low rank: one for each token. Where the base's output head is tied to the
     embedding, its rows are others too.
     """
 
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     indices: tuple[int, ...] = ()
     key: str = ""  # what the config calls the module; PEFT takes another name for another tying
 
@@ -127,10 +112,6 @@ class TokenRows(Delta):
     fields: ClassVar[Mapping[str, Any]] = {INDICES: {}}
     targeted: ClassVar[bool] = False
     place: ClassVar[str] = "embedding or output head"
-
-    @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], scale: float) -> Delta:
-        raise NotImplementedError
 
     @classmethod
     def read_of(
@@ -148,25 +129,9 @@ class TokenRows(Delta):
             )
         return cls(*nothing(rows.shape[1]), 1.0, dict(tensors), tuple(said or ()), key)
 
-    @classmethod
-    def merged(cls, low: Delta, rest: Mapping[str, Tensor]) -> Delta:
-        raise NotImplementedError
-
-    @property
-    def others(self) -> Mapping[str, Tensor]:
-        return self.tensors
-
     @property
     def hashed(self) -> Mapping[str, Tensor]:
         return {**self.tensors, "indices": torch.tensor(self.indices)}
-
-    @property
-    def needs_base(self) -> bool:
-        return True
-
-    @property
-    def trained(self) -> tuple[Tensor, ...]:
-        return tuple(self.tensors.values())
 
     def setting(self, module: str) -> Mapping[str, Any]:
         return {INDICES: {self.key or module: list(self.indices)}}

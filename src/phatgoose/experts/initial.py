@@ -7,7 +7,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from phatgoose.experts.delta import LORA_A, LORA_B, Delta
+from phatgoose.experts.delta import LORA_A, LORA_B, Delta, OnBase
 from phatgoose.experts.layers import weight_of
 from phatgoose.experts.low_rank import LoraModule
 
@@ -17,7 +17,7 @@ INITIAL = ("pissa", "olora")  # that can be computed again from the base's weigh
 
 @final
 @dataclass(frozen=True)
-class InitialLora(Delta):
+class InitialLora(OnBase):
     """scale * (B A - B0 A0) x, where B0 A0 is what the initialisation took from the base.
 
     PEFT computes it again from the base whenever it loads such an adapter: the first R singular
@@ -34,22 +34,14 @@ class InitialLora(Delta):
         return super().fits(keys, module, config) and initial(config) is not None
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], scale: float) -> Delta:
-        raise NotImplementedError
-
-    @classmethod
     def read_of(
         cls, tensors: Mapping[str, Tensor], scale: float, module: str, config: Mapping[str, Any]
     ) -> Delta:
-        return cls(tensors[LORA_A], tensors[LORA_B], scale, initial(config) or "")
-
-    @classmethod
-    def merged(cls, low: Delta, rest: Mapping[str, Tensor]) -> Delta:
-        raise NotImplementedError
+        return cls(tensors[LORA_A], tensors[LORA_B], scale, init=initial(config) or "")
 
     @property
-    def needs_base(self) -> bool:
-        return True
+    def trained(self) -> tuple[Tensor, ...]:
+        return (self.b,)
 
     @property
     def hashed(self) -> Mapping[str, Tensor]:

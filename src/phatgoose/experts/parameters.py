@@ -12,7 +12,7 @@ from phatgoose.errors import (
     IncompatibleExpertError,
     UnsupportedAdapterError,
 )
-from phatgoose.experts.delta import LORA_A, LORA_B, Delta
+from phatgoose.experts.delta import LORA_A, LORA_B, Delta, OnBase
 from phatgoose.experts.differences import ModuleDifference
 from phatgoose.experts.patterns import PatternError, Patterns
 from phatgoose.experts.saved import nothing
@@ -24,14 +24,13 @@ INNER = "base_layer."  # of a second parameter of the same module, PEFT wraps th
 
 @final
 @dataclass(frozen=True)
-class ParameterLora(Delta):
+class ParameterLora(OnBase):
     """LoRA on parameters of three dimensions of one module, a matrix for each of its experts.
 
     Between these parameters stands a nonlinearity, so an expert of ours adds the difference that
     its parameters make to what the whole module gives.
     """
 
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     # Rank and scale of each parameter that the config may mean: only the base tells which it has.
     parameters: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
@@ -51,10 +50,6 @@ class ParameterLora(Delta):
         return None  # each parameter has its own
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], scale: float) -> Delta:
-        raise NotImplementedError
-
-    @classmethod
     def read_of(
         cls, tensors: Mapping[str, Tensor], scale: float, module: str, config: Mapping[str, Any]
     ) -> Delta:
@@ -68,24 +63,12 @@ class ParameterLora(Delta):
         about = {name: _rank_and_scale(f"{module}.{name}", config) for name in names}
         return cls(*nothing(0), 1.0, dict(tensors), about)
 
-    @classmethod
-    def merged(cls, low: Delta, rest: Mapping[str, Tensor]) -> Delta:
-        raise NotImplementedError
-
     @property
     def gate_features(self) -> int | None:
         return None
 
     def alphas(self, module: str) -> Mapping[str, tuple[int, float]]:
         return {f"{module}.{name}": about for name, about in self.parameters.items()}
-
-    @property
-    def others(self) -> Mapping[str, Tensor]:
-        return self.tensors
-
-    @property
-    def needs_base(self) -> bool:
-        return True
 
     @property
     def trained(self) -> tuple[Tensor, ...]:

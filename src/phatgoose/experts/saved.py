@@ -1,7 +1,7 @@
 """Whole parameters of a module: modules_to_save, and biases that were trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from phatgoose.errors import UnsupportedAdapterError
 from phatgoose.experts.base import linear_sizes
-from phatgoose.experts.delta import Delta
+from phatgoose.experts.delta import Delta, OnBase
 from phatgoose.experts.differences import (
     BIAS,
     WEIGHT,
@@ -22,13 +22,12 @@ from phatgoose.experts.layers import difference, embed_scale_of, is_transposed
 
 @final
 @dataclass(frozen=True)
-class SavedModule(Delta):
+class SavedModule(OnBase):
     """A linear layer's, a norm's or an embedding's own parameters, or its bias alone.
 
     It adds what the module computes with these and does not with the base's.
     """
 
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     listed: bool = True  # in modules_to_save; if not, PEFT changes what is tied to it as well
 
     kind: ClassVar[str] = "a module saved whole (modules_to_save, or a trained bias)"
@@ -56,28 +55,12 @@ class SavedModule(Delta):
         listed = any(module.endswith(name) for name in names if isinstance(name, str))
         return replace(cls.read(tensors, scale), listed=listed)  # type: ignore[call-arg]
 
-    @classmethod
-    def merged(cls, low: Delta, rest: Mapping[str, Tensor]) -> Delta:
-        raise NotImplementedError
-
     @property
     def gate_features(self) -> int | None:
         """Unknown for a bias, and for a matrix that may be [in, out]."""
         weight = self.tensors.get(WEIGHT)
         known = weight is not None and (weight.dim() == 1 or weight.shape[0] == weight.shape[1])
         return self.in_features if known else None
-
-    @property
-    def others(self) -> Mapping[str, Tensor]:
-        return self.tensors
-
-    @property
-    def needs_base(self) -> bool:
-        return True
-
-    @property
-    def trained(self) -> tuple[Tensor, ...]:
-        return tuple(self.tensors.values())
 
     def setting(self, module: str) -> Mapping[str, Any]:
         if WEIGHT not in self.tensors:
