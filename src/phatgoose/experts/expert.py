@@ -58,7 +58,7 @@ class Expert:
 
 
 def load_expert(path_or_hub_id: str | Path, *, name: str | None = None) -> Expert:
-    """Load an expert from a folder or a Hub id ("owner/name[/sub/folder][@revision]").
+    """Load an expert from a folder or a Hub id (`owner/name[/sub/folder][@revision]`).
 
     Its name is the folder's or the Hub id's, unless you give one, also as "NAME=PATH". A folder
     called checkpoint-N has the name of the run that it is in. An adapter without gates loads, too;
