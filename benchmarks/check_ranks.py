@@ -411,7 +411,7 @@ def rows_in_float32(found: dict[str, Any], right: dict[str, list[Answer]]) -> li
         mine = found[f"during {change}"]
         # A request that the engine had not begun waits for the new pool. None gets a bit of both.
         pairs = zip(mine, right[old], right[new], strict=True)
-        wanted = [b if a["tokens"] == b["tokens"] else c for a, b, c in pairs]
+        wanted = [c if a["tokens"] == c["tokens"] else b for a, b, c in pairs]
         rows.append((f"during {change}", mine, wanted))
     made = []
     for what, mine, wanted in rows:
