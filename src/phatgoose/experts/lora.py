@@ -89,7 +89,10 @@ def refuse_unsupported(config: Mapping[str, Any], who: str) -> None:
     """Raise UnsupportedAdapterError where a PEFT LoRA config needs what we do not compute."""
     peft_type = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     if peft_type.upper() != "LORA":
-        raise UnsupportedAdapterError(f"{who}: peft_type is {peft_type}, only LORA is supported.")
+        raise UnsupportedAdapterError(
+            f"{who}: peft_type is {peft_type}, only LORA is supported. Make one of it: phatgoose "
+            "experts convert FOLDER --out NEW --base BASE. Or train a LoRA."
+        )
     for field, feature in UNSUPPORTED.items():
         if config.get(field) and field not in supported_fields():
             raise UnsupportedAdapterError(
