@@ -157,7 +157,9 @@ def save_gates(folder: Path, model: nn.Module, *, seed: int) -> None:
     """Write random gates beside an adapter; of odd size and mean, so standardising matters."""
     modules = load_expert(folder).modules
     random = torch.Generator().manual_seed(seed + 1)
-    resolved = resolve(Expert("any", modules), model).expert.modules  # some learn it from the base
+    resolved = modules
+    if any(delta.gate_features is None for delta in modules.values()):  # the base tells
+        resolved = resolve(Expert("any", modules), model).expert.modules
     vectors = {
         name: 0.1 * (seed % 5 + 1) * (1 + torch.randn(resolved[name].in_features, generator=random))
         for name in modules
