@@ -33,6 +33,7 @@ from phatgoose.routers import Router
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+LEAST_RANK = 1  # of a bank: kernels are not made for none
 _Ready = dict[str, tuple[Tensor, Delta]]  # signature, and what it comes to, by site
 
 
@@ -191,7 +192,7 @@ class RoutedModel:
     def _tidy(self) -> None:
         """Leave no spare ranks, and no site without experts."""
         for bank in self._banks():
-            bank.trim(self.room[1])
+            bank.trim(max(self.room[1], LEAST_RANK))
         for name in set(self.sites).difference(*self._adapted.values()):
             self.sites.pop(name).close()
             _forget_compiled()
@@ -245,7 +246,7 @@ class RoutedModel:
         for bank, every in needed.items():
             ranks, widths = zip(*every, strict=True)
             capacity = max(len(bank) + len(every), self.room[0])
-            bank.reserve(capacity, max(*ranks, self.room[1]), max(widths))
+            bank.reserve(capacity, max(*ranks, self.room[1], LEAST_RANK), max(widths))
 
     def _make_sites(self, adapted: Mapping[str, Delta]) -> None:
         """Make the sites that are not there yet; layers that read one input share a bank."""
