@@ -90,10 +90,10 @@ def test_every_router_on_experts_of_the_package(run, packaged, monkeypatch, name
     text = torch.randint(2, 8000, (4, 32), generator=torch.Generator().manual_seed(0))
     for module in (evidence, mixed, zscore):  # the base would write it, for seconds
         monkeypatch.setattr(module, "written_by", lambda model: text)
-    monkeypatch.setattr("phatgoose.cli.inference.load_base", lambda *_, **__: packaged)
+    monkeypatch.setattr("phatgoose.cli.inference.load", lambda *_, **__: packaged)
     prompt = "Command: play some jazz. What should the assistant do?"
-    options = ("--experts", *folders, *CPU, "--router", name, "--max-new-tokens", 2)
-    done = run("generate", prompt, *options)
+    options = ("--base", "tiny", "--experts", *folders, *CPU, "--router", name)
+    done = run("generate", prompt, *options, "--max-new-tokens", 2)
     assert (done.code, done.lines) == (0, []), done.err
     assert done.out.endswith("\n") and len(done.out.splitlines()) == 1
 
