@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -91,6 +91,25 @@ def test_gate_reads_keys_that_peft_leaves_out(run, world, options):
     one, odd = (load_expert(folder).gates for folder in (plain, world.odd))
     assert odd.record.adapter == one.record.adapter
     assert odd.record.last_loss == pytest.approx(one.record.last_loss, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gate_of_another_kind_of_adapter(run, world, options):
+    """DoRA with a saved output head: its gates are trained on the base, without PEFT's layers."""
+    model = AutoModelForCausalLM.from_pretrained(world.base)
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"])
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    adapted.save_pretrained(world.new)
+    result = run("gate", world.new, *options)
+    assert result.code == 0, result.err
+    base = AutoModelForCausalLM.from_pretrained(world.base)
+    assert verify_expert(world.new, base) == []
+    assert "lm_head" in load_expert(world.new).gates.vectors
+    assert not list(world.new.glob("*checkpoint*"))
 
 
 def test_gate_takes_the_base_from_the_adapter(run, world):
