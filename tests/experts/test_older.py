@@ -24,6 +24,7 @@ def write_as_before(folder, gates):
     """The two files that release 0.1 wrote."""
     save_file(copies(gates.vectors), folder / GATES_FILE, {"format": "pt"})
     record = {"format_version": 1, **asdict(gates.record), "gates": vectors_hash(gates.vectors)}
+    record["base"] = gates.record.base.to_json()  # which leaves out what those releases did not know
     (folder / RECORD_FILE).write_text(json.dumps(record))
 
 
@@ -32,7 +33,7 @@ def write_others_as_before(folder, signatures):
         "format": "pt",
         "format_version": "1",
         "kind": signatures.kind,
-        "base": json.dumps(asdict(signatures.base), sort_keys=True),
+        "base": json.dumps(signatures.base.to_json(), sort_keys=True),
         "adapter": signatures.adapter,
         "examples": str(signatures.examples),
         "tokens": str(signatures.tokens),
