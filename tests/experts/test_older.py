@@ -24,7 +24,7 @@ def write_as_before(folder, gates):
     """The two files that release 0.1 wrote."""
     save_file(copies(gates.vectors), folder / GATES_FILE, {"format": "pt"})
     record = {"format_version": 1, **asdict(gates.record), "gates": vectors_hash(gates.vectors)}
-    record["base"] = gates.record.base.to_json()  # which leaves out what those releases did not know
+    record["base"] = gates.record.base.to_json()  # less what they did not know
     (folder / RECORD_FILE).write_text(json.dumps(record))
 
 
