@@ -62,9 +62,8 @@ class BiasedLora(Delta):
         return {"bias": self.scale * self.bias.float()}
 
     @staticmethod
-    def add_rest(output, base, x, rest, experts, weights, call):
-        shares = (weights * (experts >= 0)).to(output.dtype)
-        return output + torch.einsum("tk,tko->to", shares, rest["bias"][experts.clamp_min(0)])
+    def add_rest(output, base, x, mixed, call):
+        return output + mixed.shares().to(output.dtype) @ mixed.rest["bias"].to(output.dtype)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """The interface of adapter kinds: what one expert adds to the output of one module of the base."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -21,6 +22,36 @@ class Call:
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The rests of C experts, and how much of which each token takes."""
+
+    rest: Mapping[str, Tensor]  # each [C, ...]
+    experts: Int[Tensor, "T K"]  # which of the C; -1 adds nothing
+    weights: Float[Tensor, "T K"]
+
+    def shares(self) -> Float[Tensor, "T C"]:
+        """How much each token takes of each expert."""
+        count = len(next(iter(self.rest.values())))
+        shares = self.weights.new_zeros(len(self.weights), count)
+        return shares.scatter_add(1, self.experts.clamp_min(0), self.weights * (self.experts >= 0))
+
+    def users(self) -> Iterator[tuple[int, Any, Tensor]]:
+        """Each expert that some token takes, those tokens, and how much each takes of it.
+
+        What a compiler traces, or a CUDA graph captures, must not depend on it: all tokens then.
+        """
+        shares = self.shares()
+        traced = torch.compiler.is_compiling()
+        if traced or (shares.is_cuda and torch.cuda.is_current_stream_capturing()):
+            for number in range(shares.shape[1]):
+                yield number, slice(None), shares[:, number]
+            return
+        for number in shares.detach().any(dim=0).nonzero().flatten().tolist():
+            tokens = shares[:, number].detach().nonzero().flatten()
+            yield number, tokens, shares[tokens, number]
 
 
 @dataclass(frozen=True)
@@ -157,18 +188,11 @@ class Delta(ABC):
 
     @staticmethod
     def add_rest(
-        output: Tensor,
-        base: Float[Tensor, "T O"],
-        x: Float[Tensor, "T I"],
-        rest: Mapping[str, Tensor],
-        experts: Int[Tensor, "T K"],
-        weights: Float[Tensor, "T K"],
-        call: Call,
+        out: Tensor, base: Float[Tensor, "T O"], x: Float[Tensor, "T I"], mixed: Mixture, call: Call
     ) -> Tensor:
-        """The output with the weighted rest of each token's experts added; it may be written to.
+        """`out` with the weighted rest of each token's experts added; it may be written to.
 
-        `base` is what the base alone gives, by `call`. The tensors of `rest` are [C, ...], and
-        `experts` say which of the C; -1 adds nothing.
+        `base` is what the base alone gives, by `call`.
         """
         raise NotImplementedError
 

@@ -1,15 +1,15 @@
 """What adapters come to on the modules of a base: differences to what these compute."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from phatgoose.experts.delta import Call, Delta
+from phatgoose.experts.delta import Call, Delta, Mixture
 
 FACTOR, BIAS, WEIGHT = "factor", "bias", "weight"
 DOWN, UP = "down", "up"
@@ -55,26 +55,20 @@ class LinearDifference(Difference):
 
     @staticmethod
     def add_rest(
-        output: Tensor,
-        base: Float[Tensor, "T O"],
-        x: Float[Tensor, "T I"],
-        rest: Mapping[str, Tensor],
-        experts: Int[Tensor, "T K"],
-        weights: Float[Tensor, "T K"],
-        call: Call,
+        out: Tensor, base: Float[Tensor, "T O"], x: Float[Tensor, "T I"], mixed: Mixture, call: Call
     ) -> Tensor:
-        shares = shares_of(experts, weights, len(next(iter(rest.values()))))
-        added = torch.zeros_like(output, dtype=torch.promote_types(output.dtype, torch.float32))
+        rest, shares = mixed.rest, mixed.shares()
+        added = _zeros(out)
         if FACTOR in rest:
             added = added + (shares.to(added.dtype) @ rest[FACTOR].to(added.dtype)) * base
         if BIAS in rest:
             added = added + shares.to(added.dtype) @ rest[BIAS].to(added.dtype)
         if WEIGHT in rest:
-            for number, tokens, share in users(shares):
+            for number, tokens, share in mixed.users():
                 weight = rest[WEIGHT][number]
                 product = F.linear(x[tokens].to(weight.dtype), weight).to(added.dtype)
                 added = _plus(added, tokens, product * share.unsqueeze(-1))
-        return (output + added).to(output.dtype)
+        return (out + added).to(out.dtype)
 
 
 @final
@@ -89,17 +83,10 @@ class EmbeddingDifference(Difference):
 
     @staticmethod
     def add_rest(
-        output: Tensor,
-        base: Float[Tensor, "T O"],
-        x: Float[Tensor, "T I"],
-        rest: Mapping[str, Tensor],
-        experts: Int[Tensor, "T K"],
-        weights: Float[Tensor, "T K"],
-        call: Call,
+        out: Tensor, base: Float[Tensor, "T O"], x: Float[Tensor, "T I"], mixed: Mixture, call: Call
     ) -> Tensor:
-        ids = call.args[0].reshape(-1)
-        added = torch.zeros_like(output, dtype=torch.promote_types(output.dtype, torch.float32))
-        for number, tokens, share in users(shares_of(experts, weights, _count(rest))):
+        rest, ids, added = mixed.rest, call.args[0].reshape(-1), _zeros(out)
+        for number, tokens, share in mixed.users():
             row = torch.zeros_like(added[tokens])
             if DOWN in rest:
                 up = rest[UP][number]
@@ -109,7 +96,7 @@ class EmbeddingDifference(Difference):
             if FACTOR in rest:
                 row = row + rest[FACTOR][number] * base[tokens]
             added = _plus(added, tokens, row * share.unsqueeze(-1))
-        return (output + added).to(output.dtype)
+        return (out + added).to(out.dtype)
 
 
 @final
@@ -126,52 +113,24 @@ class ModuleDifference(Difference):
 
     @staticmethod
     def add_rest(
-        output: Tensor,
-        base: Float[Tensor, "T O"],
-        x: Float[Tensor, "T I"],
-        rest: Mapping[str, Tensor],
-        experts: Int[Tensor, "T K"],
-        weights: Float[Tensor, "T K"],
-        call: Call,
+        out: Tensor, base: Float[Tensor, "T O"], x: Float[Tensor, "T I"], mixed: Mixture, call: Call
     ) -> Tensor:
-        added = torch.zeros_like(output, dtype=torch.promote_types(output.dtype, torch.float32))
-        for number, tokens, share in users(shares_of(experts, weights, _count(rest))):
-            changed = _with_parameters(call.layer, _whole(rest, number))
-            out = _run(changed, call, len(base), tokens)
-            row = out.reshape(-1, out.shape[-1]).to(added.dtype) - base[tokens]
+        added = _zeros(out)
+        for number, tokens, share in mixed.users():
+            changed = _with_parameters(call.layer, _whole(mixed.rest, number))
+            found = _run(changed, call, len(base), tokens)
+            row = found.reshape(-1, found.shape[-1]).to(added.dtype) - base[tokens]
             added = _plus(added, tokens, row * share.unsqueeze(-1))
-        return (output + added).to(output.dtype)
+        return (out + added).to(out.dtype)
 
 
-def shares_of(
-    experts: Int[Tensor, "T K"], weights: Float[Tensor, "T K"], count: int
-) -> Float[Tensor, "T C"]:
-    """How much each token takes of each of `count`."""
-    shares = weights.new_zeros(len(weights), count)
-    return shares.scatter_add(1, experts.clamp_min(0), weights * (experts >= 0))
-
-
-def users(shares: Float[Tensor, "T C"]) -> Iterator[tuple[int, Any, Tensor]]:
-    """Each number that some token uses, those tokens, and how much each of them takes.
-
-    What a compiler traces, or a CUDA graph captures, must not depend on it: all tokens then.
-    """
-    traced = torch.compiler.is_compiling()
-    if traced or (shares.is_cuda and torch.cuda.is_current_stream_capturing()):
-        for number in range(shares.shape[1]):
-            yield number, slice(None), shares[:, number]
-        return
-    for number in shares.detach().any(dim=0).nonzero().flatten().tolist():
-        tokens = shares[:, number].detach().nonzero().flatten()
-        yield number, tokens, shares[tokens, number]
+def _zeros(like: Tensor) -> Tensor:
+    """What is added up in fp32 at least."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _plus(total: Tensor, tokens: Any, rows: Tensor) -> Tensor:
     return total + rows if isinstance(tokens, slice) else total.index_add(0, tokens, rows)
-
-
-def _count(rest: Mapping[str, Tensor]) -> int:
-    return len(next(iter(rest.values())))
 
 
 def _whole(rest: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:

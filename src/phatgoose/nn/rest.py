@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from phatgoose.experts.delta import Call, Delta
+from phatgoose.experts.delta import Call, Delta, Mixture
 
 
 class Rests(nn.Module):
@@ -136,7 +136,7 @@ class Group(nn.Module):
     ) -> Tensor:
         mine = torch.where(experts < 0, -1, self.row_of[experts.clamp_min(0)])
         rest = {key: getattr(self, name) for key, name in self._names.items()}
-        return self.holds[0].add_rest(output, base, x, rest, mine, weights, call)
+        return self.holds[0].add_rest(output, base, x, Mixture(rest, mine, weights), call)
 
     def _tell(self) -> None:
         rows = [self.rows.get(slot, -1) for slot in range(len(self.row_of))]
