@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from phatgoose.errors import BaseNotFoundError, ConfigError, first_line
 from phatgoose.models import wheel
@@ -38,6 +37,33 @@ def load_base(
         ConfigError: torch cannot use the device, a package is missing, the base has code of its
             own that is not trusted, or the tokenizer has no token to pad with.
     """
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map: both say where the base is. Leave one out.")
+    device = device or best_device()
+    _check_device(device)
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    how: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        how["quantization_config"] = quantization_config(quantization, dtype)
+    if device_map is not None:
+        how["device_map"] = device_map
+    base = find_base(source)
+    tell(base)
+    model, tokenizer = _read(base.source, device, how, trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"{base.source}: its tokenizer has neither a padding nor an end-of-sequence token. "
+                "Give it one, and save it again."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    _rename(model, tokenizer, base)
+    return model.eval(), tokenizer
+
+
+def _read(name: str, device: str, how: Mapping[str, Any], trusted: bool) -> tuple[Any, Any]:
+    """The model, on its device, and its tokenizer; `how` is what from_pretrained takes."""
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -45,30 +71,19 @@ def load_base(
         AutoTokenizer,
     )
 
-    if device is not None and device_map is not None:
-        raise ConfigError("device and device_map: both say where the base is. Leave one out.")
-    device = device or best_device()
-    _check_device(device)
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    quantizer = None if quantization is None else quantization_config(quantization, dtype)
-    base = find_base(source)
-    tell(base)
-    name = base.source
-    quantised = quantizer is not None
+    quantised = "quantization_config" in how
     try:
         where, common = _where(name)
-        common["trust_remote_code"] = trust_remote_code
+        common["trust_remote_code"] = trusted
         config = AutoConfig.from_pretrained(where, **common)
         quantised |= getattr(config, "quantization_config", None) is not None
-        how: dict[str, Any] = {} if quantizer is None else {"quantization_config": quantizer}
-        if quantised or device_map is not None:  # what is quantised cannot always be moved
-            how["device_map"] = {"": device} if device_map is None else device_map
+        if quantised:  # what is quantised cannot always be moved
+            how = {"device_map": {"": device}, **how}
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
-        model: nn.Module = kind.from_pretrained(where, dtype=dtype, **common, **how)
+        model: Any = kind.from_pretrained(where, **common, **how)
     except Exception as error:  # transformers raises many kinds, some only through its backends
-        if "trust_remote_code" in str(error) and not trust_remote_code:
+        if "trust_remote_code" in str(error) and not trusted:
             raise ConfigError(
                 f"{name}: brings Python code of its own, which runs only if you say so: "
                 "--trust-remote-code, or trust_remote_code=True. Read it first."
@@ -82,15 +97,7 @@ def load_base(
             f"{name}: no base model could be loaded from it ({first_line(error)}). Give a folder "
             "saved with save_pretrained, or a Hub id and a network."
         ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"{name}: its tokenizer has neither a padding nor an end-of-sequence token. Give "
-                "it one, and save it again."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    _rename(model, tokenizer, base)
-    return (model if "device_map" in how else model.to(device)).eval(), tokenizer
+    return model if "device_map" in how else model.to(device), tokenizer
 
 
 def _where(name: str) -> tuple[str, dict[str, Any]]:

@@ -39,10 +39,9 @@ def merge_experts(
             approximation of a given `rank` (PEFT's "svd").
             Any other is PEFT's `add_weighted_adapter` of that name. "linear", "magnitude_prune",
             "ties" (arXiv:2306.01708), "dare_linear" and "dare_ties" (arXiv:2311.03099) combine the
-            factors A and B apart, each times sqrt(w_e · scale_e). So the ranks must be equal, and
-            the product of the sums has cross terms. With "_svd" behind the last four names they
-            combine the products, as published. They then take any ranks, and memory [O, I] for
-            every expert. The result of PEFT's dare_ties grows as density falls.
+            factors A and B apart, each times sqrt(w_e · scale_e), so the ranks must be equal. With
+            "_svd" behind the last four names they combine the products, as published, of any
+            ranks and with memory [O, I] for every expert. PEFT's dare_ties grows as density falls.
         rank: of the merged expert at a module, at most; for "average" (the sum of the ranks unless
             given) and for methods with "_svd" (the largest rank unless given).
         weights: one for each expert. The defaults make E copies of an expert that expert again,
@@ -52,9 +51,8 @@ def merge_experts(
             given, as published for TIES.
         seed: of DARE's random choice.
         name: of the merged expert.
-        base: the experts' base, for "average" of adapters that depend on its weights (DoRA,
-            modules_to_save and the like; see docs/adapters.md). What they come to is summed, and
-            written whole where no LoRA can hold it.
+        base: the experts' base, for "average" of adapters that depend on its weights (see
+            docs/adapters.md). Their sum is written whole where no LoRA can hold it.
 
     Raises:
         ConfigError: a setting is out of range or not one of the method's, no experts, a name
@@ -74,18 +72,28 @@ def merge_experts(
     if method == "average":
         if density is not None:
             raise ConfigError("merge: average keeps every entry. Leave density out.")
-        experts = pool.experts if base is None else [_on(base, expert) for expert in pool]
-        modules = _average(gather(experts), weights, rank)
-        if base is not None:
-            layers = modules_of(base)
-            modules = {s: filed(d, layers[s], f"{name} at {s}") for s, d in modules.items()}
-        modules = alike(modules)
+        modules = _averaged(pool, weights, rank, base, name)
     else:
         gather(pool.experts)  # refuses what does not belong together
         modules = merge_with_peft(
             pool.experts, method, weights, rank=rank, density=density, seed=seed
         )
     return Expert(name, modules, base_name=common_base(pool))
+
+
+def _averaged(
+    pool: ExpertPool,
+    weights: Sequence[float],
+    rank: int | None,
+    base: nn.Module | None,
+    name: str,
+) -> dict[str, Delta]:
+    """The sum at every module, as an adapter's file can hold it."""
+    if base is None:
+        return alike(_average(gather(pool.experts), weights, rank))
+    layers = modules_of(base)
+    modules = _average(gather([_on(base, expert) for expert in pool]), weights, rank)
+    return alike({s: filed(d, layers[s], f"{name} at {s}") for s, d in modules.items()})
 
 
 def _average(

@@ -35,33 +35,29 @@ def route(
 ) -> nn.Module:
     """Make a plain transformers model route every token among the pool's experts; return it.
 
-    Hooks on its linear layers change the model in place. `generate`, caches, beams, pipelines and
-    evaluation work as before, `state_dict` is the same, and `unroute` restores the model exactly.
-    The pool may change while it routes.
+    Hooks change the model in place: `generate`, caches, beams and pipelines work as before,
+    `state_dict` is the same, and `unroute` restores it exactly. The pool may change meanwhile.
 
     Args:
         model: the experts' base model; not a PeftModel.
         router: a router's name, or a Router.
         top_k: experts per token and layer, or "all". Where there are fewer, it uses those.
         temperature: divides the kept scores before their softmax.
-        scale: "softmax" weighs the kept experts as published; "unit" gives each weight 1, so
-            top_k=1 uses the best one as strongly as its adapter was trained.
-            These three are what the router's own paper has unless given: top_k=2, temperature=1
-            and scale="softmax" for PHATGOOSE, see `Router.defaults` for others.
+        scale: "softmax" weighs the kept experts as published; "unit" gives each weight 1. These
+            three are what the router's own paper has unless given, see `Router.defaults`: top_k=2,
+            temperature=1 and scale="softmax" for PHATGOOSE.
         null_score: the score of an extra candidate that adds nothing (None: no such candidate).
         backend: what computes a routed layer: "triton" (NVIDIA GPUs), "torch" (any device),
             "reference" (the definition, slow), or "auto", one of the first two by device.
         capacity: how many experts a layer has room for; the pool's own number by default. Within
-            it the pool can change without new memory, so that compiled models and CUDA graphs
-            stay valid and use the pool as it is then.
+            it the pool changes without new memory, and compiled models and CUDA graphs stay valid.
         max_rank: likewise, the highest rank a layer has room for.
-        same_base: whether the model is the base that the experts name, whatever either is called.
-            Without it, a warning says which names nothing shows to be of one base.
+        same_base: the model is the base that the experts name, whatever either is called. Without
+            it, a warning says which names nothing shows to be of one base.
 
     Raises:
         RoutingError: empty pool, a PeftModel, or a model already routed.
-        IncompatibleExpertError: an expert was trained on another base.
-        MissingGateError: the router needs gates an expert does not have.
+        IncompatibleExpertError, MissingGateError: an expert is of another base, or lacks gates.
         ConfigError: a setting is out of range, or no router has that name.
     """
     router = make_router(router)
