@@ -15,8 +15,8 @@ else is in the batch (near-ties) are left out. Then, at once:
 - the memory of all processes of the server is noted.
 
 An answer has to be that of the pool, the choice and the prompt it was for, that of a slow reader
-too. A change has to be done two seconds after the engine has finished what it was at (the server's
-log tells how long it waited for that). Ends with exit code 1 if one was not, a request failed,
+too. A change has to be done two seconds after the engine has finished what it was at, as the
+server's log tells. Ends with exit code 1 if one was not, a request failed,
 memory grew by more than a tenth after the first third, or the server did not end well. Prints one
 JSON line; --out writes all of it.
 """
@@ -55,7 +55,7 @@ BAD = 0.04  # share that ask for what there is not
 AT_ONCE = 16  # prompts of a slow reader, all of them the same,
 FILLERS = 24  # and long ones: its answer has to be more than the 2.5 MiB that the kernel holds
 HOLD = (6.0, 20.0)  # seconds in which a slow reader reads nothing
-LATE = 2.0  # seconds that a change may take beside its drain
+LATE = 2.0  # seconds that a change may take after its drain
 GROWTH = 0.1  # of memory, after the first third, that is called flat
 WAYS: dict[str, dict[str, Any]] = {
     "pool": {},
@@ -362,13 +362,21 @@ def growth(memory: list[dict[str, float]]) -> float:
     return round(sum(last) / len(last) / (sum(middle) / len(middle)) - 1, 4)
 
 
-def beyond_drain(changes: list[float], log: str) -> list[float]:
-    """Seconds of each change beside those that the server's log says it waited for requests."""
+def of_changes(changes: list[float], log: str) -> tuple[list[float], list[float]]:
+    """Seconds of each change before its drain and after, by the server's log of it.
+
+    Before it, the server reads and checks the expert between the engine's steps, and serves on.
+    """
     lines = [line[line.index("{") :] for line in log.splitlines() if '"drain_seconds"' in line]
-    drains = [json.loads(line)["drain_seconds"] for line in lines]
-    if len(drains) != len(changes):
-        raise RuntimeError(f"{len(changes)} changes, and {len(drains)} in the server's log")
-    return [round(whole - drain, 3) for whole, drain in zip(changes, drains, strict=True)]
+    told = [json.loads(line) for line in lines]
+    if len(told) != len(changes):
+        raise RuntimeError(f"{len(changes)} changes, and {len(told)} in the server's log")
+    after = [change["change_seconds"] for change in told]
+    before = [
+        round(whole - change["drain_seconds"] - change["change_seconds"], 3)
+        for whole, change in zip(changes, told, strict=True)
+    ]
+    return before, after
 
 
 def make_root(folder: Path) -> Path:
@@ -391,8 +399,8 @@ def report(args: argparse.Namespace, soak: Soak, log: str, exit_code: int) -> di
     seconds = sorted(tally.seconds) or [0.0]
     differ = sum(len({right.get(asked) for right in pools}) > 1 for asked in pools[0])
     grown = growth(tally.memory)
-    beyond = [] if tally.failed else sorted(beyond_drain(tally.changes, log))
-    late = sum(seconds > LATE for seconds in beyond)
+    before, after = ([], []) if tally.failed else map(sorted, of_changes(tally.changes, log))
+    late = sum(seconds > LATE for seconds in after)
     bad = bool(tally.failed or tally.wrong or late or grown > GROWTH or exit_code)
     return {
         "benchmark": "soak_server",
@@ -407,8 +415,10 @@ def report(args: argparse.Namespace, soak: Soak, log: str, exit_code: int) -> di
         "seconds_p95": round(seconds[int(len(seconds) * 0.95)], 3),
         "changes": len(tally.changes),
         "change_seconds_max": round(max(tally.changes, default=0.0), 3),
-        "beyond_drain_p50": beyond[len(beyond) // 2] if beyond else None,
-        "beyond_drain_max": beyond[-1] if beyond else None,
+        "before_drain_p50": before[len(before) // 2] if before else None,
+        "before_drain_max": before[-1] if before else None,
+        "after_drain_p50": after[len(after) // 2] if after else None,
+        "after_drain_max": after[-1] if after else None,
         "late_changes": late,
         "slow_reader_bytes_min": min(tally.slow_bytes, default=0),
         "done": dict(sorted(tally.done.items())),

@@ -1,6 +1,7 @@
 """The soak finds answers of a wrong pool, and memory that grows."""
 
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,10 +58,10 @@ def test_growth(script):
     assert script.growth(leak) > script.GROWTH
 
 
-def test_seconds_beside_the_drain(script):
-    lines = [
-        f'INFO x [phatgoose] {{"event": "expert_added", "drain_seconds": {d}}}' for d in (3, 1)
-    ]
-    assert script.beyond_drain([3.5, 4.0], "\n".join(["a line", *lines])) == [0.5, 3.0]
+def test_seconds_before_and_after_the_drain(script):
+    told = [{"event": "expert_added", "drain_seconds": d, "change_seconds": 0.25} for d in (3, 1)]
+    lines = [f"INFO x [phatgoose] {json.dumps(event)}" for event in told]
+    found = script.of_changes([3.5, 4.0], "\n".join(["a line", *lines]))
+    assert found == ([0.25, 2.75], [0.25, 0.25])
     with pytest.raises(RuntimeError, match="1 changes, and 2"):
-        script.beyond_drain([3.5], "\n".join(lines))
+        script.of_changes([3.5], "\n".join(lines))
