@@ -86,6 +86,7 @@ def test_gates_over_two_files_of_an_older_release(mode, first, expert, tmp_path)
     (before / "e" / KINDS[GATES].file).unlink()
     if not first:
         record = {"format_version": 1, **asdict(gates.record), "gates": vectors_hash(gates.vectors)}
+        record["base"] = gates.record.base.to_json()
         save_file(dict(gates.vectors), before / "e" / KINDS[GATES].file, {"format": "pt"})
         (before / "e" / KINDS[GATES].older[0]).write_text(json.dumps(record))
     new = replace(gates, vectors={name: v + 1 for name, v in gates.vectors.items()}, steps=2)
@@ -131,6 +132,7 @@ def test_pull(mode, over, expert, tmp_path, monkeypatch):
     write_signatures(there, seed=3)
 
     def snapshot_download(*_: Any, local_dir: Path, **__: Any) -> str:
+        Path(local_dir).mkdir()
         for path in there.iterdir():
             with open(Path(local_dir) / path.name, "wb") as file:
                 file.write(path.read_bytes())
