@@ -36,6 +36,8 @@ class Reference:
 
     def __init__(self, model: nn.Module, folders: list[Path], top_k: int = 2) -> None:
         self.model = copy.deepcopy(model).double()
+        # The products of a mixture's experts that transformers groups take no float64.
+        self.model.config._experts_implementation = "eager"
         self.top_k = top_k
         self.experts = [read_folder(folder) for folder in folders]
         self.chosen: dict[str, list[list[int]]] = defaultdict(list)
