@@ -122,7 +122,7 @@ def test_the_record_says_what_was_done():
     assert (record.steps, record.examples) == (2, 12)
     seen = [*batches, batches[0]]
     assert record.tokens == sum(int(batch["attention_mask"].sum()) for batch in seen)
-    first = sum(float(reference.loss(batch)) for batch in batches[:2]) / 2
+    first = sum(float(reference.loss(batch).detach()) for batch in batches[:2]) / 2
     assert record.first_loss == pytest.approx(first, rel=1e-5)
     assert record.base == identify_base(llama(), tokenizer, name="owner/base")
     assert record.adapter == adapter_hash(GatedAdapter(peft_model).modules())
