@@ -30,13 +30,13 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.models import LINEARS, VOCABULARY, make_batch, make_model
 from tokenizers import Tokenizer, models
 from torch import nn
 
 from phatgoose import ExpertPool, route
 from phatgoose.cli.main import main
 from phatgoose.errors import PhatgooseError
+from tests.models import LINEARS, VOCABULARY, make_batch, make_model
 
 CLOSE = 1e-5  # of the largest logit: two orders of computing one product in float32
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.models import LINEARS, make_batch, make_model
 from torch import Tensor, nn
 
 from phatgoose import ExpertPool, assign, load_expert, route, save_expert, unroute
 from phatgoose.experts import verify_expert
+from tests.models import LINEARS, make_batch, make_model
 
 LARGEST = 1e-5  # the difference that is allowed, relative to the largest logit
 HEAD = "lm_head"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.experts import found
 from tests.experts.found import HARMLESS, REFUSED, Refused, World, config, is_right, spoiled
 

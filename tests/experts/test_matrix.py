@@ -1,11 +1,11 @@
 """A few of the matrix's adapters on each architecture; `make matrix` goes through all of them."""
 
 import pytest
-from tests.experts.matrix import FAMILIES, LARGEST, QUICK, VARIANTS, Family, cell, make_adapter
-from tests.models import make_model
 
 from phatgoose import ExpertPool, route
 from phatgoose.errors import UnsupportedAdapterError
+from tests.experts.matrix import FAMILIES, LARGEST, QUICK, VARIANTS, Family, cell, make_adapter
+from tests.models import make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 

@@ -10,8 +10,6 @@ from typing import ClassVar, final
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.models import make_batch, make_model
-from tests.tolerances import TOLERANCE, assert_near
 from torch import Tensor
 
 from phatgoose import (
@@ -27,6 +25,8 @@ from phatgoose import (
 from phatgoose.errors import ExpertFormatError, UnsupportedAdapterError
 from phatgoose.experts import Delta, LoraModule, adapter_hash, load_expert, verify_expert
 from phatgoose.experts.delta import LORA_A, LORA_B
+from tests.models import make_batch, make_model
+from tests.tolerances import TOLERANCE, assert_near
 
 BIAS = "lora_B.bias"
 

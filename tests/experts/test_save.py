@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from tests.tolerances import TOLERANCE, assert_near
 
 from phatgoose import load_expert, save_expert
 from phatgoose.errors import ConfigError
 from phatgoose.experts import Expert, LoraModule, adapter_hash, linear_modules
 from phatgoose.experts.signatures import KINDS
+from tests.tolerances import TOLERANCE, assert_near
 
 BOUND = TOLERANCE[torch.float32]
 
